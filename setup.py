@@ -1,0 +1,57 @@
+"""Package metadata and dependency ranges; exact versions live in requirements.lock."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+  name="soft-diffusion-tf",
+  version="0.1.0",
+  description="Soft Diffusion (score matching with general corruptions) in TensorFlow 2 / Keras 3",
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.14",
+  packages=setuptools.find_packages(include=["soft_diffusion_tf", "soft_diffusion_tf.*"]),
+  install_requires=[
+    "tensorflow>=2.20,<2.22",
+    "keras>=3.10,<3.16",  # model.py overrides one private optimizer hook; a test holds it
+    "absl-py>=2.1",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.0,<3",
+    "scipy>=1.14,<2",
+    "tensorflow-datasets>=4.9.10,<4.10",
+    "importlib-resources>=6",  # tensorflow-datasets imports it without declaring it
+    "tensorflow-probability>=0.25,<0.26",
+    "tf-keras>=2.20,<2.22",  # tensorflow-probability needs it beside Keras 3
+    "tensorflow-gan==2.1.0",  # evaluation.py loads two of its modules past a broken __init__
+    "tensorflow-hub>=0.16,<0.17",
+    "setuptools<81",  # tensorflow-hub imports pkg_resources, gone from later ones
+    "scikit-learn>=1.5,<2",  # the built-in digits
+    "pillow>=10",
+    "tensorboard>=2.20,<2.22",
+    "tqdm>=4.66",
+    "matplotlib>=3.9,<4",
+  ],
+  extras_require={
+    "plots": [],  # matplotlib is needed by every run's pictures, so it is no longer optional
+    "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12", "mypy>=1.15"],
+    "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
+  },
+  entry_points={
+    "console_scripts": [
+      "soft-diffusion-train=soft_diffusion_tf.bin.train:run",
+      "soft-diffusion-sample=soft_diffusion_tf.bin.sample:run",
+      "soft-diffusion-evaluate=soft_diffusion_tf.bin.evaluate:run",
+    ],
+  },
+  classifiers=[
+    "License :: OSI Approved :: Apache Software License",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

@@ -1,0 +1,106 @@
+"""Randomness as a pure function: of (seed, row) in training, of an image's seed in sampling.
+
+Every draw starts from the 32-bit words of TensorFlow's stateless Philox generator, which are the
+same on every device and under XLA. The ready-made `tf.random.stateless_normal` and
+`stateless_uniform` are not used: with a seed that is not a constant, XLA gives other numbers than
+the plain CPU kernels, even with `alg="philox"` (TF 2.21: only the integer words agree). So the
+floats are made here, by Box-Muller, and eager, graph and XLA agree up to rounding.
+
+A *row* is one example. Row p of a draw depends on the seed and on p alone: a replica that holds
+rows 32-63 of a global batch draws exactly what one device would have drawn for these rows.
+"""
+
+import math
+
+import tensorflow as tf
+
+_PHILOX = 1  # the integer that raw ops take for alg="philox"
+_WORDS = 4  # words per Philox counter
+_PACKET = 32  # words per row are padded to this, so that both halves of Box-Muller fill whole SIMD
+# packets: the remainder of a packet loop rounds differently, and rows would depend on their number
+
+
+def fold_in(seed, *data):
+  """The seed of a sub-stream: `seed` (int [2]) mixed with each integer of `data` in turn."""
+  for value in data:
+    seed = tf.random.experimental.stateless_fold_in(seed, value, alg="philox")
+  return seed
+
+
+def _padded(size):
+  return -(-size // _PACKET) * _PACKET
+
+
+def bits(seed, first, rows, size):
+  """Random words, uint32 [rows, size up to the next 32]; row p depends on (seed, first + p) alone."""
+  blocks = _padded(size) // _WORDS
+  key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+  offset = tf.cast(tf.cast(first, tf.int64) * blocks, tf.uint64)
+  words = tf.raw_ops.StatelessRandomUniformFullIntV2(
+    shape=tf.stack([tf.cast(rows, tf.int32) * blocks * _WORDS]),
+    key=key,
+    counter=counter + tf.stack([offset, tf.zeros_like(offset)]),
+    alg=_PHILOX,
+    dtype=tf.uint32,
+  )
+  return tf.reshape(words, [-1, blocks * _WORDS])
+
+
+def _open_unit(words):
+  """uint32 → float32 strictly inside (0, 1): 23 bits and a half, so that neither end rounds."""
+  high = tf.cast(tf.bitwise.right_shift(words, tf.constant(9, tf.uint32)), tf.int32)
+  return (tf.cast(high, tf.float32) + 0.5) * (2.0**-23)
+
+
+def _box_muller(words, shape):
+  """uint32 [rows, 32k] → standard normals float32 [rows, *shape]."""
+  u, v = tf.split(_open_unit(words), 2, axis=1)
+  radius = tf.sqrt(-2.0 * tf.math.log(u))
+  angle = (2.0 * math.pi) * v
+  draws = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)
+  return tf.reshape(draws[:, : math.prod(shape)], [-1, *shape])
+
+
+def uniform(seed, first, rows, shape=()):
+  """U(0, 1), float32 [rows, *shape]; row p depends on (seed, first + p) alone."""
+  size = math.prod(shape)
+  return tf.reshape(_open_unit(bits(seed, first, rows, size))[:, :size], [-1, *shape])
+
+
+def normal(seed, first, rows, shape):
+  """N(0, 1), float32 [rows, *shape]; row p depends on (seed, first + p) alone."""
+  return _box_muller(bits(seed, first, rows, math.prod(shape)), shape)
+
+
+def image_seeds(seeds):
+  """Image seeds, any integers [B], as int64; one integer names one image for good."""
+  seeds = tf.convert_to_tensor(seeds)
+  if not seeds.dtype.is_integer or seeds.shape.rank != 1:
+    raise ValueError(
+      f"seeds must be a list of integers, one per image, not {seeds.dtype.name} {seeds.shape}"
+    )
+  return tf.cast(seeds, tf.int64)
+
+
+def normal_per_image(seeds, salt, shape):
+  """N(0, 1), float32 [B, *shape]; entry i depends on (seeds[i], salt) alone.
+
+  The salt picks the Philox key and the image's seed the upper half of the counter, so images never
+  share a word and the loop over images holds a single operation.
+
+  Args:
+    seeds: int64 [B], one per image.
+    salt: integer scalar that tells the draws of one image apart (the step's index).
+  """
+  words = _padded(math.prod(shape))
+  salt = tf.cast(salt, tf.int64)
+  key, _ = tf.raw_ops.StatelessRandomGetKeyCounter(seed=tf.stack([salt, tf.zeros_like(salt)]))
+  counters = tf.cast(tf.stack([tf.zeros_like(seeds), seeds], axis=1), tf.uint64)
+
+  def one(counter):
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(
+      shape=[words], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
+    )
+
+  drawn = tf.map_fn(one, counters, fn_output_signature=tf.TensorSpec([words], tf.uint32))
+  return _box_muller(drawn, shape)
