@@ -32,7 +32,7 @@ def _padded(size):
 
 
 def bits(seed, first, rows, size):
-  """Random words, uint32 [rows, size up to the next 32]; row p depends on (seed, first + p) alone."""
+  """Random words, uint32 [rows, size up to the next 32]; row p depends on (seed, first + p)."""
   blocks = _padded(size) // _WORDS
   key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
   offset = tf.cast(tf.cast(first, tf.int64) * blocks, tf.uint64)
