@@ -1,0 +1,47 @@
+# One virtual environment, made once per lock file, serves every target.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help install quickstart test test-slow lint format clean
+
+help:
+	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
+	@echo "make test        the tests;  make test-slow: the long ones too"
+	@echo "make lint        ruff and mypy;  make format: rewrite by ruff"
+	@echo "make install     only the virtual environment in $(VENV)"
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version'
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: python3 has no venv; apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python tools/quickstart.py --config=configs/digits_blur.py --workdir=runs/quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""What the programs share: quiet start, config flags whose errors help, one-line errors."""
+
+import difflib
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+BAD_INPUT = 2
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+
+
+def define_config():
+  """The --config flag: a file with get_config, its fields overridable by --config.FIELD=VALUE."""
+  return config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, such as configs/digits_blur.py; override a field by --config.group.field=value.",
+  )
+
+
+def _fail(text):
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(BAD_INPUT)
+
+
+def _explain_override(argv, error):
+  """Names the override that does not fit the config, and the nearest field that does."""
+  path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+  if path is None:
+    _fail("give --config=FILE before its overrides")
+  try:
+    module = {"__name__": "config", "__file__": path}
+    with open(path, encoding="utf-8") as file:
+      exec(compile(file.read(), path, "exec"), module)
+    config = module["get_config"]()
+  except (OSError, KeyError, ValueError, AttributeError):
+    _fail(f"{path}: {error}")
+  for argument in argv:
+    if not argument.startswith("--config."):
+      continue
+    name = argument[len("--config.") :].split("=", 1)[0]
+    node, before = config, []
+    for part in name.split("."):
+      if not isinstance(node, ConfigDict) or part not in node:
+        keys = list(node.keys()) if isinstance(node, ConfigDict) else []
+        near = difflib.get_close_matches(part, keys, 1, cutoff=0)
+        hint = f"; did you mean {'.'.join([*before, near[0]])}?" if near else ""
+        _fail(f"the config has no field {name}{hint}")
+      node, before = node[part], [*before, part]
+  _fail(str(error))
+
+
+def _parse(argv):
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    if "--debug" in argv:
+      raise
+    return _explain_override(argv, str(error).strip().splitlines()[0])
+
+
+def _guarded(main):
+  def run(argv):
+    if len(argv) > 1:
+      _fail(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
+    logging.set_verbosity(logging.WARNING)
+    import tensorflow as tf  # after the flags, so that --help is quick
+
+    from soft_diffusion_tf import training
+
+    try:
+      main()
+    except (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError) as error:
+      if _DEBUG.value:
+        raise
+      _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+      print("interrupted; start again with the same command to go on", file=sys.stderr)
+      sys.exit(130)
+
+  return run
+
+
+def run(main):
+  """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2."""
+  app.run(_guarded(main), flags_parser=_parse)

@@ -1,0 +1,39 @@
+"""Trains a model in a workdir, or goes on where its last checkpoint stands.
+
+soft-diffusion-train --config=configs/digits_blur.py --workdir=runs/digits
+"""
+
+from absl import flags
+
+from soft_diffusion_tf.bin import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; made if need be, continued if it holds this run.",
+  required=True,
+)  # fmt: skip
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
+
+
+def main():
+  from soft_diffusion_tf import training
+  from soft_diffusion_tf.experiment import Experiment
+
+  if _CONFIG.value is None:
+    raise ValueError("give --config=FILE, such as configs/digits_blur.py")
+  experiment = Experiment.from_config(_CONFIG.value)
+  if _DATA_DIR.value:
+    experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
+  run = training.train(experiment, _WORKDIR.value)
+  print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
+  print(
+    f"next: soft-diffusion-sample --workdir={_WORKDIR.value} --out={_WORKDIR.value}/samples.png"
+  )
+
+
+def run():
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,613 @@
+"""Corruptions C: families of linear operators on images, indexed by a level (P Eq. 4, App. G).
+
+Images are float32 [B, H, W, C] in [0, 1]; a level is a number, the same for the batch ([]) or one
+per image ([B]). A new corruption is a frozen dataclass with one method:
+
+    @dataclasses.dataclass(frozen=True)
+    class Fade(Corruption):
+      level_range = (0.0, 1.0)
+
+      def apply(self, x, level):
+        return (1.0 - level) * x
+
+`check_corruption(Fade())` says whether it keeps what the theory asks of it. Everything else
+(adjoint, matrix, singular values) follows from `apply` and is overridden only to be faster.
+"""
+
+import abc
+import dataclasses
+import difflib
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from soft_diffusion_tf import schedules
+
+__all__ = [
+  "BlockAverage",
+  "Compose",
+  "Family",
+  "GaussianBlur",
+  "Identity",
+  "Mask",
+  "Matrix",
+  "Scale",
+]
+
+
+class Svd(NamedTuple):
+  """C = U diag(values) Vᵀ: maps between images [B, H, W, C] and coefficients of the same shape."""
+
+  to_left: Callable  # x → Uᵀx
+  from_left: Callable  # c → U c
+  to_right: Callable  # x → Vᵀx
+  from_right: Callable  # c → V c
+  values: tf.Tensor  # broadcasts against [B, H, W, C]; not negative
+
+
+class Corruption(abc.ABC):
+  """A linear operator for every level, the identity at the first end of `level_range`."""
+
+  level_range = (0.0, math.inf)  # from the identity to the strongest corruption
+
+  @abc.abstractmethod
+  def apply(self, x, level):
+    """C x, with x float32 [B, H, W, C] and level float32 [B or 1, 1, 1, 1]."""
+
+  def __call__(self, x, level):
+    """C x in float32, whatever the dtype policy: [B, H, W, C], [] or [B] → [B, H, W, C]."""
+    return self.apply(*self._prepare(x, level))
+
+  def adjoint(self, y, level):
+    """Cᵀ y. The default transposes `apply` by reverse-mode differentiation."""
+    y, level = self._prepare(y, level)
+    with tf.GradientTape() as tape:
+      x = tf.zeros_like(y)
+      tape.watch(x)
+      c_x = self.apply(x, level)
+    return tape.gradient(c_x, x, output_gradients=y)
+
+  def operator(self, level, image_shape) -> tf.linalg.LinearOperator:
+    """C at one level as a matrix on the H·W pixels of a channel."""
+    h, w = image_shape[:2]
+    basis = tf.reshape(tf.eye(h * w), [h * w, h, w, 1])
+    columns = tf.reshape(self(basis, level), [h * w, h * w])
+    return tf.linalg.LinearOperatorFullMatrix(tf.transpose(columns))
+
+  def svd(self, level, image_shape) -> Svd:
+    """Singular value decomposition at one level; the default is dense, O((H·W)³)."""
+    h, w = image_shape[:2]
+    s, u, v = tf.linalg.svd(self.operator(level, image_shape).to_dense())
+
+    def multiply(matrix, transpose):
+      def function(x):
+        flat = tf.reshape(x, [-1, h * w, tf.shape(x)[-1]])
+        return tf.reshape(tf.matmul(matrix, flat, transpose_a=transpose), tf.shape(x))
+
+      return function
+
+    return Svd(
+      multiply(u, True), multiply(u, False), multiply(v, True), multiply(v, False),
+      tf.reshape(s, [h, w, 1]),
+    )  # fmt: skip
+
+  def get_config(self) -> dict[str, Any]:
+    """Class and fields, ready for JSON; a class from elsewhere is named "module:Class"."""
+    kind = type(self)
+    here = kind.__module__ == __name__
+    config: dict[str, Any] = {
+      "kind": kind.__name__ if here else f"{kind.__module__}:{kind.__qualname__}"
+    }
+    if dataclasses.is_dataclass(self):
+      for field in dataclasses.fields(self):
+        value = getattr(self, field.name)
+        config[field.name] = value.get_config() if hasattr(value, "get_config") else value
+    return config
+
+  @classmethod
+  def from_config(cls, config):
+    """The corruption that `get_config` described."""
+    return cls(**{k: v for k, v in config.items() if k != "kind"})
+
+  def _prepare(self, x, level):
+    x = tf.cast(x, tf.float32)
+    if x.shape.rank != 4:
+      raise ValueError(f"images must be [B, H, W, C], got shape {x.shape}; add the missing axes")
+    level = tf.cast(level, tf.float32)
+    if level.shape.rank not in (0, 1):
+      raise ValueError(f"a level is one number or one per image, got shape {level.shape}")
+    if tf.executing_eagerly():
+      low, high = sorted(self.level_range)
+      worst = level.numpy().ravel()
+      worst = worst[~((worst >= low) & (worst <= high))]
+      if worst.size:
+        raise ValueError(
+          f"level {worst[0]:g} is outside [{low:g}, {high:g}], the range of {type(self).__name__}"
+        )
+    return x, tf.reshape(level, [-1, 1, 1, 1])
+
+
+def _two_sided(a, x, b):
+  """a x bᵀ on the two image axes: [·, H, H], [B, H, W, C], [·, W, W] → [B, H, W, C]."""
+  shape = tf.shape(x)
+  rows = tf.matmul(a, tf.reshape(x, [shape[0], shape[1], shape[2] * shape[3]]))
+  return tf.matmul(b[:, tf.newaxis], tf.reshape(rows, shape))
+
+
+class _Separable(Corruption):
+  """C x = A x Bᵀ with a matrix for the rows and one for the columns."""
+
+  @abc.abstractmethod
+  def matrices(self, level, h, w):
+    """A [B or 1, H, H] and B [B or 1, W, W] for levels [B or 1]."""
+
+  def _both(self, x, level):
+    return self.matrices(tf.reshape(level, [-1]), x.shape[1], x.shape[2])
+
+  def apply(self, x, level):
+    a, b = self._both(x, level)
+    return _two_sided(a, x, b)
+
+  def adjoint(self, y, level):
+    y, level = self._prepare(y, level)
+    a, b = self._both(y, level)
+    return _two_sided(tf.linalg.matrix_transpose(a), y, tf.linalg.matrix_transpose(b))
+
+  def operator(self, level, image_shape):
+    level = tf.reshape(tf.cast(level, tf.float32), [1])
+    a, b = self.matrices(level, *image_shape[:2])
+    full = tf.linalg.LinearOperatorFullMatrix
+    return tf.linalg.LinearOperatorKronecker([full(a[0]), full(b[0])])
+
+  def svd(self, level, image_shape):
+    level = tf.reshape(tf.cast(level, tf.float32), [1])
+    (s_a, u_a, v_a), (s_b, u_b, v_b) = (
+      tf.linalg.svd(m) for m in self.matrices(level, *image_shape[:2])
+    )
+    t = tf.linalg.matrix_transpose
+    return Svd(
+      lambda x: _two_sided(t(u_a), x, t(u_b)),
+      lambda c: _two_sided(u_a, c, u_b),
+      lambda x: _two_sided(t(v_a), x, t(v_b)),
+      lambda c: _two_sided(v_a, c, v_b),
+      (s_a[0, :, None] * s_b[0, None, :])[..., None],
+    )
+
+
+class _Diagonal(Corruption):
+  """C x = g ⊙ x with one gain per pixel."""
+
+  @abc.abstractmethod
+  def gains(self, level, h, w):
+    """g, broadcastable to [B, H, W, 1], for levels [B or 1, 1, 1, 1]."""
+
+  def apply(self, x, level):
+    return self.gains(level, x.shape[1], x.shape[2]) * x
+
+  def adjoint(self, y, level):
+    return self(y, level)
+
+  def _pixel_gains(self, level, image_shape):
+    h, w = image_shape[:2]
+    level = tf.reshape(tf.cast(level, tf.float32), [1, 1, 1, 1])
+    return tf.broadcast_to(self.gains(level, h, w), [1, h, w, 1])[0]
+
+  def operator(self, level, image_shape):
+    return tf.linalg.LinearOperatorDiag(tf.reshape(self._pixel_gains(level, image_shape), [-1]))
+
+  def svd(self, level, image_shape):
+    gains = self._pixel_gains(level, image_shape)
+    return Svd(tf.identity, lambda c: c * tf.where(gains < 0, -1.0, 1.0), tf.identity, tf.identity,
+               tf.abs(gains))  # fmt: skip
+
+
+# --- The corruptions of the paper ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianBlur(_Separable):
+  """Zero-padded Gaussian blur (P App. G); the level is the kernel's standard deviation in pixels.
+
+  P convolves with exp(−(x²+y²)/2s²), truncated to a square of 2·half_size + 1 pixels and divided
+  by its sum. That kernel is the product of two equal 1-D kernels, so with zero padding the blur is
+  exactly T x Tᵀ with T the symmetric Toeplitz matrix of the 1-D kernel: two small matrix products.
+
+  Attributes:
+    half_size: 32 for CIFAR-10, 80 for CelebA-64 (P App. D).
+  """
+
+  half_size: int = 32
+
+  def _toeplitz(self, level, n):
+    # Below a thousandth of a pixel every tap but the middle one is 0 in float32 already.
+    s = tf.maximum(level, 1e-3)[:, tf.newaxis]
+    taps = tf.range(-self.half_size, self.half_size + 1, dtype=tf.float32)
+    total = tf.reduce_sum(tf.exp(-0.5 * (taps / s) ** 2), axis=1)
+    offset = np.abs(np.arange(n)[:, None] - np.arange(n)[None, :])
+    kernel = tf.exp(-0.5 * (tf.constant(offset, tf.float32) / s[..., tf.newaxis]) ** 2)
+    kernel *= tf.constant(offset <= self.half_size, tf.float32)
+    return kernel / total[:, tf.newaxis, tf.newaxis]
+
+  def matrices(self, level, h, w):
+    a = self._toeplitz(level, h)
+    return a, a if w == h else self._toeplitz(level, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask(_Diagonal):
+  """Centred mask (P App. G); the level is the hidden share of the pixels, from 0 to 1.
+
+  Rings of pixels (max-norm distance from the centre, scaled to the image's sides) disappear one
+  after the other, a ring when the level passes the middle of the share that it covers.
+
+  Attributes:
+    hidden: "centre" (a growing hole) or "border" (a shrinking window). P says "centered" and its
+      text speaks of a growing observed window in the reverse process: "border".
+    edge: width of a soft edge as a share of the pixels; 0 is P's binary mask.
+  """
+
+  hidden: str = "border"
+  edge: float = 0.0
+
+  level_range = (0.0, 1.0)
+
+  def __post_init__(self):
+    if self.hidden not in ("centre", "border"):
+      raise ValueError(f"hidden must be 'centre' or 'border', not {self.hidden!r}")
+    if not 0 <= self.edge <= 1:
+      raise ValueError(f"edge is a share of the pixels in [0, 1], not {self.edge}")
+
+  def gains(self, level, h, w):
+    y = np.abs(2 * np.arange(h) + 1 - h)[:, None] * w  # integers, so that ties are exact
+    x = np.abs(2 * np.arange(w) + 1 - w)[None, :] * h
+    radius = np.maximum(y, x).ravel()
+    if self.hidden == "border":
+      radius = -radius
+    inside = (radius[None, :] < radius[:, None]).mean(axis=1)
+    upto = (radius[None, :] <= radius[:, None]).mean(axis=1)
+    order = tf.constant(((inside + upto) / 2).reshape(1, h, w, 1), tf.float32)  # in (0, 1)
+    if self.edge == 0:
+      return tf.cast(order >= level, tf.float32)
+    front = level * (1.0 + self.edge) - self.edge
+    return tf.clip_by_value((order - front) / self.edge, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(_Diagonal):
+  """C = I at every level: the VE process of Song et al. 2021."""
+
+  def gains(self, level, h, w):
+    return tf.ones_like(level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(_Diagonal):
+  """C = level · I: the VP and sub-VP processes; the level is α, from 1 down to 0."""
+
+  level_range = (1.0, 0.0)
+
+  def gains(self, level, h, w):
+    return level
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockAverage(Corruption):
+  """Downsampling: each block of 2^level × 2^level pixels holds its average.
+
+  At whole levels C is the orthogonal projection on block-wise constant images (blocks start at
+  the top left; those cut by the border average what they hold). Levels between blend the two
+  neighbours linearly, so C changes continuously, stays symmetric and positive semi-definite, and
+  all levels commute since the blocks are nested.
+  """
+
+  def _stage(self, stage, n):
+    """Averaging matrices [·, n, n] for whole stages [·]; blocks of 2^stage pixels."""
+    last = max(1, math.ceil(math.log2(n)))
+    block = np.arange(n)[None, :] >> np.arange(last + 1)[:, None]
+    same = (block[:, :, None] == block[:, None, :]).astype(np.float32)
+    average = tf.constant(same / same.sum(axis=2, keepdims=True))
+    return tf.gather(average, tf.minimum(tf.cast(stage, tf.int32), last))
+
+  def apply(self, x, level):
+    h, w = x.shape[1:3]
+    level = tf.reshape(level, [-1])
+    below = tf.floor(level)
+    weight = (level - below)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+    fine = _two_sided(self._stage(below, h), x, self._stage(below, w))
+    coarse = _two_sided(self._stage(below + 1, h), x, self._stage(below + 1, w))
+    return (1.0 - weight) * fine + weight * coarse
+
+  def adjoint(self, y, level):
+    return self(y, level)
+
+
+# --- Corruptions made of others, and a user's own -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Compose(Corruption):
+  """outer ∘ inner: the image goes through `inner` first.
+
+  The level runs from 0 to 1; `inner_level` and `outer_level` are schedules that turn it into the
+  level of each part (a pair of numbers means a straight line).
+  """
+
+  inner: Corruption
+  outer: Corruption
+  inner_level: schedules.Schedule | tuple[float, float] = (0.0, 1.0)
+  outer_level: schedules.Schedule | tuple[float, float] = (0.0, 1.0)
+
+  level_range = (0.0, 1.0)
+
+  def __post_init__(self):
+    for name in ("inner", "outer"):
+      if isinstance(getattr(self, name), dict):
+        object.__setattr__(self, name, from_config(getattr(self, name)))
+    for name in ("inner_level", "outer_level"):
+      value = getattr(self, name)
+      if isinstance(value, dict):
+        value = schedules.from_config(value)
+      elif isinstance(value, tuple | list):
+        value = schedules.Linear(*value)
+      object.__setattr__(self, name, value)
+
+  def apply(self, x, level):
+    return self.outer.apply(self.inner.apply(x, self.inner_level(level)), self.outer_level(level))
+
+  def adjoint(self, y, level):
+    y, level = self._prepare(y, level)
+    flat = tf.reshape(level, [-1])
+    return self.inner.adjoint(self.outer.adjoint(y, self.outer_level(flat)), self.inner_level(flat))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family(Corruption):
+  """A user's family of operators.
+
+  Attributes:
+    family: function of one scalar level that gives a `tf.linalg.LinearOperator` (or a matrix),
+      on H·W (applied to each channel) or on H·W·C (pixels in row-major order, channels last).
+      As a string "module:function" it also travels in configs.
+    low, high: the levels of the identity and of the strongest corruption.
+  """
+
+  family: Callable | str
+  low: float = 0.0
+  high: float = 1.0
+
+  @property
+  def level_range(self):
+    return (self.low, self.high)
+
+  def _operator(self, level):
+    function = _import(self.family) if isinstance(self.family, str) else self.family
+    result = function(level)
+    if isinstance(result, tf.linalg.LinearOperator):
+      return result
+    return tf.linalg.LinearOperatorFullMatrix(tf.cast(result, tf.float32))
+
+  def _each(self, x, level, adjoint):
+    shape = x.shape[1:]
+    pixels = shape[0] * shape[1]
+
+    def one(operator, batch):
+      size = int(operator.domain_dimension)
+      if size not in (pixels, pixels * shape[2]):
+        raise ValueError(
+          f"the operator acts on {size} numbers, but an image of {tuple(shape)} has {pixels} "
+          f"pixels and {pixels * shape[2]} numbers"
+        )
+      flat = tf.reshape(batch, [-1, size, shape[2] if size == pixels else 1])
+      return tf.reshape(operator.matmul(flat, adjoint=adjoint), [-1, *shape])
+
+    level = tf.reshape(level, [-1])
+    if level.shape[0] == 1:
+      return one(self._operator(level[0]), x)
+    level = tf.broadcast_to(level, [tf.shape(x)[0]])
+    return tf.map_fn(
+      lambda pair: one(self._operator(pair[1]), pair[0][tf.newaxis])[0],
+      (x, level),
+      fn_output_signature=tf.TensorSpec(shape, tf.float32),
+    )
+
+  def apply(self, x, level):
+    return self._each(x, level, adjoint=False)
+
+  def adjoint(self, y, level):
+    return self._each(*self._prepare(y, level), adjoint=True)
+
+  def operator(self, level, image_shape):
+    return self._operator(tf.cast(level, tf.float32))
+
+  def get_config(self):
+    if not isinstance(self.family, str):
+      function = self.family
+      name = f"{function.__module__}:{function.__qualname__}"
+      if "<" in name or function.__module__ == "__main__":
+        raise ValueError(
+          f"{name} cannot be imported again, so it cannot travel in a config; "
+          "put the function at the top of a module and name it 'module:function'"
+        )
+      return {"kind": "Family", "family": name, "low": self.low, "high": self.high}
+    return super().get_config()
+
+
+class Matrix(Family):
+  """A user's matrix A as a family: C = (1 − level) I + level A, from the identity to A."""
+
+  def __init__(self, matrix):
+    matrix = np.asarray(matrix, np.float32)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+      raise ValueError(f"the matrix must be square, got shape {matrix.shape}")
+    object.__setattr__(self, "matrix", matrix)
+    super().__init__(self._blend)
+
+  def _blend(self, level):
+    eye = np.eye(len(self.matrix), dtype=np.float32)
+    return (1.0 - level) * eye + level * self.matrix
+
+  def __eq__(self, other):
+    return isinstance(other, Matrix) and np.array_equal(self.matrix, other.matrix)
+
+  __hash__ = None
+
+  def get_config(self):
+    return {"kind": "Matrix", "matrix": self.matrix.tolist()}
+
+
+def _import(name):
+  """The object that "module:attribute" names."""
+  module, _, attribute = name.partition(":")
+  try:
+    value = importlib.import_module(module)
+    for part in attribute.split("."):
+      value = getattr(value, part)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f"cannot import {name!r} ({error}); is its folder on PYTHONPATH, and is it 'module:name'?"
+    ) from None
+  return value
+
+
+def from_config(config) -> Corruption:
+  """The corruption that `get_config` described: one of this module's, or "module:Class"."""
+  name = config.get("kind", "")
+  if ":" in name:
+    kind = _import(name)
+  elif name in __all__:
+    kind = globals()[name]
+  else:
+    near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
+    raise ValueError(f"unknown corruption {name!r}; did you mean {near!r}?")
+  try:
+    return kind.from_config(config)
+  except TypeError as error:
+    raise ValueError(f"{name} does not take these fields: {error}") from None
+
+
+# --- The contract -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What `check_corruption` found: property → what is wrong with it; empty means sound."""
+
+  corruption: str
+  failures: dict[str, str]
+
+  @property
+  def ok(self):
+    return not self.failures
+
+  def __str__(self):
+    if self.ok:
+      return f"{self.corruption}: sound"
+    return "\n".join(f"{self.corruption}: {k}: {v}" for k, v in self.failures.items())
+
+
+def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
+  """Tests what the theory asks of a corruption, on small random images.
+
+  The properties: "linear", "identity" (C = I at the clean end), "matrix" (equals its own matrix,
+  channels alike), "adjoint" (⟨Cx, y⟩ = ⟨x, Cᵀy⟩), "svd", "gradients" (finite in x and level),
+  "broadcast" (one level per image equals one image at a time), "float32" (also from bfloat16),
+  "finite" and "config" (get_config and from_config give the same operator).
+
+  Args:
+    corruption: a `Corruption`.
+    image_shape: (H, W, C), small: matrices of (H·W)² are built.
+    levels: the levels to try; by default five over `level_range`, or up to 8 past its start.
+  """
+  start, stop = corruption.level_range
+  if levels is None:
+    far = stop if math.isfinite(stop) else start + 8.0
+    levels = start + (far - start) * np.array([0.0, 0.05, 0.3, 0.7, 1.0])
+  levels = np.asarray(levels, np.float32)
+  draw = np.random.default_rng(0)
+  n = len(levels)
+  x, y = (draw.standard_normal([n, *image_shape]).astype(np.float32) for _ in range(2))
+  failures: dict[str, str] = {}
+
+  def same(name, got, want, what):
+    # float32 rounding over sums of a few hundred terms, with room for a user's own arithmetic
+    error = float(np.max(np.abs(np.asarray(got) - np.asarray(want))))
+    scale = max(1.0, float(np.max(np.abs(np.asarray(want)))))
+    if not error <= 1e-4 * scale and name not in failures:
+      failures[name] = f"{what} (off by {error:.3g})"
+
+  def attempt(name, check):
+    try:
+      check()
+    except Exception as error:  # the verdict is for the user's code: any fault is its finding
+      failures.setdefault(name, f"raises {type(error).__name__}: {error}")
+
+  def linear():
+    combined = corruption(2.0 * x - 3.0 * y, levels)
+    same("linear", combined, 2.0 * corruption(x, levels) - 3.0 * corruption(y, levels),
+         "C(2x − 3y) is not 2Cx − 3Cy")  # fmt: skip
+
+  def identity():
+    same("identity", corruption(x, start), x, f"C is not I at level {start:g}")
+
+  def finite():
+    if not np.all(np.isfinite(corruption(x, levels))):
+      failures["finite"] = "Cx is not finite"
+
+  def matrix():
+    for k, level in enumerate(levels):
+      operator = corruption.operator(level, image_shape)
+      per_channel = int(operator.domain_dimension) == image_shape[0] * image_shape[1]
+      flat = x[k].reshape(-1, image_shape[2] if per_channel else 1)
+      want = np.reshape(operator.to_dense() @ flat, image_shape)
+      same("matrix", corruption(x[k : k + 1], level)[0], want,
+           f"C at level {level:g} is not its own matrix")  # fmt: skip
+
+  def adjoint():
+    left = np.sum(corruption(x, levels) * y, axis=(1, 2, 3))
+    right = np.sum(x * corruption.adjoint(y, levels), axis=(1, 2, 3))
+    same("adjoint", left, right, "⟨Cx, y⟩ is not ⟨x, Cᵀy⟩")
+
+  def svd():
+    level = levels[n // 2]
+    if (
+      int(corruption.operator(level, image_shape).domain_dimension)
+      == x[0].size
+      != x[0, :, :, 0].size
+    ):
+      return  # an operator that mixes channels has no decomposition of one channel
+    parts = corruption.svd(level, image_shape)
+    same("svd", parts.from_left(parts.values * parts.to_right(x)), corruption(x, level),
+         "U S Vᵀ is not C")  # fmt: skip
+
+  def gradients():
+    tensor, level = tf.constant(x), tf.constant(levels)
+    with tf.GradientTape() as tape:
+      tape.watch([tensor, level])
+      total = tf.reduce_sum(corruption(tensor, level) ** 2)
+    for part in tape.gradient(total, [tensor, level]):
+      if part is not None and not np.all(np.isfinite(part)):
+        failures["gradients"] = "not finite"
+
+  def broadcast():
+    together = corruption(x, levels)
+    alone = tf.concat([corruption(x[k : k + 1], levels[k]) for k in range(n)], 0)
+    same("broadcast", together, alone, "one level per image differs from one image at a time")
+
+  def float32():
+    result = corruption(tf.cast(x, tf.bfloat16), levels)
+    if result.dtype != tf.float32:
+      failures["float32"] = f"gives {result.dtype.name} for bfloat16 images"
+
+  def config():
+    again = from_config(corruption.get_config())
+    same("config", again(x, levels), corruption(x, levels), "from_config(get_config()) differs")
+
+  for check in (
+    linear, identity, finite, matrix, adjoint, svd, gradients, broadcast, float32, config
+  ):  # fmt: skip
+    attempt(check.__name__, check)
+  return Verdict(type(corruption).__name__, failures)

@@ -1,0 +1,288 @@
+"""Images: the built-in digits, any TFDS image set, or a folder; and the pipeline over them.
+
+Every source is decoded once into uint8 [N, H, W, C]; batches are float32 in [0, 1]. Which image
+stands where is a function of (seed, step, position), so a run can go on from any step.
+
+A data set's name is "digits", "folder:PATH" or a TFDS name. "all", "train" and "test" are splits of
+each: of the digits the first 1,500 and the last 297; of a folder every tenth image, in the order of
+the paths, is held out for "test"; TFDS sets have their own, and take its slicing ("train[:10%]").
+"""
+
+import concurrent.futures
+import dataclasses
+import difflib
+import os
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from soft_diffusion_tf import rng
+
+DIGITS_TRAIN = 1500
+SUFFIXES = (".png", ".jpg", ".jpeg")
+CROPS = ("auto", "none", "centre", "celeb_a_140", "celeb_a_128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A data set in memory: images uint8 [N, H, W, C], labels int64 [N], and where it is from."""
+
+  name: str
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self):
+    return len(self.images)
+
+  def floats(self, index=slice(None)):
+    """Images float32 in [0, 1]."""
+    return self.images[index].astype(np.float32) / 255.0
+
+
+def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True):
+  """Decodes a data set.
+
+  Args:
+    name: "digits", "folder:PATH" or a TFDS name.
+    split: see the module's text.
+    image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
+      resized by antialiased bilinear interpolation and rounded to 8 bits; colour becomes grey by
+      the BT.601 weights, grey becomes three equal channels. Nothing is enlarged.
+    crop: "none"; "centre" (the largest centred part of the target's shape); "celeb_a_140" (the
+      centred 140×140 of Song et al. 2021); "celeb_a_128" (128×128 around x = 89, y = 121); "auto"
+      is "celeb_a_140" for `celeb_a` and "centre" otherwise.
+    data_dir: where TFDS keeps its data sets.
+
+  Raises:
+    ValueError: one line that names the data set or file, the cause and the remedy.
+  """
+  if crop not in CROPS:
+    near = difflib.get_close_matches(str(crop), CROPS, 1, cutoff=0)[0]
+    raise ValueError(f"unknown crop {crop!r}; did you mean {near!r}?")
+  if image_shape is not None and len(image_shape) != 3:
+    raise ValueError(f"an image shape is (height, width, channels), got {tuple(image_shape)}")
+  if name == "digits":
+    images, labels = _digits(split)
+    prepared = _prepare_each(images, [f"digit {k}" for k in range(len(images))], image_shape, crop)
+  elif name.startswith("folder:"):
+    prepared, labels = _folder(pathlib.Path(name[len("folder:") :]), split, image_shape, crop)
+  else:
+    crop = "celeb_a_140" if crop == "auto" and name == "celeb_a" else crop
+    prepared, labels = _tfds(name, split, image_shape, crop, data_dir, progress)
+  return Source(name, prepared, labels)
+
+
+def _digits(split):
+  from sklearn.datasets import load_digits  # 8×8, values 0 … 16
+
+  content = load_digits()
+  images = np.rint(content.images * (255 / 16)).astype(np.uint8)[..., None]
+  parts = {
+    "all": slice(None),
+    "train": slice(0, DIGITS_TRAIN),
+    "test": slice(DIGITS_TRAIN, None),
+  }
+  if split not in parts:
+    raise ValueError(f"digits has no split {split!r}; choose one of {', '.join(parts)}")
+  return images[parts[split]], content.target[parts[split]].astype(np.int64)
+
+
+# --- One image ----------------------------------------------------------------------------------
+
+
+def _crop_box(height, width, shape, crop):
+  """(top, left, height, width) of the part to keep."""
+  if crop == "celeb_a_140":
+    return (height - 140) // 2, (width - 140) // 2, 140, 140
+  if crop == "celeb_a_128":
+    return 121 - 64, 89 - 64, 128, 128
+  if crop == "none" or shape is None:
+    return 0, 0, height, width
+  scale = min(height / shape[0], width / shape[1])
+  h, w = round(shape[0] * scale), round(shape[1] * scale)
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def prepare(image, where, shape, crop):
+  """One decoded image uint8 [h, w, c] → uint8 `shape`; `where` names it in errors."""
+  if image.ndim != 3 or image.shape[2] not in (1, 3):
+    raise ValueError(
+      f"{where}: {image.shape[-1] if image.ndim == 3 else '?'} channels; "
+      "only grey and RGB images are taken: remove the alpha channel or convert the file"
+    )
+  top, left, h, w = _crop_box(*image.shape[:2], shape, crop)
+  if top < 0 or left < 0 or top + h > image.shape[0] or left + w > image.shape[1]:
+    raise ValueError(
+      f"{where}: {image.shape[0]}×{image.shape[1]} pixels are too few for the crop {crop!r}"
+    )
+  image = image[top : top + h, left : left + w]
+  if shape is None:
+    return image
+  if h < shape[0] or w < shape[1]:
+    raise ValueError(
+      f"{where}: {h}×{w} pixels after cropping, smaller than the {shape[0]}×{shape[1]} asked for; "
+      "ask for a smaller image_shape or leave the image out"
+    )
+  if (h, w) != tuple(shape[:2]):
+    resized = tf.image.resize(image, shape[:2], method="bilinear", antialias=True).numpy()
+    image = np.rint(np.clip(resized, 0, 255)).astype(np.uint8)
+  if image.shape[2] == shape[2]:
+    return image
+  if shape[2] == 3:
+    return np.repeat(image, 3, axis=2)
+  if shape[2] == 1:
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.rint(grey).astype(np.uint8)[..., None]
+  raise ValueError(f"{where}: cannot give {shape[2]} channels; image_shape ends in 1 or 3")
+
+
+def _prepare_each(images, names, shape, crop):
+  if shape is None or tuple(shape) == images.shape[1:]:
+    return images
+  crop = "centre" if crop == "auto" else crop
+  return np.stack([prepare(image, name, shape, crop) for image, name in zip(images, names)])
+
+
+# --- Folder -------------------------------------------------------------------------------------
+
+
+def list_images(folder):
+  """Image files below a folder, sorted; a ValueError when there are none."""
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise ValueError(f"{folder}: no such folder; give data.name as folder:PATH")
+  files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+  if not files:
+    raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} files in it or below; is the path right?")
+  return files
+
+
+def read_image(path):
+  """One file as uint8 [h, w, 1 or 3]; a ValueError names a file that cannot be used."""
+  from PIL import Image
+
+  try:
+    with Image.open(path) as image:
+      image.load()
+      if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+      if image.mode in ("1", "L", "RGB"):
+        array = np.asarray(image.convert("L") if image.mode == "1" else image)
+        return array.reshape(*array.shape[:2], -1)
+      mode = image.mode
+  except (OSError, SyntaxError, ValueError) as error:
+    raise ValueError(
+      f"{path}: cannot be read as an image ({error}); remove or replace the file"
+    ) from None
+  raise ValueError(
+    f"{path}: mode {mode} is not taken; only 8-bit grey and RGB images are: convert the file"
+  )
+
+
+def _folder(folder, split, shape, crop):
+  files = list_images(folder)
+  held_out = np.arange(len(files)) % 10 == 9
+  keep = {"all": held_out | True, "train": ~held_out, "test": held_out}.get(split)
+  if keep is None:
+    raise ValueError(f"a folder has no split {split!r}; choose one of all, train, test")
+  files = [f for f, kept in zip(files, keep) if kept]
+  if not files:
+    raise ValueError(f"{folder}: the split {split!r} is empty; it takes at least 10 images")
+  crop = "centre" if crop == "auto" else crop
+
+  def one(path):
+    return prepare(read_image(path), path, shape, crop)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    images = list(tqdm.tqdm(pool.map(one, files), "reading images", len(files), disable=None))
+  shapes = {image.shape for image in images}
+  if len(shapes) > 1:
+    odd = next(f for f, image in zip(files, images) if image.shape != images[0].shape)
+    raise ValueError(
+      f"{odd}: its shape differs from {files[0].name}'s; set data.image_shape to bring all to one"
+    )
+  names = [str(f.parent.relative_to(folder)) for f in files]
+  return np.stack(images), np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+# --- TFDS ---------------------------------------------------------------------------------------
+
+
+def _tfds(name, split, shape, crop, data_dir, progress):
+  import tensorflow_datasets as tfds
+
+  remedy = "give its folder by --config.data.data_dir=DIR, or check the name and the network"
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not builder.is_prepared():
+      builder.download_and_prepare()
+    read = tfds.ReadConfig(interleave_cycle_length=1)  # one file after the other: a fixed order
+    split = "+".join(builder.info.splits) if split == "all" else split
+    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=read)
+    total = builder.info.splits[split].num_examples
+  except Exception as error:  # TFDS raises of its own, of requests' and of TensorFlow's kinds
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise ValueError(f"TFDS data set {name!r}, split {split!r}: {text}; {remedy}") from None
+  if "image" not in builder.info.features:
+    raise ValueError(f"TFDS data set {name!r} has no 'image'; it has {list(builder.info.features)}")
+  crop = "centre" if crop == "auto" else crop
+  labelled = "label" in builder.info.features
+  images, labels = [], []
+  records = tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
+  for k, record in enumerate(
+    tqdm.tqdm(records, f"reading {name}", total, disable=None if progress else True)
+  ):
+    image = record["image"]
+    if (shape is not None and tuple(shape) != image.shape) or crop.startswith("celeb_a"):
+      image = prepare(image, f"{name} example {k}", shape, crop)
+    images.append(image)
+    labels.append(record["label"] if labelled else 0)
+  try:
+    return np.stack(images), np.array(labels, np.int64)
+  except ValueError:
+    raise ValueError(f"{name}: images of several sizes; set data.image_shape") from None
+
+
+# --- The pipeline -------------------------------------------------------------------------------
+
+
+def order(position, count, seed):
+  """Which image stands at each position of the endless stream: int64 [n] → int64 [n].
+
+  Position p belongs to epoch p // count; every epoch is a permutation of its own, computed at the
+  place that is asked for, so that any position can be had without the ones before it.
+  """
+  epoch, place = position // count, position % count
+  key = tf.stack(
+    [tf.fill(tf.shape(epoch), tf.cast(seed, tf.int64)), epoch, tf.zeros_like(epoch)], 1
+  )
+  last = tf.fill(tf.shape(place), tf.cast(count - 1, tf.int64))
+  return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=4)
+
+
+def batches(source, batch_size, *, seed=0, start=0, flip=False):
+  """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
+
+  Batch k of the pipeline is batch start + k of the run: a function of (seed, start + k) alone.
+
+  Args:
+    flip: mirror left-right with probability ½.
+  """
+  if len(source) < 1 or batch_size < 1:
+    raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
+  images = tf.constant(source.images)
+
+  def make(step):
+    first = step * batch_size
+    position = first + tf.range(batch_size, dtype=tf.int64)
+    batch = tf.gather(images, order(position, len(source), seed))
+    batch = tf.cast(batch, tf.float32) / 255.0
+    if flip:
+      draw = rng.uniform(tf.stack([tf.cast(seed, tf.int64), 1]), first, batch_size, (1, 1, 1))
+      batch = tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+    return tf.ensure_shape(batch, [batch_size, *source.images.shape[1:]])
+
+  steps = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
+  return steps.map(make, tf.data.AUTOTUNE, deterministic=True).prefetch(4)

@@ -1,0 +1,126 @@
+"""The forward process x_t = C_t x_0 + σ_t η (P Eq. 4) and what follows from it.
+
+This is the only place where a time t becomes a level, a σ, and something that broadcasts against
+images. Times are scalars or [B], images float32 [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from soft_diffusion_tf import rng
+from soft_diffusion_tf.corruptions import Corruption
+from soft_diffusion_tf.priors import Prior
+from soft_diffusion_tf.schedules import Schedule
+
+Denoiser = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (x_t, t [B]) → x̂_0, an E[x_0 | x_t]
+
+_CHECKED_TIMES = np.linspace(0, 1, 257, dtype=np.float32)
+_PRIOR_NOISE = -2  # salt of the noise on the prior; the sampler's steps are salted 0, 1, 2, …
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+  """A corruption, its level over time, the noise over time, and the prior at t = 1.
+
+  Attributes:
+    image_shape: (H, W, C).
+    corruption: C, by level.
+    level: t → level.
+    sigma_schedule: t → σ_t, not falling; finite and not negative.
+    prior: the noise-free part of p_1; None until fitted.
+
+  Raises:
+    ValueError: a level out of the corruption's range, C_0 ≠ I, or σ that falls or is not finite.
+  """
+
+  image_shape: tuple[int, int, int]
+  corruption: Corruption
+  level: Schedule
+  sigma_schedule: Schedule
+  prior: Prior | None = None
+
+  def __post_init__(self) -> None:
+    kind = type(self.corruption).__name__
+    levels = self.level(_CHECKED_TIMES).numpy()
+    low, high = sorted(self.corruption.level_range)
+    outside = ~((levels >= low) & (levels <= high))
+    if outside.any():
+      k = int(np.argmax(outside))
+      raise ValueError(
+        f"the schedule gives level {levels[k]:g} at t = {_CHECKED_TIMES[k]:g}, outside "
+        f"[{low:g}, {high:g}], the range of {kind}; correct the schedule"
+      )
+    sigmas = self.sigma(_CHECKED_TIMES).numpy()
+    if not (np.all(np.isfinite(sigmas)) and np.all(sigmas >= 0)):
+      raise ValueError(
+        f"σ must be finite and not negative, got {sigmas.min():g} … {sigmas.max():g}"
+      )
+    steps = np.diff(sigmas)
+    if np.any(steps < -1e-6 * sigmas.max()):
+      k = int(np.argmin(steps))
+      raise ValueError(
+        f"σ falls from {sigmas[k]:g} to {sigmas[k + 1]:g} at t = {_CHECKED_TIMES[k]:g}; "
+        "P Eq. 4 needs noise that never falls with t: swap the ends of the noise schedule"
+      )
+    probe = np.random.default_rng(0).random([1, *self.image_shape], np.float32)
+    gap = float(np.max(np.abs(self.corruption(probe, levels[0]).numpy() - probe)))
+    if gap > 1e-3:
+      raise ValueError(
+        f"C_0 is not the identity: {kind} at level {levels[0]:g} changes an image by {gap:.2g}; "
+        f"start the schedule at {self.corruption.level_range[0]:g}"
+      )
+
+  def sigma(self, t: Any) -> tf.Tensor:
+    """σ_t, float32 of t's shape."""
+    return self.sigma_schedule(t)
+
+  def _images(self, values: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(values, [-1, 1, 1, 1])
+
+  def _check_time(self, t: Any) -> tf.Tensor:
+    t = tf.cast(t, tf.float32)
+    if tf.executing_eagerly():
+      outside = ~((t.numpy() >= 0) & (t.numpy() <= 1))
+      if outside.any():
+        raise ValueError(f"t = {t.numpy()[outside].ravel()[0]:g} is outside [0, 1]")
+    return t
+
+  def corrupt(self, x_0: Any, t: Any) -> tf.Tensor:
+    """C_t x_0, without noise."""
+    return self.corruption(x_0, self.level(self._check_time(t)))
+
+  def adjoint(self, y: Any, t: Any) -> tf.Tensor:
+    """C_tᵀ y."""
+    return self.corruption.adjoint(y, self.level(self._check_time(t)))
+
+  def forward(self, x_0: Any, t: Any, eta: Any) -> tf.Tensor:
+    """x_t = C_t x_0 + σ_t η (P Eq. 4)."""
+    return self.corrupt(x_0, t) + self._images(self.sigma(t)) * tf.cast(eta, tf.float32)
+
+  def score(self, x_t: Any, t: Any, x0_hat: Any) -> tf.Tensor:
+    """∇ log q_t(x_t) = (C_t E[x_0|x_t] − x_t) / σ_t² (Tweedie, P Eq. 16); 0 where σ_t = 0."""
+    gap = self.corrupt(x0_hat, t) - tf.cast(x_t, tf.float32)
+    return tf.math.divide_no_nan(gap, self._images(self.sigma(t)) ** 2)
+
+  def corrupted_mean(self, x_t: Any, t: Any, score: Any) -> tf.Tensor:
+    """C_t E[x_0|x_t] = x_t + σ_t² ∇ log q_t(x_t) (P Eq. 16, the other way)."""
+    variance = self._images(self.sigma(t)) ** 2
+    return tf.cast(x_t, tf.float32) + variance * tf.cast(score, tf.float32)
+
+  def draw_prior(self, seeds: Any) -> tf.Tensor:
+    """x_1 ~ p_1 for image seeds [B]: the prior's image plus σ_1 η; image i is seeds[i]'s alone."""
+    if self.prior is None:
+      raise ValueError("this diffusion has no prior yet; fit one with priors.fit")
+    seeds = rng.image_seeds(seeds)
+    eta = rng.normal_per_image(seeds, _PRIOR_NOISE, self.image_shape)
+    return self.prior.draw(seeds) + self.sigma(1.0) * eta
+
+  def with_prior(self, prior: Prior) -> Diffusion:
+    """The same process starting its samples from `prior`."""
+    return dataclasses.replace(self, prior=prior)

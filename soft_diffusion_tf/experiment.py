@@ -1,0 +1,325 @@
+"""An experiment: everything a run is made of, typed and frozen, and its passage through configs.
+
+A config file's `get_config` returns `Experiment(...).to_config()`; flags override its fields;
+`from_config` makes the experiment again and checks it; `save` and `load` carry it in a workdir.
+The defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules
+from soft_diffusion_tf.networks.ncsnpp import NCSNpp
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """See `data.load`; `flip` mirrors training images at random."""
+
+  name: str = "cifar10"
+  train_split: str = "train"
+  test_split: str = "test"
+  image_shape: tuple[int, int, int] = (32, 32, 3)
+  crop: str = "auto"
+  flip: bool = True
+  data_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorOptions:
+  """See `priors.fit`."""
+
+  kind: str = "blurred_colour"
+  rank: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """NCSN++ options (see `networks.ncsnpp.NCSNpp`); the image shape comes from the data.
+
+  `cond_min` and `cond_max` are the ends of the conditioning value, log-linear in t: what the VE
+  network of the same data set sees as σ.
+  """
+
+  nf: int = 128
+  ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+  num_res_blocks: int = 4
+  attn_resolutions: tuple[int, ...] = (16,)
+  dropout: float = 0.1
+  fir: bool = True
+  skip_rescale: bool = True
+  resblock_type: str = "biggan"
+  progressive: str = "none"
+  progressive_input: str = "residual"
+  progressive_combine: str = "sum"
+  embedding_type: str = "fourier"
+  fourier_scale: float = 16.0
+  resamp_with_conv: bool = True
+  conditional: bool = True
+  init_scale: float = 0.0
+  centered: bool = False
+  remat: bool = False
+  cond_min: float = 0.01
+  cond_max: float = 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """Optimisation (P App. D), and what is written how often (in steps; 0 means never).
+
+  `t_min` is the smallest t drawn; `low_variance_t` draws one stratified sample of t per batch
+  instead of independent ones; `steps_per_loop` steps run in one call of the compiled loop; the
+  `keep` newest checkpoints stay, and one every `keep_every` steps.
+  """
+
+  batch_size: int = 128
+  steps: int = 1_000_000
+  learning_rate: float = 2e-4
+  warmup_steps: int = 5000
+  beta_1: float = 0.9
+  beta_2: float = 0.999
+  epsilon: float = 1e-8
+  clip_norm: float = 1.0
+  ema_decay: float = 0.999
+  weight: str = "inverse_variance"
+  filtered: bool = True
+  t_min: float = 1e-5
+  low_variance_t: bool = False
+  steps_per_loop: int = 10
+  log_every: int = 100
+  checkpoint_every: int = 2000
+  keep: int = 3
+  keep_every: int = 10_000
+  sample_every: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """See `samplers.table` and `samplers.time_grid`; `clip` bounds x̂_0 to [0, 1] in every step."""
+
+  sampler: str = "momentum"
+  steps: int = 280
+  grid: str = "uniform"
+  k: float = 0.0
+  denoise: bool = True
+  clip: bool = False
+  batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Feature network (see `evaluation.feature_network`) and the number of images on each side."""
+
+  feature_net: str = "pixels"
+  samples: int = 50_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A run. `level` and `sigma` are the schedules of the corruption's level and of the noise."""
+
+  corruption: corruptions.Corruption = corruptions.GaussianBlur()  # noqa: RUF009
+  level: schedules.Schedule = schedules.Constant(0.0)  # noqa: RUF009
+  sigma: schedules.Schedule = schedules.Staged(schedules.Geometric(0.01, 0.1), 0.0, 0.2)  # noqa: RUF009
+  name: str = "unnamed"
+  seed: int = 0
+  data: Data = Data()
+  prior: PriorOptions = PriorOptions()
+  network: Network = Network()
+  training: Training = Training()
+  sampling: Sampling = Sampling()
+  evaluation: Evaluation = Evaluation()
+
+  def __post_init__(self) -> None:
+    t, s = self.training, self.sampling
+    positive = {
+      "training.batch_size": t.batch_size, "training.steps": t.steps,
+      "training.learning_rate": t.learning_rate, "sampling.steps": s.steps,
+      "sampling.batch_size": s.batch_size, "evaluation.samples": self.evaluation.samples,
+      "training.clip_norm": t.clip_norm, "training.keep": t.keep,
+    }  # fmt: skip
+    for field, value in positive.items():
+      if value <= 0:
+        raise ValueError(f"{field} must be positive, got {value}")
+    if not 0 <= t.ema_decay < 1:
+      raise ValueError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}")
+    if not 0 <= t.t_min < 1:
+      raise ValueError(f"training.t_min must be in [0, 1), got {t.t_min}")
+    _choice("training.weight", t.weight, losses.WEIGHTS)
+    _choice("prior.kind", self.prior.kind, priors.KINDS)
+    _choice("sampling.sampler", s.sampler, samplers.SAMPLERS)
+    _choice("sampling.grid", s.grid, samplers.GRIDS)
+
+  # --- Parts --------------------------------------------------------------------------------------
+
+  def build_diffusion(self) -> diffusion.Diffusion:
+    """The forward process, without a prior."""
+    return diffusion.Diffusion(self.data.image_shape, self.corruption, self.level, self.sigma)
+
+  def build_network(self) -> NCSNpp:
+    """A fresh network; its weights are a function of `seed` alone."""
+    options = dataclasses.asdict(self.network)
+    del options["cond_min"], options["cond_max"]
+    return NCSNpp(image_shape=tuple(self.data.image_shape), seed=self.seed, **options)
+
+  # --- Configs ------------------------------------------------------------------------------------
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested plain values, ready for JSON."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if hasattr(value, "get_config"):
+        value = value.get_config()
+      elif dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)  # type: ignore[arg-type]
+      result[field.name] = value
+    return result
+
+  def to_config(self) -> ml_collections.ConfigDict:
+    """For a config file's `get_config`: fields keep their types under flag overrides."""
+    return ml_collections.ConfigDict(self.to_dict(), convert_dict=True)
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> Experiment:
+    """The experiment of a config (or of `to_dict`'s values).
+
+    Raises:
+      ValueError: names an unknown field with the nearest valid one, or a value of the wrong type.
+    """
+    content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    parts: dict[str, Any] = {}
+    for name, value in content.items():
+      _known("", name, fields)
+      if name == "corruption":
+        value = corruptions.from_config(value)
+      elif name in ("level", "sigma"):
+        value = schedules.from_config(value)
+      elif dataclasses.is_dataclass(hints[name]):
+        value = _typed(hints[name], value, name + ".")
+      parts[name] = value
+    return cls(**parts)
+
+  def replace(self, **changes: Any) -> Experiment:
+    """A copy with other parts; a dictionary changes only the named fields of a group:
+    `replace(name="x", training={"steps": 10})`.
+    """
+    for name, value in changes.items():
+      if isinstance(value, dict):
+        group = getattr(self, name)
+        for field in value:
+          _known(name + ".", field, {f.name for f in dataclasses.fields(group)})
+        changes[name] = dataclasses.replace(group, **value)
+    return dataclasses.replace(self, **changes)
+
+  def save(self, workdir: str | pathlib.Path) -> None:
+    """Writes config.json into a workdir."""
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+  @classmethod
+  def load(cls, workdir: str | pathlib.Path) -> Experiment:
+    """The experiment of a workdir; a ValueError when there is none."""
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.is_file():
+      raise ValueError(f"{workdir}: no {CONFIG_FILE} in it; is it the workdir of a training run?")
+    try:
+      return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+      raise ValueError(
+        f"{path}: not JSON ({error}); restore it or train in a new workdir"
+      ) from None
+
+  def digest(self) -> str:
+    """Twelve hexadecimal digits that name this experiment."""
+    text = json.dumps(self.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  def differences(self, other: Experiment) -> list[str]:
+    """Dotted names of the fields in which two experiments differ."""
+    one, two = _flatten(self.to_dict()), _flatten(other.to_dict())
+    return sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
+
+
+def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption,
+                    start: float, stop: float) -> schedules.Schedule:  # fmt: skip
+  """The level schedule of a file, which must be of the same corruption and run from start to stop.
+
+  Without the file the levels are `schedules.Unfound`: enough to find them, an error to train with.
+  """
+  if not pathlib.Path(path).exists():
+    return schedules.Unfound(start, stop, str(path))
+  content = schedules.load_levels(path)
+  remedy = "find a schedule for this one with tools/find_schedule.py"
+  found = _plain(content["corruption"])
+  want = _plain(corruption.get_config())
+  if found != want:
+    raise ValueError(f"{path} is for {found}, but the experiment corrupts by {want}; {remedy}")
+  levels = content["levels"]
+  if abs(levels[0] - start) > 1e-6 or abs(levels[-1] - stop) > 1e-6:
+    raise ValueError(
+      f"{path} runs from {levels[0]:g} to {levels[-1]:g}, not from {start:g} to {stop:g}; {remedy}"
+    )
+  return schedules.piecewise(levels, content.get("times"))
+
+
+def _plain(value: Any) -> Any:
+  return json.loads(json.dumps(value))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = _plain(value)
+  return flat
+
+
+def _known(prefix: str, name: str, fields: set[str]) -> None:
+  if name not in fields:
+    near = difflib.get_close_matches(name, sorted(fields), 1, cutoff=0)[0]
+    raise ValueError(f"the config has no field {prefix}{name!s}; did you mean {prefix}{near}?")
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), choices, 1, cutoff=0)[0]
+    raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
+
+
+def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+  """A dataclass from a mapping, every field checked against the default's type."""
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{prefix[:-1]} must be a group of fields, got {values!r}")
+  defaults = kind()
+  checked: dict[str, Any] = {}
+  for name, value in values.items():
+    _known(prefix, name, {f.name for f in dataclasses.fields(kind)})
+    default = getattr(defaults, name)
+    want = type(default)
+    if isinstance(value, list):
+      value = tuple(value)
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if not isinstance(value, want) or (want is int and isinstance(value, bool)):
+      raise ValueError(f"{prefix}{name} must be {want.__name__} like {default!r}, got {value!r}")
+    checked[name] = value
+  return kind(**checked)

@@ -1,0 +1,159 @@
+"""The Keras model: a network that predicts the residual, and the training step of P Eq. 12."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from soft_diffusion_tf import losses, rng
+
+_TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
+
+
+class PreReducedAdam(keras.optimizers.Adam):
+  """Adam whose gradients are already summed over the replicas.
+
+  Keras sums gradients inside `apply`, after any clipping; a clip by global norm must come after
+  the sum, so the step sums and clips itself and this optimizer must not sum again. The method is
+  private to Keras: its version is pinned and a test holds the behaviour.
+  """
+
+  def _all_reduce_sum_gradients(self, grads_and_vars):
+    return grads_and_vars
+
+
+@keras.saving.register_keras_serializable(package="soft_diffusion_tf")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+  """rate · min(step / steps, 1): the first update has rate 0, as in Song et al. 2021."""
+
+  def __init__(self, rate, steps):
+    self.rate, self.steps = rate, steps
+
+  def __call__(self, step):
+    share = tf.cast(step, tf.float32) / max(self.steps, 1)
+    return self.rate * (tf.minimum(share, 1.0) if self.steps else 1.0)
+
+  def get_config(self):
+    return {"rate": self.rate, "steps": self.steps}
+
+
+class SoftDiffusionModel(keras.Model):
+  """Soft Score Matching around a network φ: x̂_0 = φ(x_t, cond(t)) + x_t (P Eq. 10).
+
+  `update` is one training step, for any strategy; `train_step` is its face to `fit`. The averaged
+  weights live in a second network, so exactly what is sampled from can be saved and called.
+
+  Args:
+    network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
+    diffusion: the forward process.
+    cond_range: the conditioning value at t = 0 and t = 1, log-linear between: what the VE network
+      of Song et al. sees as σ.
+    training: `experiment.Training`-like options of the loss and of the update.
+    seed: of t, noise and dropout; everything drawn in step k is a function of (seed, k, position
+      in the global batch).
+  """
+
+  # Keras would trace a call with one argument when this model is inside a SavedModel.
+  _default_save_signature = None
+
+  def __init__(self, network, diffusion, *, training, cond_range=(0.01, 50.0), seed=0):
+    super().__init__(name="soft_diffusion")
+    self.network = network
+    self.ema_network = type(network).from_config(network.get_config())
+    self.ema_network.set_weights(network.get_weights())
+    self._averaged = [
+      (average, value)
+      for average, value in zip(self.ema_network.variables, network.variables)
+      if value.trainable  # frozen ones stay as they are, to the bit
+    ]
+    self.ema_network.trainable = False
+    self.diffusion = diffusion
+    self.options = training
+    self.cond_range = cond_range
+    self.seed = seed
+
+  def build(self, input_shape=None):
+    self.built = True
+
+  def cond(self, t):
+    """The network's conditioning value at times t."""
+    low, high = (math.log(v) for v in self.cond_range)
+    return tf.exp(low + (high - low) * tf.cast(t, tf.float32))
+
+  def call(self, x_t, t, training=False, seed=None, first=0):
+    """x̂_0 for x_t [B, H, W, C] at times t [B], float32, by the weights under training."""
+    return self._predict(self.network, x_t, t, training=training, seed=seed, first=first)
+
+  def _predict(self, network, x_t, t, **options):
+    x_t = tf.cast(x_t, tf.float32)
+    return x_t + tf.cast(network(x_t, self.cond(t), **options), tf.float32)
+
+  def denoiser(self, ema=True):
+    """E[x_0|x_t] as a function (x_t, t [B]) → x̂_0, by the averaged weights unless ema is False."""
+    network = self.ema_network if ema else self.network
+
+    def denoise(x_t, t):
+      return self._predict(network, x_t, t)
+
+    return denoise
+
+  def make_optimizer(self):
+    """Adam as the paper has it (App. D), its rate warmed up linearly."""
+    o = self.options
+    rate = WarmUp(o.learning_rate, o.warmup_steps)
+    return PreReducedAdam(rate, beta_1=o.beta_1, beta_2=o.beta_2, epsilon=o.epsilon)
+
+  def _draw_times(self, seed, first, rows, batch):
+    t_min = self.options.t_min
+    if self.options.low_variance_t:
+      shift = rng.uniform(seed, 0, 1)
+      position = tf.cast(first + tf.range(rows), tf.float32)
+      u = tf.math.floormod((position + shift) / tf.cast(batch, tf.float32), 1.0)
+    else:
+      u = rng.uniform(seed, first, rows)
+    return t_min + (1.0 - t_min) * u
+
+  def update(self, x_0):
+    """One optimisation step on this replica's part of the global batch.
+
+    Args:
+      x_0: float32 [B, H, W, C] in [0, 1]; replica r holds rows r·B … (r+1)·B − 1.
+
+    Returns:
+      A dictionary: "loss" (this replica's share: the sum over replicas is the batch's mean),
+      "losses" and "t" [B], "gradient_norm" (global, before the clip).
+    """
+    context = tf.distribute.get_replica_context()
+    rows = tf.shape(x_0)[0]
+    batch = rows * context.num_replicas_in_sync
+    first = tf.cast(context.replica_id_in_sync_group, tf.int32) * rows
+    step = tf.cast(self.optimizer.iterations, tf.int64)
+    seed = tf.stack([tf.constant(self.seed, tf.int64), step])
+    t = self._draw_times(rng.fold_in(seed, _TIME), first, rows, batch)
+    eta = rng.normal(rng.fold_in(seed, _NOISE), first, rows, self.diffusion.image_shape)
+    dropout = rng.fold_in(seed, _DROPOUT)
+
+    def denoiser(x_t, t):
+      return self(x_t, t, training=True, seed=dropout, first=first)
+
+    variables = self.network.trainable_variables
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch([v.value for v in variables])
+      each = losses.soft_score_matching(
+        self.diffusion, denoiser, x_0, t, eta,
+        weight=self.options.weight, filtered=self.options.filtered,
+      )  # fmt: skip
+      loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
+    gradients = tape.gradient(loss, [v.value for v in variables])
+    gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    gradients, norm = tf.clip_by_global_norm(gradients, self.options.clip_norm)
+    self.optimizer.apply(gradients, variables)
+    decay = self.options.ema_decay
+    for average, value in self._averaged:
+      average.assign(decay * average + (1.0 - decay) * value)
+    return {"loss": loss, "losses": each, "t": t, "gradient_norm": norm}
+
+  def train_step(self, data):
+    x_0 = data[0] if isinstance(data, tuple) else data
+    result = self.update(x_0)
+    return {"loss": result["loss"], "gradient_norm": result["gradient_norm"]}

@@ -1,0 +1,117 @@
+"""Pictures: image grids as PNG, and the plots of a run. Deterministic; no display needed."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+_METADATA = {"Software": None}  # keeps Matplotlib's version out of the file
+
+
+def to_uint8(images):
+  """Float images in [0, 1] (others are clipped) → uint8, rounded to nearest."""
+  return np.rint(np.clip(np.asarray(images, np.float64), 0, 1) * 255).astype(np.uint8)
+
+
+def grid(images, columns=None, padding=1, zoom=1):
+  """Images [N, H, W, C] → one uint8 picture [·, ·, 3], white lines between."""
+  images = to_uint8(images)
+  n, h, w, c = images.shape
+  columns = columns or int(np.ceil(np.sqrt(n)))
+  rows = -(-n // columns)
+  sheet = np.full(
+    [rows * (h + padding) + padding, columns * (w + padding) + padding, 3], 255, np.uint8
+  )
+  for k, image in enumerate(images):
+    top = padding + (k // columns) * (h + padding)
+    left = padding + (k % columns) * (w + padding)
+    sheet[top : top + h, left : left + w] = image if c == 3 else image[..., :1]
+  return sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def save_png(path, picture):
+  """Writes a uint8 picture [H, W, 3] or [H, W, 1]."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+
+
+def zoom_for(images, target=64):
+  """How many times to enlarge images [N, H, W, C] so that each is about `target` pixels high."""
+  return max(1, round(target / images.shape[1]))
+
+
+def _show(axis, picture, title):
+  axis.imshow(picture, interpolation="nearest")
+  axis.set_title(title, fontsize=11)
+  axis.axis("off")
+
+
+def _save(figure, path):
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110, bbox_inches="tight", metadata=_METADATA)
+  plt.close(figure)
+
+
+def side_by_side(path, pairs, columns=10):
+  """Grids beside each other: pairs of (title, images [N, H, W, C])."""
+  figure, axes = plt.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 5.6))
+  for axis, (title, images) in zip(np.atleast_1d(axes), pairs):
+    _show(axis, grid(images, columns, zoom=zoom_for(images)), title)
+  _save(figure, path)
+
+
+def schedule(path, diffusion, level_name="level", curves=None):
+  """Level and σ against t (P Figure 8); `curves` is more {name: level schedule} to compare."""
+  t = np.linspace(0, 1, 401, dtype=np.float32)
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+  for name, level in {"this run": diffusion.level, **(curves or {})}.items():
+    left.plot(t, level(t).numpy(), label=name)
+  left.set(xlabel="t", ylabel=level_name, title="corruption level")
+  if curves:
+    left.legend()
+  right.plot(t, diffusion.sigma(t).numpy(), color="tab:red")
+  right.set(xlabel="t", ylabel="σ", title="noise", yscale="log")
+  for axis in (left, right):
+    axis.grid(alpha=0.3)
+  _save(figure, path)
+
+
+def process(path, times, states, predictions=None):
+  """The reverse process, a row per time: x_t on the left, x̂_0 of the same images on the right.
+
+  Args:
+    times: [N]; states: [N, B, H, W, C]; predictions: [N − 1, B, H, W, C] made on the way to
+      times[1:], or None.
+  """
+  count = states.shape[1]
+  groups = (
+    [("x_t", states)]
+    if predictions is None
+    else [("x_t", states), ("x̂_0 on the way there", predictions)]
+  )
+  figure, axes = plt.subplots(
+    1, len(groups), figsize=(0.62 * count * len(groups) + 1, 0.62 * len(times) + 0.6), squeeze=False
+  )
+  for axis, (title, frames) in zip(axes[0], groups):
+    frames = np.asarray(frames)
+    labels = times if len(frames) == len(times) else times[1:]
+    zoom = zoom_for(frames[0])
+    _show(axis, grid(frames.reshape(-1, *frames.shape[2:]), count, zoom=zoom), title)
+    axis.axis("on")
+    pitch = (frames.shape[2] + 1) * zoom
+    axis.set_yticks(
+      [(k + 0.5) * pitch for k in range(len(labels))], [f"t = {t:.2f}" for t in labels]
+    )
+    axis.set_xticks([])
+    for side in axis.spines.values():
+      side.set_visible(False)
+    axis.tick_params(length=0)
+  figure.tight_layout()
+  _save(figure, path)

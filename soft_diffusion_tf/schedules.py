@@ -1,0 +1,282 @@
+"""Schedules: functions of time t in [0, 1] that give a corruption level or a noise σ.
+
+Each is a frozen dataclass, callable on a tensor of any shape and returning float32 of that shape.
+`get_config` and `from_config` carry one through JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = [
+  "Constant",
+  "Geometric",
+  "Linear",
+  "PiecewiseLinear",
+  "Staged",
+  "SubVPSigma",
+  "Unfound",
+  "VPScale",
+  "VPSigma",
+]
+
+
+class Schedule:
+  """t → number. Subclasses implement `value` on float32 tensors."""
+
+  def __call__(self, t: Any) -> tf.Tensor:
+    return self.value(tf.cast(t, tf.float32))
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    raise NotImplementedError
+
+  def get_config(self) -> dict[str, Any]:
+    """The class's name under "kind" and its fields, ready for JSON."""
+    fields: dict[str, Any] = {"kind": type(self).__name__}
+    for field in dataclasses.fields(self):  # type: ignore[arg-type]
+      value = getattr(self, field.name)
+      fields[field.name] = value.get_config() if isinstance(value, Schedule) else value
+    return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Schedule):
+  """The same number at every t."""
+
+  number: float
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return tf.fill(tf.shape(t), tf.constant(self.number, tf.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Schedule):
+  """start at t = 0, stop at t = 1, a straight line between."""
+
+  start: float
+  stop: float
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return self.start * (1.0 - t) + self.stop * t
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric(Schedule):
+  """start^(1−t) · stop^t: the VE schedule of Song et al. 2021, and P's for the noise."""
+
+  start: float
+  stop: float
+
+  def __post_init__(self) -> None:
+    if not (self.start > 0 and self.stop > 0):
+      raise ValueError(
+        f"a geometric schedule needs two positive ends, got {self.start} and {self.stop}; "
+        "use Linear to start at 0"
+      )
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    log_start, log_stop = np.log(self.start), np.log(self.stop)
+    return tf.exp(log_start + (log_stop - log_start) * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class PiecewiseLinear(Schedule):
+  """Linear interpolation through `values` at `times` (evenly spaced when none are given).
+
+  P App. C extends the levels found by the shortest path to continuous time this way.
+  """
+
+  values: tuple[float, ...]
+  times: tuple[float, ...] | None = None
+
+  def __post_init__(self) -> None:
+    values = tuple(float(v) for v in self.values)
+    times = self.times
+    times = tuple(np.linspace(0, 1, len(values)).tolist()) if times is None else tuple(times)
+    if len(values) < 2 or len(times) != len(values):
+      raise ValueError(
+        f"a piecewise linear schedule needs at least 2 values and as many times, "
+        f"got {len(values)} and {len(times)}"
+      )
+    if times[0] != 0 or times[-1] != 1 or np.any(np.diff(times) <= 0):
+      raise ValueError(
+        f"times must rise strictly from 0 to 1, got {times[0]} … {times[-1]}; sort them"
+      )
+    object.__setattr__(self, "values", values)
+    object.__setattr__(self, "times", times)
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    times = tf.constant(self.times, tf.float32)
+    values = tf.constant(self.values, tf.float32)
+    flat = tf.reshape(t, [-1])
+    left = tf.searchsorted(times, flat, side="right") - 1
+    left = tf.clip_by_value(left, 0, len(self.values) - 2)
+    t_0, t_1 = tf.gather(times, left), tf.gather(times, left + 1)
+    w = tf.clip_by_value((flat - t_0) / (t_1 - t_0), 0.0, 1.0)
+    result = (1.0 - w) * tf.gather(values, left) + w * tf.gather(values, left + 1)
+    return tf.reshape(result, tf.shape(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged(Schedule):
+  """`inner` run over [begin, end] instead of [0, 1], held at its ends outside.
+
+  P's blur diffusion is two of these: noise rises over [0, 0.2], blur over [0.2, 1].
+  """
+
+  inner: Schedule
+  begin: float
+  end: float
+
+  def __post_init__(self) -> None:
+    if isinstance(self.inner, Mapping):
+      object.__setattr__(self, "inner", from_config(self.inner))
+    if not 0 <= self.begin < self.end <= 1:
+      raise ValueError(
+        f"a stage must lie in [0, 1] and have begin < end, got [{self.begin}, {self.end}]"
+      )
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return self.inner(tf.clip_by_value((t - self.begin) / (self.end - self.begin), 0.0, 1.0))
+
+
+def _beta_integral(t: tf.Tensor, beta_min: float, beta_max: float) -> tf.Tensor:
+  """∫₀ᵗ β with β linear from beta_min to beta_max (Song et al. 2021, App. C)."""
+  return beta_min * t + 0.5 * (beta_max - beta_min) * t * t
+
+
+@dataclasses.dataclass(frozen=True)
+class VPScale(Schedule):
+  """α_t = exp(−½ ∫β), the scale of VP and sub-VP."""
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return tf.exp(-0.5 * _beta_integral(t, self.beta_min, self.beta_max))
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSigma(Schedule):
+  """σ_t with σ_t² = 1 − α_t² (VP)."""
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(-tf.math.expm1(-_beta_integral(t, self.beta_min, self.beta_max)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVPSigma(Schedule):
+  """σ_t = 1 − α_t² (sub-VP)."""
+
+  beta_min: float = 0.1
+  beta_max: float = 20.0
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return -tf.math.expm1(-_beta_integral(t, self.beta_min, self.beta_max))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfound(Schedule):
+  """A schedule still to be found: only its ends are known. Asking it for a value is an error."""
+
+  start: float
+  stop: float
+  path: str
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    raise ValueError(
+      f"{self.path} is not there yet: the levels between {self.start:g} and {self.stop:g} depend "
+      f"on the data; find them with tools/find_schedule.py --config=CONFIG --out={self.path}"
+    )
+
+
+def ends(schedule: Schedule) -> tuple[float, float]:
+  """The first and the last value of a schedule, also of one that is still to be found."""
+  while isinstance(schedule, Staged):
+    schedule = schedule.inner
+  if isinstance(schedule, Unfound):
+    return schedule.start, schedule.stop
+  first, last = schedule([0.0, 1.0]).numpy()
+  return float(first), float(last)
+
+
+def from_config(config: Mapping[str, Any]) -> Schedule:
+  """The schedule that `get_config` described; a lone number means Constant."""
+  fields = dict(config)
+  name = fields.pop("kind", None)
+  if name not in __all__:
+    near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
+    raise ValueError(f"unknown schedule {name!r}; did you mean {near!r}?")
+  kind = globals()[name]
+  known = {field.name for field in dataclasses.fields(kind)}
+  unknown = set(fields) - known
+  if unknown:
+    raise ValueError(f"{name} has no field {sorted(unknown)[0]!r}; it has {sorted(known)}")
+  return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+# --- Levels on disk -----------------------------------------------------------------------------
+
+_REQUIRED = ("schema", "corruption", "levels")
+
+
+def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
+  """Reads and checks a schedule file, as `tools/find_schedule.py` writes it.
+
+  JSON with at least `schema` (1), `corruption` (its config) and `levels` (from clean to most
+  corrupted, evenly spaced in time unless `times` are given); the rest is provenance.
+
+  Raises:
+    ValueError: one line that names the file, what is wrong and the remedy.
+  """
+  path = pathlib.Path(path)
+  remedy = "write it again with tools/find_schedule.py"
+  if not path.is_file():
+    raise ValueError(f"{path}: no such schedule file; {remedy}")
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+  missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+  if missing:
+    raise ValueError(f"{path}: key {missing[0]!r} is missing; {remedy}")
+  if content["schema"] != 1:
+    raise ValueError(f"{path}: schema {content['schema']!r} is not 1; {remedy}")
+  levels = content["levels"]
+  numbers = isinstance(levels, list) and all(isinstance(v, int | float) for v in levels)
+  if not numbers or len(levels) < 2 or not np.all(np.isfinite(levels)):
+    raise ValueError(f"{path}: levels must be at least 2 finite numbers; {remedy}")
+  steps = np.diff(levels)
+  if not (np.all(steps > 0) or np.all(steps < 0)):
+    place = int(np.argmax(steps * np.sign(levels[-1] - levels[0]) <= 0))
+    raise ValueError(
+      f"{path}: levels are out of order at number {place + 2} "
+      f"({levels[place]} is followed by {levels[place + 1]}); sort them from clean to corrupted"
+    )
+  return content
+
+
+def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
+  """Writes a schedule file whole or not at all."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps({"schema": 1, **content}, indent=1) + "\n", encoding="utf-8")
+  partial.replace(path)
+  load_levels(path)
+
+
+def piecewise(levels: Sequence[float], times: Sequence[float] | None = None) -> PiecewiseLinear:
+  """The continuous schedule through found levels (P App. C)."""
+  return PiecewiseLinear(tuple(levels), None if times is None else tuple(times))

@@ -1,0 +1,317 @@
+"""A training run in a workdir: the loop over `model.update`, checkpoints, TensorBoard.
+
+A workdir holds everything: config.json, prior.npz, checkpoints/, metrics.jsonl (a line per
+`log_every` steps), tensorboard/. Starting again with the same workdir goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import pathlib
+import time
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from soft_diffusion_tf import data, plots, priors, samplers
+from soft_diffusion_tf.experiment import Experiment
+from soft_diffusion_tf.model import SoftDiffusionModel
+
+BUCKETS = 10  # of t, for the loss by time
+PRIOR_FILE = "prior.npz"
+METRICS_FILE = "metrics.jsonl"
+GRID_IMAGES = 64
+PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
+
+# What may change when a run goes on in its workdir; all else would make it another run.
+_MAY_CHANGE = (
+  "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
+  "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
+  "data.test_split", "sampling.", "evaluation.",
+)  # fmt: skip
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss or the gradient is not finite; the message says where."""
+
+
+@contextlib.contextmanager
+def lock(workdir):
+  """Holds a workdir for one process; the second gets a ValueError."""
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise ValueError(
+        f"{workdir}: another process is training in it; wait for it or take another workdir"
+      ) from None
+    yield
+
+
+def _claim(workdir, experiment):
+  """Writes the config into a new workdir, or checks it against the one that is there."""
+  if (workdir / "config.json").exists():
+    changed = [
+      name
+      for name in Experiment.load(workdir).differences(experiment)
+      if not name.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+      raise ValueError(
+        f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
+        "take another workdir, or the config that the run was started with"
+      )
+  experiment.save(workdir)
+
+
+def build(experiment, diffusion):
+  """A model with an optimizer, fresh: network, averaged weights and Adam's slots exist."""
+  cond = (experiment.network.cond_min, experiment.network.cond_max)
+  model = SoftDiffusionModel(
+    experiment.build_network(), diffusion,
+    training=experiment.training, cond_range=cond, seed=experiment.seed,
+  )  # fmt: skip
+  model.compile(optimizer=model.make_optimizer())
+  model.optimizer.build(model.network.trainable_variables)
+  return model
+
+
+def _checkpoint(model):
+  return tf.train.Checkpoint(
+    network=model.network, ema_network=model.ema_network, optimizer=model.optimizer
+  )
+
+
+def _restore_newest(checkpoint, folder, partial=False):
+  """Restores the newest readable checkpoint of a folder; returns its path or None."""
+  state = tf.train.get_checkpoint_state(str(folder))
+  for path in reversed(state.all_model_checkpoint_paths if state else []):
+    try:
+      status = checkpoint.read(path) if partial else checkpoint.restore(path)
+      status.expect_partial() if partial else status.assert_existing_objects_matched()
+      return path
+    except (tf.errors.OpError, AssertionError, ValueError) as error:
+      text = str(error).strip().splitlines()[0]
+      tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
+  return None
+
+
+@dataclasses.dataclass
+class Run:
+  """A trained model, as a workdir holds it."""
+
+  experiment: Experiment
+  model: SoftDiffusionModel
+  step: int
+
+  @property
+  def diffusion(self):
+    return self.model.diffusion
+
+  def sampler(self, clip=False):
+    """A `samplers.Sampler` on the averaged weights; clip bounds x̂_0 to [0, 1]."""
+    denoise = self.model.denoiser()
+    if not clip:
+      return samplers.Sampler(self.diffusion, denoise)
+    return samplers.Sampler(
+      self.diffusion, lambda x_t, t: tf.clip_by_value(denoise(x_t, t), 0.0, 1.0)
+    )
+
+  def table(self, options=None):
+    """The rows of the experiment's sampler, or of other `experiment.Sampling` options."""
+    o = options or self.experiment.sampling
+    times = samplers.time_grid(o.steps, o.grid, self.diffusion)
+    return samplers.table(o.sampler, times, self.diffusion, k=o.k, denoise=o.denoise)
+
+
+def load(workdir):
+  """The newest state of a run, ready to sample from; a ValueError when there is none."""
+  workdir = pathlib.Path(workdir)
+  experiment = Experiment.load(workdir)
+  prior = priors.Prior.load(workdir / PRIOR_FILE)
+  model = build(experiment, experiment.build_diffusion().with_prior(prior))
+  path = _restore_newest(_checkpoint(model), workdir / "checkpoints")
+  if path is None:
+    raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
+  return Run(experiment, model, int(model.optimizer.iterations))
+
+
+def _make_loop(model, strategy):
+  """`loop(iterator, n)`: n steps in one call of one compiled function."""
+
+  def replica_step(x_0):
+    out = model.update(x_0)
+    bucket = tf.minimum(tf.cast(out["t"] * BUCKETS, tf.int32), BUCKETS - 1)
+    odd = tf.cast(~tf.math.is_finite(out["losses"]), tf.int32)
+    return {
+      "loss": out["loss"],
+      "norm": out["gradient_norm"] / strategy.num_replicas_in_sync,
+      "sums": tf.math.unsorted_segment_sum(out["losses"], bucket, BUCKETS),
+      "counts": tf.math.unsorted_segment_sum(tf.ones_like(out["losses"]), bucket, BUCKETS),
+      "odd_t": out["t"][tf.argmax(odd)] / strategy.num_replicas_in_sync,
+    }
+
+  @tf.function
+  def loop(iterator, n):
+    totals = {
+      "loss": 0.0, "norm": 0.0, "sums": tf.zeros([BUCKETS]), "counts": tf.zeros([BUCKETS]),
+    }  # fmt: skip
+    odd_step = tf.constant(-1, tf.int64)
+    odd_t = tf.constant(0.0)
+    for _ in tf.range(n):
+      step = tf.cast(model.optimizer.iterations, tf.int64)
+      each = strategy.run(replica_step, args=(next(iterator),))
+      out = {k: strategy.reduce(tf.distribute.ReduceOp.SUM, v, None) for k, v in each.items()}
+      totals = {key: totals[key] + out[key] for key in totals}
+      if odd_step < 0 and not (tf.math.is_finite(out["loss"]) and tf.math.is_finite(out["norm"])):
+        odd_step, odd_t = step, out["odd_t"]
+    return totals, odd_step, odd_t
+
+  return loop
+
+
+def _truncate_metrics(path, step):
+  """Drops lines past `step`, which a run that died had written after its last checkpoint."""
+  if not path.exists():
+    return
+  lines = [
+    line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step
+  ]
+  path.write_text("".join(line + "\n" for line in lines))
+
+
+def train(experiment, workdir, strategy=None, progress=True):
+  """Trains to `experiment.training.steps`, going on from the workdir's newest checkpoint.
+
+  Args:
+    experiment: an `Experiment`.
+    workdir: its folder, made if need be.
+    strategy: a `tf.distribute.Strategy`; by default the current one.
+    progress: show a bar with the time left.
+
+  Returns:
+    The `Run` at its end.
+
+  Raises:
+    ValueError: bad input, or a workdir that belongs to another config or process.
+    NonFiniteLoss: names step, t and σ; the last checkpoint stays.
+  """
+  workdir = pathlib.Path(workdir)
+  strategy = strategy or tf.distribute.get_strategy()
+  diffusion = experiment.build_diffusion()  # an unsound process is refused before a file is written
+  d = experiment.data
+  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
+  with lock(workdir):
+    _claim(workdir, experiment)
+    return _train(experiment, source, diffusion, workdir, strategy, progress)
+
+
+def _train(experiment, source, diffusion, workdir, strategy, progress):
+  options = experiment.training
+  if not (workdir / PRIOR_FILE).exists():
+    images = source.floats(slice(0, PRIOR_IMAGES))
+    priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank).save(
+      workdir / PRIOR_FILE
+    )
+  diffusion = diffusion.with_prior(priors.Prior.load(workdir / PRIOR_FILE))
+  with strategy.scope():
+    model = build(experiment, diffusion)
+  checkpoint = _checkpoint(model)
+  folder = workdir / "checkpoints"
+  manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=options.keep)
+  _restore_newest(checkpoint, folder)
+  step = int(model.optimizer.iterations)
+  run = Run(experiment, model, step)
+
+  def save():
+    try:
+      manager.save(checkpoint_number=step)
+    except (OSError, tf.errors.OpError) as error:
+      text = str(error).strip().splitlines()[0]
+      raise ValueError(
+        f"{folder}: cannot save step {step} ({text}); the checkpoints before it are intact: "
+        "free some space and start again"
+      ) from None
+
+  if step == 0 and manager.latest_checkpoint is None:
+    save()
+  if step >= options.steps:
+    return run
+  _truncate_metrics(workdir / METRICS_FILE, step)
+  pipeline = data.batches(
+    source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip
+  )
+  iterator = iter(strategy.experimental_distribute_dataset(pipeline))
+  loop = _make_loop(model, strategy)
+  writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+  sampler = run.sampler()
+  bar = tqdm.tqdm(
+    total=options.steps, initial=step, desc="training", unit="step", mininterval=1.0,
+    disable=not progress, smoothing=0.05,
+  )  # fmt: skip
+  window, window_steps, window_start = None, 0, time.monotonic()
+  with bar, writer.as_default(), open(workdir / METRICS_FILE, "a", buffering=1) as metrics:
+    while step < options.steps:
+      ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
+      n = min(options.steps_per_loop, *ahead)
+      totals, odd_step, odd_t = loop(iterator, tf.constant(n))
+      if int(odd_step) >= 0:
+        sigma = float(diffusion.sigma(odd_t))
+        raise NonFiniteLoss(
+          f"the loss or its gradient is not finite at step {int(odd_step)} "
+          f"(t = {float(odd_t):.4f}, σ = {sigma:.4g}); the last good checkpoint is "
+          f"{manager.latest_checkpoint}; lower training.learning_rate or look at the data"
+        )
+      step += n
+      run.step = step
+      bar.update(n)
+      totals = {k: np.asarray(v, np.float64) for k, v in totals.items()}
+      window = totals if window is None else {k: window[k] + totals[k] for k in totals}
+      window_steps += n
+      last = step == options.steps
+      if step % options.log_every == 0 or last:
+        elapsed = time.monotonic() - window_start
+        rate = window_steps * options.batch_size / elapsed
+        _log(metrics, model, step, window, window_steps, rate)
+        bar.set_postfix(loss=f"{float(window['loss']) / window_steps:.4g}", refresh=False)
+        window, window_steps, window_start = None, 0, time.monotonic()
+      if _due(step, options.checkpoint_every) or last:
+        save()
+      if _due(step, options.sample_every) or last:
+        images = sampler(run.table(), np.arange(GRID_IMAGES)).numpy()
+        tf.summary.image("samples", plots.grid(images, zoom=4)[None], step)
+        writer.flush()
+  return run
+
+
+def _periods(options):
+  every = (options.log_every, options.checkpoint_every, options.sample_every)
+  return [e for e in every if e > 0]
+
+
+def _due(step, every):
+  return every > 0 and step % every == 0
+
+
+def _log(metrics, model, step, window, steps, rate):
+  """One line in metrics.jsonl and one point of every TensorBoard curve."""
+  counts = np.maximum(window["counts"], 1)
+  buckets = np.where(window["counts"] > 0, window["sums"] / counts, np.nan)
+  record = {
+    "step": step,
+    "loss": float(window["loss"]) / steps,
+    "gradient_norm": float(window["norm"]) / steps,
+    "learning_rate": float(model.optimizer.learning_rate),
+    "images_per_second": round(rate, 1),
+    "loss_by_t": [None if np.isnan(v) else float(v) for v in buckets],
+  }
+  metrics.write(json.dumps(record) + "\n")
+  for key in ("loss", "gradient_norm", "learning_rate", "images_per_second"):
+    tf.summary.scalar(key, record[key], step)
+  for k, value in enumerate(buckets):
+    if not np.isnan(value):
+      tf.summary.scalar(f"loss_by_t/{k / BUCKETS:.1f}-{(k + 1) / BUCKETS:.1f}", value, step)

@@ -1,0 +1,258 @@
+import dataclasses
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+import scipy.signal
+import tensorflow as tf
+
+from soft_diffusion_tf import corruptions as c
+
+
+def fade_family(level):
+  """A user's family: every pixel times 1 − level."""
+  return tf.linalg.LinearOperatorScaledIdentity(24, 1.0 - level)
+
+
+def mixing_family(level):
+  """A user's family on all numbers of a 6×4×2 image: it rotates the two channels."""
+  angle = 0.7 * level
+  block = tf.stack([[tf.cos(angle), -tf.sin(angle)], [tf.sin(angle), tf.cos(angle)]])
+  return tf.linalg.LinearOperatorKronecker(
+    [tf.linalg.LinearOperatorIdentity(24), tf.linalg.LinearOperatorFullMatrix(block)]
+  )
+
+
+MATRIX = np.random.default_rng(0).standard_normal([24, 24]) / 5
+EXAMPLES = {
+  "BlockAverage": [c.BlockAverage()],
+  "Compose": [
+    c.Compose(c.GaussianBlur(), c.Mask(), (0.0, 3.0), (0.0, 1.0)),
+    c.Compose(c.BlockAverage(), c.GaussianBlur(), (0.0, 2.0), (0.0, 2.0)),
+  ],
+  "Family": [c.Family(fade_family), c.Family(mixing_family)],
+  "GaussianBlur": [c.GaussianBlur(), c.GaussianBlur(half_size=2)],
+  "Identity": [c.Identity()],
+  "Mask": [c.Mask(h, e) for h in ("centre", "border") for e in (0.0, 0.3)],
+  "Matrix": [c.Matrix(MATRIX)],
+  "Scale": [c.Scale()],
+}
+ALL = [example for name in c.__all__ for example in EXAMPLES[name]]
+
+
+@pytest.mark.parametrize("corruption", ALL, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_contract(corruption, policy):
+  before = keras.config.dtype_policy()
+  keras.config.set_dtype_policy(policy)
+  try:
+    verdict = c.check_corruption(corruption)
+  finally:
+    keras.config.set_dtype_policy(before)
+  # A function of a test module cannot be imported by name again; all else must hold.
+  allowed = (
+    {"config"}
+    if isinstance(corruption, c.Family) and not isinstance(corruption, c.Matrix)
+    else set()
+  )
+  assert set(verdict.failures) <= allowed, str(verdict)
+
+
+# --- Planted faults are found by name ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return x + level * x**2
+
+
+@dataclasses.dataclass(frozen=True)
+class NotIdentity(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return (0.9 - 0.5 * level) * x
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongAdjoint(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return x + level * tf.roll(x, 1, axis=1)
+
+  def adjoint(self, y, level):
+    return self(y, level)
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongMatrix(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return (1.0 - 0.5 * level) * x
+
+  def operator(self, level, image_shape):
+    return tf.linalg.LinearOperatorIdentity(image_shape[0] * image_shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstLevelOnly(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return (1.0 - 0.5 * level[:1]) * x
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSlope(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return (1.0 - 0.5 * tf.sqrt(level)) * x  # infinite slope at the clean end
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaks(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+  ("corruption", "fault"),
+  [
+    (Squares(), "linear"), (NotIdentity(), "identity"), (WrongAdjoint(), "adjoint"),
+    (WrongMatrix(), "matrix"), (FirstLevelOnly(), "broadcast"), (BadSlope(), "gradients"),
+    (Breaks(), "linear"),
+  ],
+  ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_planted_faults_are_named(corruption, fault):
+  verdict = c.check_corruption(corruption)
+  assert not verdict.ok
+  assert fault in verdict.failures
+  assert fault in str(verdict)
+
+
+# --- Each against a second route -----------------------------------------------------------------
+
+
+def _printed_kernel(std, half_size):
+  """The kernel of P App. G, as printed there."""
+  v = np.arange(-half_size, half_size + 1)
+  x, y = np.meshgrid(v, v)
+  kernel = np.exp(-(x**2 + y**2) / (2 * std**2))
+  return kernel / kernel.sum()
+
+
+@pytest.mark.parametrize(("half_size", "stds"), [(32, [0.01, 0.5, 3, 18]), (3, [1.0, 4.0])])
+def test_blur_is_the_printed_convolution(rng, half_size, stds):
+  x = rng.random([len(stds), 12, 9, 2], np.float32)
+  got = c.GaussianBlur(half_size)(x, np.float32(stds)).numpy()
+  for k, std in enumerate(stds):
+    for channel in range(2):
+      want = scipy.signal.convolve2d(
+        x[k, :, :, channel].astype(np.float64), _printed_kernel(std, half_size), mode="same"
+      )
+      np.testing.assert_allclose(got[k, :, :, channel], want, atol=2e-6)  # float32 sums of 108
+
+
+def test_blur_at_level_0_is_the_identity_to_the_bit(rng):
+  x = rng.random([2, 8, 8, 3], np.float32)
+  for level in (0.0, 0.01):
+    np.testing.assert_array_equal(c.GaussianBlur()(x, level), x)
+
+
+@pytest.mark.parametrize("hidden", ["centre", "border"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (32, 32), (6, 10)])
+def test_mask_hides_its_share_from_the_right_side(hidden, size):
+  ones = np.ones([1, *size, 1], np.float32)
+  levels = np.linspace(0, 1, 41, dtype=np.float32)
+  kept = [c.Mask(hidden)(ones, v).numpy()[0, :, :, 0] for v in levels]
+  assert kept[0].all()
+  assert not kept[-1].any()
+  ring = 2 * (size[0] + size[1]) / (size[0] * size[1])  # the largest ring's share
+  for level, mask in zip(levels, kept):
+    assert set(np.unique(mask)) <= {0.0, 1.0}
+    assert abs((1 - mask.mean()) - level) <= ring
+    np.testing.assert_array_equal(mask, mask[::-1, ::-1])
+  half = kept[20]
+  centre, corner = half[size[0] // 2, size[1] // 2], half[0, 0]
+  assert (centre, corner) == ((0, 1) if hidden == "centre" else (1, 0))
+  assert all(np.all(a >= b) for a, b in itertools.pairwise(kept))  # nothing comes back
+
+
+def test_soft_mask_changes_continuously():
+  ones = np.ones([1, 16, 16, 1], np.float32)
+  levels = np.linspace(0, 1, 1001, dtype=np.float32)
+  gains = np.concatenate([c.Mask("border", edge=0.2)(ones, v).numpy() for v in levels])
+  # The front moves by 1.2/1000 per level over an edge of 0.2: at most 0.006 a step.
+  assert np.abs(np.diff(gains, axis=0)).max() < 0.0061
+
+
+def test_block_average_is_a_projection_at_whole_levels(rng):
+  x = rng.random([1, 8, 8, 1], np.float32)
+  for level in (1.0, 2.0, 3.0):
+    size = int(2**level)
+    once = c.BlockAverage()(x, level).numpy()
+    np.testing.assert_allclose(c.BlockAverage()(once, level), once, atol=1e-6)
+    want = (
+      x.reshape(8 // size, size, 8 // size, size).mean(axis=(1, 3)).repeat(size, 0).repeat(size, 1)
+    )
+    np.testing.assert_allclose(once[0, :, :, 0], want, atol=1e-6)
+
+
+def test_compose_applies_inner_first(rng):
+  x = rng.random([2, 8, 8, 1], np.float32)
+  composed = c.Compose(c.GaussianBlur(), c.Mask(), (0.0, 2.0), (0.0, 1.0))
+  want = c.Mask()(c.GaussianBlur()(x, 1.0), 0.5)
+  np.testing.assert_allclose(composed(x, 0.5), want, atol=1e-7)
+
+
+def test_a_user_matrix_and_family(rng):
+  x = rng.random([3, 6, 4, 2], np.float32)
+  got = c.Matrix(MATRIX)(x, np.float32([0, 0.5, 1])).numpy()
+  for k, level in enumerate((0, 0.5, 1)):
+    matrix = (1 - level) * np.eye(24) + level * MATRIX
+    np.testing.assert_allclose(got[k].reshape(24, 2), matrix @ x[k].reshape(24, 2), atol=1e-5)
+  np.testing.assert_allclose(c.Family(fade_family)(x, 0.25), 0.75 * x, atol=1e-6)
+
+
+def test_configs_survive_json():
+  for corruption in ALL:
+    config = json.loads(json.dumps(corruption.get_config()))
+    if type(corruption) is c.Family:
+      assert config["family"].endswith("_family")
+    else:
+      assert c.from_config(config) == corruption
+  assert Squares().get_config()["kind"].endswith(":Squares")
+
+
+@pytest.mark.parametrize(
+  ("make", "text"),
+  [
+    (lambda: c.Mask("corner"), "'centre' or 'border'"),
+    (lambda: c.Mask(edge=2.0), "edge"),
+    (lambda: c.Mask()(np.zeros([1, 4, 4, 1]), 1.5), r"level 1.5 is outside \[0, 1\]"),
+    (lambda: c.GaussianBlur()(np.zeros([1, 4, 4, 1]), -1.0), "level -1 is outside"),
+    (lambda: c.GaussianBlur()(np.zeros([1, 4, 4, 1]), np.nan), "level nan is outside"),
+    (lambda: c.GaussianBlur()(np.zeros([4, 4, 1]), 1.0), r"\[B, H, W, C\]"),
+    (lambda: c.GaussianBlur()(np.zeros([1, 4, 4, 1]), [[1.0]]), "one per image"),
+    (lambda: c.from_config({"kind": "GausianBlur"}), "did you mean 'GaussianBlur'"),
+    (lambda: c.from_config({"kind": "Mask", "shape": 3}), "does not take these fields"),
+    (lambda: c.from_config({"kind": "no_such:Thing"}), "cannot import"),
+    (lambda: c.Matrix(np.zeros([2, 3])), "square"),
+    (lambda: c.Family(fade_family)(np.zeros([1, 5, 5, 1]), 0.1), "acts on 24 numbers"),
+    (lambda: c.Family(lambda v: v).get_config(), "cannot travel in a config"),
+  ],
+)
+def test_bad_input_says_what_is_wrong(make, text):
+  with pytest.raises(ValueError, match=text):
+    make()

@@ -1,0 +1,210 @@
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from soft_diffusion_tf import data
+
+TFDS = pathlib.Path(
+  os.environ.get("TFDS_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/tfds")
+)
+
+
+def write(path, array, mode=None):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.asarray(array, np.uint8), mode).save(path)
+  return path
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+  for k in range(12):
+    write(
+      tmp_path / ("cats" if k % 2 else "dogs") / f"{k:02}.png", rng.integers(0, 256, [20, 30, 3])
+    )
+  return tmp_path
+
+
+def test_digits():
+  source = data.load("digits", "train")
+  assert source.images.shape == (1500, 8, 8, 1)
+  assert source.images.dtype == np.uint8
+  assert len(data.load("digits", "test")) == 297
+  assert len(data.load("digits", "all")) == 1797
+  floats = source.floats()
+  assert floats.dtype == np.float32
+  assert floats.min() == 0
+  assert floats.max() == 1
+  assert set(source.labels) == set(range(10))
+
+
+def test_a_folder_with_labels_and_a_held_out_part(folder):
+  source = data.load(f"folder:{folder}", "all", (10, 10, 3))
+  assert source.images.shape == (12, 10, 10, 3)
+  assert source.labels.tolist() == [0] * 6 + [1] * 6
+  train, test = (data.load(f"folder:{folder}", k, (10, 10, 3)) for k in ("train", "test"))
+  assert len(train) == 11
+  assert len(test) == 1
+  np.testing.assert_array_equal(test.images[0], source.images[9])
+
+
+def test_resizing_is_an_antialiased_average(tmp_path):
+  board = np.indices([32, 32]).sum(0) % 2 * 255
+  write(tmp_path / "a.png", board)
+  image = data.load(f"folder:{tmp_path}", "all", (8, 8, 1)).images[0]
+  assert np.abs(image[1:-1, 1:-1].astype(int) - 127).max() <= 3  # no aliasing: grey, not stripes
+
+
+def test_crops_keep_the_centre_and_the_shape(tmp_path):
+  image = np.zeros([20, 40, 3], np.uint8)
+  image[:, 10:30] = 200
+  write(tmp_path / "a.png", image)
+  assert (data.load(f"folder:{tmp_path}", "all", (10, 10, 3)).images == 200).all()
+  wide = data.load(f"folder:{tmp_path}", "all", (5, 10, 3)).images
+  assert wide.shape == (1, 5, 10, 3)
+  assert wide.min() == 0
+
+
+def test_celeb_a_crops():
+  height, width = 218, 178
+  image = np.zeros([height, width, 3], np.uint8)
+  image[39 : 39 + 140, 19 : 19 + 140] = 100  # the centred 140 square
+  out = data.prepare(image, "x", (64, 64, 3), "celeb_a_140")
+  assert out.shape == (64, 64, 3)
+  assert (out == 100).all()
+  image = np.zeros([height, width, 3], np.uint8)
+  image[57:185, 25:153] = 50
+  assert (data.prepare(image, "x", (64, 64, 3), "celeb_a_128") == 50).all()
+
+
+def test_grey_and_colour(tmp_path):
+  write(tmp_path / "a.png", np.full([8, 8], 90))
+  assert (data.load(f"folder:{tmp_path}", "all", (8, 8, 3)).images == 90).all()
+  write(tmp_path / "a.png", np.full([8, 8, 3], [255, 0, 0]))
+  grey = data.load(f"folder:{tmp_path}", "all", (8, 8, 1)).images
+  assert (grey == 76).all()  # 0.299 · 255
+
+
+def test_the_pipeline_starts_anywhere(digits):
+  source = data.load("digits", "train")
+  take = lambda start, n: [
+    b.numpy() for b in data.batches(source, 100, seed=3, start=start, flip=True).take(n)
+  ]
+  whole, later = take(0, 40), take(25, 15)
+  for k in range(15):
+    np.testing.assert_array_equal(later[k], whole[25 + k])
+  assert whole[0].dtype == np.float32
+  assert 0 <= whole[0].min() <= whole[0].max() <= 1
+
+
+def test_every_epoch_is_another_permutation():
+  n = 97
+  first = data.order(tf.range(n, dtype=tf.int64), n, 5).numpy()
+  second = data.order(tf.range(n, 2 * n, dtype=tf.int64), n, 5).numpy()
+  other = data.order(tf.range(n, dtype=tf.int64), n, 6).numpy()
+  for permutation in (first, second, other):
+    assert sorted(permutation) == list(range(n))
+  assert (first != second).mean() > 0.9
+  assert (first != other).mean() > 0.9
+  assert np.abs(np.corrcoef(np.arange(n), first)[0, 1]) < 0.4
+
+
+def test_flips_are_half_and_exact(rng):
+  images = rng.integers(0, 256, [50, 4, 4, 1]).astype(np.uint8)
+  source = data.Source("x", images, np.zeros(50, np.int64))
+  plain = np.concatenate([b.numpy() for b in data.batches(source, 50, flip=False).take(20)])
+  flipped = np.concatenate([b.numpy() for b in data.batches(source, 50, flip=True).take(20)])
+  same = (plain == flipped).all(axis=(1, 2, 3))
+  mirrored = (plain[:, :, ::-1] == flipped).all(axis=(1, 2, 3))
+  assert (same | mirrored).all()
+  assert 0.4 < same.mean() < 0.6
+
+
+def test_cifar10_from_tfds():
+  if not (TFDS / "cifar10").is_dir():
+    pytest.skip(f"no CIFAR-10 in TFDS form in {TFDS} (set TFDS_DATA_DIR)")
+  source = data.load("cifar10", "test[:500]", (32, 32, 3), data_dir=str(TFDS))
+  assert source.images.shape == (500, 32, 32, 3)
+  assert set(source.labels) == set(range(10))
+  assert 0.3 < source.floats().mean() < 0.6
+  small = data.load("cifar10", "test[:20]", (16, 16, 1), data_dir=str(TFDS))
+  assert small.images.shape == (20, 16, 16, 1)
+  with pytest.raises(ValueError, match="Unknown split 'tset'"):
+    data.load("cifar10", "tset", data_dir=str(TFDS))
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def refused(folder, text, shape=(8, 8, 3)):
+  with pytest.raises(ValueError, match=text) as caught:
+    data.load(f"folder:{folder}", "all", shape)
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_missing_and_empty_folders(tmp_path):
+  refused(tmp_path / "none", "no such folder")
+  refused(tmp_path, "no .png, .jpg, .jpeg files")
+
+
+def test_a_corrupt_file_is_named(folder):
+  (folder / "cats" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+  assert "bad.png" in refused(folder, "cannot be read as an image")
+
+
+def test_a_truncated_jpeg_is_named(folder, rng):
+  path = write(folder / "half.jpg", rng.integers(0, 256, [64, 64, 3]))
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  assert "half.jpg" in refused(folder, "cannot be read as an image")
+
+
+def test_a_small_image_is_named(folder):
+  write(folder / "small.png", np.zeros([6, 9, 3]))
+  assert "small.png" in refused(folder, "smaller than the 8×8 asked for")
+
+
+def test_alpha_and_16_bits_are_refused(folder, rng):
+  write(folder / "alpha.png", rng.integers(0, 256, [20, 20, 4]))
+  assert "alpha.png" in refused(folder, "mode RGBA is not taken")
+  (folder / "alpha.png").unlink()
+  Image.fromarray(rng.integers(0, 60000, [20, 20]).astype(np.uint16)).save(folder / "deep.png")
+  assert "deep.png" in refused(folder, "only 8-bit")
+
+
+def test_mixed_sizes_need_a_shape(folder):
+  write(folder / "zz.png", np.zeros([10, 10, 3]))
+  assert "zz.png" in refused(folder, "set data.image_shape", shape=None)
+
+
+def test_other_channel_counts(folder):
+  refused(folder, "cannot give 2 channels", (8, 8, 2))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "text"),
+  [
+    (("digits", "valid"), "no split 'valid'"),
+    (("digits", "all", (8, 8)), "height, width, channels"),
+    (("digits", "all", (9, 9, 1)), "digit 0: 8×8 pixels"),
+    (("digits", "all", None, "centr"), "did you mean 'centre'"),
+  ],
+)
+def test_bad_requests(arguments, text):
+  with pytest.raises(ValueError, match=text):
+    data.load(*arguments)
+
+
+def test_an_unknown_data_set_is_one_line(tmp_path):
+  with pytest.raises(ValueError, match="no_such_set") as caught:
+    data.load("no_such_set", data_dir=str(tmp_path))
+  assert "\n" not in str(caught.value)
+
+
+def test_split_of_a_small_folder(tmp_path):
+  write(tmp_path / "a.png", np.zeros([8, 8, 3]))
+  with pytest.raises(ValueError, match="at least 10 images"):
+    data.load(f"folder:{tmp_path}", "test", (8, 8, 3))

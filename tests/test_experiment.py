@@ -1,0 +1,100 @@
+import json
+
+import ml_collections
+import pytest
+
+from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf.experiment import Experiment, level_from_file
+
+
+def test_an_experiment_survives_config_and_json(tiny, tmp_path):
+  assert Experiment.from_config(tiny.to_config()) == tiny
+  assert Experiment.from_config(json.loads(json.dumps(tiny.to_dict()))) == tiny
+  tiny.save(tmp_path)
+  assert Experiment.load(tmp_path) == tiny
+  assert [f.name for f in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_overrides_keep_types(tiny):
+  config = tiny.to_config()
+  assert isinstance(config, ml_collections.ConfigDict)
+  config.training.learning_rate = 1  # an int where a float stands
+  assert Experiment.from_config(config).training.learning_rate == 1.0
+  with pytest.raises(TypeError):
+    config.training.batch_size = "many"
+
+
+def test_the_digest_names_the_content(tiny):
+  assert tiny.digest() == tiny.replace().digest()
+  other = tiny.replace(training={"steps": 7})
+  assert other.digest() != tiny.digest()
+  assert tiny.differences(other) == ["training.steps"]
+  assert tiny.differences(tiny) == []
+
+
+def _changed(tiny, group, name, value):
+  content = tiny.to_dict()
+  (content[group] if group else content)[name] = value
+  return content
+
+
+@pytest.mark.parametrize(
+  ("group", "name", "value", "text"),
+  [
+    ("training", "batchsize", 3, "no field training.batchsize; did you mean training.batch_size"),
+    ("", "trainig", {}, "no field trainig; did you mean training"),
+    (
+      "training",
+      "batch_size",
+      "many",
+      "training.batch_size must be int like 16, got 'many'|must be int",
+    ),
+    ("training", "batch_size", 1.5, "must be int"),
+    ("training", "batch_size", True, "must be int"),
+    ("training", "batch_size", 0, "training.batch_size must be positive, got 0"),
+    ("training", "weight", "snr", "training.weight = 'snr' is unknown"),
+    ("training", "ema_decay", 1.0, r"must be in \[0, 1\)"),
+    ("sampling", "sampler", "momentun", "did you mean 'momentum'"),
+    ("sampling", "grid", "log", "sampling.grid"),
+    ("prior", "kind", "color", "did you mean 'colour'"),
+    ("", "training", 3, "training must be a group"),
+    ("", "level", {"kind": "Line"}, "did you mean 'Linear'"),
+    ("", "corruption", {"kind": "Blur"}, "did you mean"),
+  ],
+)
+def test_bad_fields_are_named(tiny, group, name, value, text):
+  with pytest.raises(ValueError, match=text):
+    Experiment.from_config(_changed(tiny, group, name, value))
+
+
+def test_replace_refuses_unknown_fields(tiny):
+  with pytest.raises(ValueError, match=r"did you mean training\.steps"):
+    tiny.replace(training={"step": 3})
+
+
+def test_a_workdir_without_config(tmp_path):
+  with pytest.raises(ValueError, match=r"no config\.json in it"):
+    Experiment.load(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match="not JSON"):
+    Experiment.load(tmp_path)
+
+
+def test_levels_from_a_file_must_fit(tmp_path):
+  blur = corruptions.GaussianBlur(8)
+  path = tmp_path / "s.json"
+  assert level_from_file(path, blur, 0.01, 6.0) == schedules.Unfound(0.01, 6.0, str(path))
+  schedules.save_levels(path, {"corruption": blur.get_config(), "levels": [0.01, 1.0, 6.0]})
+  level = level_from_file(path, blur, 0.01, 6.0)
+  assert float(level(0.5)) == 1.0
+  with pytest.raises(ValueError, match="but the experiment corrupts by"):
+    level_from_file(path, corruptions.GaussianBlur(16), 0.01, 6.0)
+  with pytest.raises(ValueError, match=r"runs from 0\.01 to 6, not from 0\.01 to 18"):
+    level_from_file(path, blur, 0.01, 18.0)
+
+
+def test_the_network_is_a_function_of_the_seed(tiny):
+  one, two, other = (e.build_network() for e in (tiny, tiny, tiny.replace(seed=1)))
+  same = [(a == b).all() for a, b in zip(one.get_weights(), two.get_weights())]
+  assert all(same)
+  assert not all((a == b).all() for a, b in zip(one.get_weights(), other.get_weights()))

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import scipy.linalg
+
+from soft_diffusion_tf import gaussians
+
+
+def test_moments_in_batches_equal_numpy(rng):
+  rows = rng.standard_normal([1000, 7]).astype(np.float32) + 1000.0
+  moments = gaussians.Moments()
+  for part in np.array_split(rows, 9):
+    moments.update(part)
+  np.testing.assert_allclose(moments.mean, rows.astype(float).mean(0), rtol=1e-12)
+  np.testing.assert_allclose(
+    moments.covariance, np.cov(rows.astype(float), rowvar=False), rtol=1e-8
+  )
+
+
+def test_frechet_against_scipys_matrix_root(rng):
+  a, b = rng.standard_normal([2, 9, 9])
+  s_1, s_2 = a @ a.T, b @ b.T
+  m_1, m_2 = rng.standard_normal([2, 9])
+  root = scipy.linalg.sqrtm(s_1 @ s_2)
+  want = np.sum((m_1 - m_2) ** 2) + np.trace(s_1 + s_2 - 2 * root.real)
+  assert gaussians.frechet_distance(m_1, s_1, m_2, s_2) == pytest.approx(want, rel=1e-9)
+
+
+def test_frechet_of_commuting_and_singular_covariances():
+  assert gaussians.frechet_distance([0, 0], np.diag([4.0, 0]), [3, 0], np.diag([1.0, 0])) == (
+    pytest.approx(9 + 1)
+  )
+  assert gaussians.frechet_distance([1], [[2.0]], [1], [[2.0]]) == pytest.approx(0, abs=1e-12)
+
+
+def test_refusals():
+  with pytest.raises(ValueError, match="NaN"):
+    gaussians.Moments().update(np.array([[np.nan]]))
+  with pytest.raises(ValueError, match="at least 2 rows"):
+    _ = gaussians.Moments().update(np.zeros([1, 2])).covariance

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from soft_diffusion_tf import losses
+
+
+@pytest.fixture
+def batch(rng):
+  x_0 = rng.random([5, 8, 8, 1], np.float32)
+  eta = rng.standard_normal(x_0.shape).astype(np.float32)
+  return x_0, np.float32([0.02, 0.1, 0.3, 0.7, 1.0]), eta
+
+
+def denoiser(x_t, t):
+  return 0.5 * x_t + 0.1
+
+
+def test_without_corruption_it_is_the_ve_loss(ve_diffusion, batch):
+  # Song et al. 2021: ½ Σ (σ s + z)² with x_t = x_0 + σ z; here the score is that of our x̂_0.
+  x_0, t, z = batch
+  sigma = (0.01 * 5000.0**t).reshape(-1, 1, 1, 1)
+  x_t = x_0 + sigma * z
+  score = (denoiser(x_t, t) - x_t) / sigma**2
+  want = 0.5 * np.sum((sigma * score + z) ** 2, axis=(1, 2, 3))
+  got = losses.soft_score_matching(ve_diffusion, denoiser, x_0, t, z)
+  # float32: x̂_0 − x_0 cancels σ z to a few units in the last place of x_t
+  np.testing.assert_allclose(0.5 * got.numpy(), want, rtol=3e-4)
+
+
+def test_equation_12_by_hand(blur_diffusion, batch):
+  x_0, t, eta = batch
+  x_t = blur_diffusion.forward(x_0, t, eta)
+  error = blur_diffusion.corrupt(denoiser(x_t, t) - x_0, t).numpy()
+  norm = np.sum(error**2, axis=(1, 2, 3))
+  sigma = blur_diffusion.sigma(t).numpy()
+  args = (blur_diffusion, denoiser, x_0, t, eta)
+  np.testing.assert_allclose(losses.soft_score_matching(*args), norm / sigma**2, rtol=1e-5)
+  np.testing.assert_allclose(losses.soft_score_matching(*args, weight="one"), norm, rtol=1e-5)
+
+
+def test_the_filtered_loss_is_bounded_by_the_unfiltered(blur_diffusion, batch):
+  # ‖C (x̂_0 − x_0)‖ ≤ ‖C‖ ‖x̂_0 − x_0‖ with ‖C‖ ≤ 1 for a normalised blur (P 3.1).
+  x_0, t, eta = batch
+  args = (blur_diffusion, denoiser, x_0, t, eta)
+  filtered = losses.soft_score_matching(*args, weight="one").numpy()
+  plain = losses.soft_score_matching(*args, weight="one", filtered=False).numpy()
+  assert np.all(filtered <= plain * (1 + 1e-5))
+  assert plain[-1] > 2 * filtered[-1]  # at full blur they are far apart
+  want = np.sum((denoiser(blur_diffusion.forward(x_0, t, eta), t) - x_0) ** 2, axis=(1, 2, 3))
+  np.testing.assert_allclose(plain, want, rtol=1e-5)
+
+
+def test_a_perfect_denoiser_has_no_loss(blur_diffusion, batch):
+  x_0, t, eta = batch
+  loss = losses.soft_score_matching(blur_diffusion, lambda x_t, t: x_0, x_0, t, eta)
+  np.testing.assert_array_equal(loss, np.zeros(5))
+
+
+def test_what_the_blur_removes_costs_nothing(blur_diffusion, batch):
+  # A checkerboard is in the near null space of a blur of std 6: the soft loss must not see it.
+  x_0, _, eta = batch
+  board = (np.indices([8, 8]).sum(0) % 2 - 0.5).astype(np.float32)[None, :, :, None]
+  t = np.ones(5, np.float32)
+  wrong = lambda x_t, t: x_0 + board
+  args = (blur_diffusion, wrong, x_0, t, eta)
+  soft = losses.soft_score_matching(*args, weight="one").numpy()
+  plain = losses.soft_score_matching(*args, weight="one", filtered=False).numpy()
+  assert np.all(soft < 1e-2 * plain)
+
+
+def test_unknown_weight(blur_diffusion, batch):
+  x_0, t, eta = batch
+  with pytest.raises(ValueError, match="unknown weight 'snr'"):
+    losses.soft_score_matching(blur_diffusion, denoiser, x_0, t, eta, weight="snr")

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from soft_diffusion_tf import priors
+
+
+def test_a_colour_is_constant_and_fits_the_means(blur_diffusion, digits):
+  prior = priors.fit("colour", digits, blur_diffusion)
+  drawn = prior.draw(np.arange(4000)).numpy()
+  assert np.ptp(drawn, axis=(1, 2)).max() < 1e-6
+  colours = digits.mean(axis=(1, 2))
+  # standard error of a mean of 4,000 is 0.016 standard deviations
+  assert abs(drawn[:, 0, 0].mean() - colours.mean()) < 0.1 * colours.std()
+  assert abs(drawn[:, 0, 0].std() / colours.std() - 1) < 0.06
+
+
+def test_channels_are_independent(rng):
+  from soft_diffusion_tf import corruptions, diffusion, schedules
+
+  process = diffusion.Diffusion(
+    (8, 8, 3), corruptions.GaussianBlur(), schedules.Linear(0.0, 6.0), schedules.Constant(0.1)
+  )
+  images = rng.random([50, 1, 1, 3]) * np.float32([1, 0.5, 0.1]) + np.zeros([1, 8, 8, 1])
+  drawn = priors.fit("colour", images, process).draw(np.arange(3000)).numpy()[:, 0, 0]
+  assert np.abs(np.corrcoef(drawn.T) - np.eye(3)).max() < 0.1
+  np.testing.assert_allclose(drawn.std(0), images[:, 0, 0].std(0), rtol=0.1)
+
+
+def test_better_priors_are_closer_to_corrupted_data(blur_diffusion, digits):
+  grades = {
+    kind: priors.grade(blur_diffusion.with_prior(priors.fit(kind, digits, blur_diffusion)), digits)
+    for kind in priors.KINDS
+  }
+  # Zero padding darkens the corners, which the printed prior does not know (theory: the gap is
+  # many times the noise); the two that do know are at the floor.
+  assert grades["colour"]["frechet"] > 20 * grades["colour"]["floor"]
+  for kind in ("blurred_colour", "subspace"):
+    assert grades[kind]["frechet"] < 1.3 * grades[kind]["floor"]
+  assert grades["zero"]["rms_mean"] > 5 * grades["subspace"]["rms_mean"]
+
+
+def test_a_full_subspace_has_the_datas_covariance(blur_diffusion, digits):
+  images = digits[:40]  # fewer images than pixels, and more: both ways of finding components
+  for count in (40, 300):
+    images = digits[:count]
+    prior = priors.fit("subspace", images, blur_diffusion, rank=64)
+    rows = blur_diffusion.corrupt(images, 1.0).numpy().reshape(count, -1)
+    factors = prior.factors.reshape(len(prior.factors), -1)
+    np.testing.assert_allclose(factors.T @ factors, np.cov(rows, rowvar=False), atol=1e-5)
+
+
+def test_save_and_load(tmp_path, blur_diffusion, digits):
+  prior = priors.fit("subspace", digits, blur_diffusion)
+  prior.save(tmp_path / "p.npz")
+  again = priors.Prior.load(tmp_path / "p.npz")
+  np.testing.assert_array_equal(prior.draw(np.arange(3)), again.draw(np.arange(3)))
+  assert [f.name for f in tmp_path.iterdir()] == ["p.npz"]
+
+
+def test_bad_requests(tmp_path, blur_diffusion, digits):
+  with pytest.raises(ValueError, match="unknown prior 'gauss'"):
+    priors.fit("gauss", digits, blur_diffusion)
+  with pytest.raises(ValueError, match="at least 2 images"):
+    priors.fit("colour", digits[:1], blur_diffusion)
+  with pytest.raises(ValueError, match="not a saved prior"):
+    priors.Prior.load(tmp_path / "none.npz")
+  (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+  with pytest.raises(ValueError, match="not a saved prior"):
+    priors.Prior.load(tmp_path / "bad.npz")

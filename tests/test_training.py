@@ -1,0 +1,136 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from soft_diffusion_tf import training
+
+
+def state(run):
+  weights = [*run.model.network.variables, *run.model.ema_network.variables]
+  return [v.numpy() for v in [*weights, *run.model.optimizer.variables]]
+
+
+def metrics(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_workdir_holds_everything(tiny, tmp_path):
+  run = training.train(tiny, tmp_path, progress=False)
+  assert run.step == 6
+  names = {f.name for f in tmp_path.iterdir()}
+  assert {"config.json", "prior.npz", "checkpoints", "metrics.jsonl", "tensorboard"} <= names
+  lines = metrics(tmp_path)
+  assert [line["step"] for line in lines] == [2, 4, 6]
+  assert all(np.isfinite(line["loss"]) and len(line["loss_by_t"]) == 10 for line in lines)
+  loaded = training.load(tmp_path)
+  for a, b in zip(state(run), state(loaded)):
+    np.testing.assert_array_equal(a, b)
+  images = loaded.sampler()(loaded.table(), range(3))
+  assert images.shape == (3, 8, 8, 1)
+  np.testing.assert_array_equal(images, run.sampler()(run.table(), range(3)))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
+  whole = training.train(tiny, tmp_path / "whole", progress=False)
+  training.train(tiny.replace(training={"steps": 2}), tmp_path / "parts", progress=False)
+  # as after a kill: lines that the lost steps had written
+  with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+    file.write(json.dumps({"step": 4, "loss": -1}) + "\n")
+  parts = training.train(tiny, tmp_path / "parts", progress=False)
+  for a, b in zip(state(whole), state(parts)):
+    np.testing.assert_array_equal(a, b)
+  strip = lambda lines: [{k: v for k, v in x.items() if k != "images_per_second"} for x in lines]
+  assert strip(metrics(tmp_path / "whole")) == strip(metrics(tmp_path / "parts"))
+
+
+def test_tensorboard_has_the_curves_and_the_grid(tiny, tmp_path):
+  training.train(tiny, tmp_path, progress=False)
+  events = [
+    value.tag
+    for file in (tmp_path / "tensorboard").iterdir()
+    for event in tf.compat.v1.train.summary_iterator(str(file))
+    for value in event.summary.value
+  ]
+  assert {"loss", "gradient_norm", "learning_rate", "samples"} <= set(events)
+  assert any(tag.startswith("loss_by_t/") for tag in events)
+
+
+def test_another_config_is_refused_and_nothing_changes(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(ValueError, match=r"another config \(it differs in network\.nf, seed\)"):
+    training.train(tiny.replace(seed=5, network={"nf": 16}), tmp_path, progress=False)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_second_process_is_refused(tiny, tmp_path):
+  with (
+    training.lock(tmp_path),
+    pytest.raises(ValueError, match="another process is training in it"),
+    training.lock(tmp_path),
+  ):
+    pass
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny, tmp_path, capsys):
+  training.train(tiny, tmp_path, progress=False)
+  newest = tmp_path / "checkpoints" / "ckpt-6.data-00000-of-00001"
+  newest.write_bytes(newest.read_bytes()[:1000])
+  run = training.load(tmp_path)
+  assert run.step == 4
+  assert "ckpt-6 cannot be read" in capsys.readouterr().out
+
+
+def test_a_non_finite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  original = training.SoftDiffusionModel.call
+
+  def poisoned(self, x_t, t, **options):
+    x_0 = original(self, x_t, t, **options)
+    return tf.where(self.optimizer.iterations >= 3, x_0 / 0.0, x_0)
+
+  monkeypatch.setattr(training.SoftDiffusionModel, "call", poisoned)
+  with pytest.raises(training.NonFiniteLoss, match=r"not finite at step 3 \(t = 0\.\d+, σ = 0"):
+    training.train(tiny, tmp_path, progress=False)
+  monkeypatch.undo()
+  assert training.load(tmp_path).step == 2
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+
+  def full(*args, **kwargs):
+    raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+  monkeypatch.setattr(tf.train.CheckpointManager, "save", full)
+  with pytest.raises(ValueError, match=r"cannot save step 4 .No space left on device.; .* intact"):
+    training.train(tiny, tmp_path, progress=False)
+  assert training.load(tmp_path).step == 2
+
+
+def test_a_workdir_without_checkpoints(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(ValueError, match="no readable checkpoint"):
+    training.load(tmp_path)
+  (tmp_path / "prior.npz").unlink()
+  with pytest.raises(ValueError, match="not a saved prior"):
+    training.load(tmp_path)
+
+
+def test_a_finished_run_goes_on_with_more_steps(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  assert training.train(tiny, tmp_path, progress=False).step == 6
+  assert training.train(tiny, tmp_path, progress=False).step == 6
+
+
+def test_an_unfound_schedule_is_refused_before_anything_is_written(tiny, tmp_path):
+  from soft_diffusion_tf import schedules
+
+  unfound = tiny.replace(level=schedules.Unfound(0.01, 6.0, "x.json"))
+  with pytest.raises(ValueError, match=r"find_schedule\.py"):
+    training.train(unfound, tmp_path / "w", progress=False)
+  assert not (tmp_path / "w" / "config.json").exists()

@@ -1,0 +1,332 @@
+"""Turns a checkpoint of the published score_sde networks into one of this project.
+
+  python -m tools.import_score_sde --checkpoint=checkpoint_24.pth --config=config.json --out=ncsnpp
+
+reads a PyTorch checkpoint of github.com/yang-song/score_sde_pytorch (Song et al. 2021,
+arXiv:2011.13456; this needs torch, `pip install "soft-diffusion-tf[import]"`), or an `.npz` with
+the same tensor names. The configuration is JSON with the published option names under "model",
+"data" and "training", or a Python file with `get_config()`, or, for an `.npz`, its own
+`config_json`. The networks "ncsnpp" (VE, VP and sub-VP) and "ddpm" can be imported; they differ by
+options alone.
+"""
+
+import collections.abc
+import json
+import pathlib
+import runpy
+
+import numpy as np
+from absl import app, flags
+
+from soft_diffusion_tf.networks import NCSNpp, blocks
+
+_PREFIX = "param/"  # of tensors in an .npz that holds other arrays, too
+_PARALLEL = "module."  # put before every name by torch's DataParallel
+
+# A layout is a pair of functions: published → ours, ours → published.
+_SAME = (lambda a: a, lambda a: a)
+_TRANSPOSED = (np.transpose, np.transpose)  # [out, in] ↔ [in, out]
+_CONV = (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+_CONV_1X1 = (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
+
+
+def _plain(config):
+  if isinstance(config, str):
+    config = json.loads(config)
+  if hasattr(config, "to_dict"):  # ml_collections
+    config = config.to_dict()
+  if not isinstance(config, collections.abc.Mapping):
+    raise ValueError(f"config must be a mapping or JSON text, not {type(config).__name__}")
+  return config
+
+
+def network_options(config):
+  """The constructor arguments of `NCSNpp` for a published configuration.
+
+  Args:
+    config: mapping, ConfigDict or JSON text with "model", "data" and "training".
+
+  Raises:
+    ValueError: an option is missing, or asks for something that `NCSNpp` does not do.
+  """
+  config = _plain(config)
+
+  def get(section, key):
+    try:
+      return config[section][key]
+    except KeyError:
+      raise ValueError(
+        f"the configuration has no {section}.{key}; is it the one the checkpoint was trained with?"
+      ) from None
+
+  model = config.get("model", {})
+  kind = model.get("name", "ncsnpp")
+  if kind not in ("ncsnpp", "ddpm"):
+    raise ValueError(f"model.name={kind!r} cannot be imported; only 'ncsnpp' and 'ddpm' can")
+  if str(model.get("nonlinearity", "swish")).lower() != "swish":
+    raise ValueError(
+      f"model.nonlinearity={model['nonlinearity']!r} cannot be imported; only 'swish' can"
+    )
+  size = get("data", "image_size")
+  options = {
+    "image_shape": (size, size, get("data", "num_channels")),
+    "centered": bool(get("data", "centered")),
+    "scale_by_sigma": bool(get("model", "scale_by_sigma")),
+    "init_scale": float(model.get("init_scale", 0.0)),
+    **{key: tuple(get("model", key)) for key in ("ch_mult", "attn_resolutions")},
+    **{
+      key: get("model", key)
+      for key in ("nf", "num_res_blocks", "dropout", "resamp_with_conv", "conditional")
+    },
+    **{key: model[key] for key in ("sigma_min", "sigma_max", "num_scales") if key in model},
+  }
+  if kind == "ddpm":
+    if options["nf"] < 128:
+      raise ValueError(
+        f"model.nf={options['nf']} cannot be imported for 'ddpm', whose normalisation always has "
+        "32 groups; from 128 channels up NCSN++ has as many"
+      )
+    options |= {
+      "resblock_type": "ddpm",
+      "fir": False,
+      "skip_rescale": False,
+      "embedding_type": "positional",
+    }
+    return options
+  options |= {
+    **{key: bool(get("model", key)) for key in ("fir", "skip_rescale")},
+    **{
+      key: str(get("model", key)).lower()
+      for key in ("resblock_type", "progressive", "progressive_input", "embedding_type")
+    },
+    "fir_kernel": tuple(model.get("fir_kernel", (1, 3, 3, 1))),
+    "progressive_combine": str(model.get("progressive_combine", "sum")).lower(),
+    "fourier_scale": float(model.get("fourier_scale", 16.0)),
+  }
+  if options["embedding_type"] == "fourier" and not get("training", "continuous"):
+    raise ValueError(
+      "model.embedding_type='fourier' takes noise levels, but training.continuous is false; "
+      "the published network refuses this, too"
+    )
+  return options
+
+
+def _table(options):
+  """The published buffer `sigmas`, or None if the options do not say."""
+  values = [options.get(key) for key in ("sigma_max", "sigma_min", "num_scales")]
+  return None if None in values else np.geomspace(*values)
+
+
+def _tensors(network):
+  """Yields (published name, variable or None, layout, published shape) in the published order.
+
+  None stands for the time projections of a network without conditioning, which the published one
+  has all the same, and never reads.
+  """
+
+  def variable(name, value, layout=_SAME):
+    shape = layout[1](np.empty(value.shape, np.bool_)).shape
+    return name, value, layout, shape
+
+  def weight_and_bias(name, layer, layout):
+    yield variable(f"{name}.weight", layer.kernel, layout)
+    yield variable(f"{name}.bias", layer.bias)
+
+  def nin(name, layer):
+    yield variable(f"{name}.W", layer.kernel)
+    yield variable(f"{name}.b", layer.bias)
+
+  def norm(name, layer):
+    yield variable(f"{name}.weight", layer.gamma)
+    yield variable(f"{name}.bias", layer.beta)
+
+  for number, layer in enumerate(network.blocks):
+    name = f"all_modules.{number}"
+    if isinstance(layer, blocks.ResidualBlock):
+      yield from norm(f"{name}.GroupNorm_0", layer.norm_0)
+      yield from weight_and_bias(f"{name}.Conv_0", layer.conv_0, _CONV)
+      if layer.time is None:
+        channels = layer.conv_0.bias.shape[0]
+        yield f"{name}.Dense_0.weight", None, _SAME, (channels, 4 * network.nf)
+        yield f"{name}.Dense_0.bias", None, _SAME, (channels,)
+      else:
+        yield from weight_and_bias(f"{name}.Dense_0", layer.time, _TRANSPOSED)
+      yield from norm(f"{name}.GroupNorm_1", layer.norm_1)
+      yield from weight_and_bias(f"{name}.Conv_1", layer.conv_1, _CONV)
+      if layer.shortcut is not None and network.resblock_type == "ddpm":
+        yield from nin(f"{name}.NIN_0", layer.shortcut)
+      elif layer.shortcut is not None:
+        yield from weight_and_bias(f"{name}.Conv_2", layer.shortcut, _CONV_1X1)
+    elif isinstance(layer, blocks.Attention):
+      yield from norm(f"{name}.GroupNorm_0", layer.norm)
+      for i, part in enumerate((layer.query, layer.key, layer.value, layer.out)):
+        yield from nin(f"{name}.NIN_{i}", part)
+    elif isinstance(layer, blocks.Resample):
+      if layer.conv is not None:
+        part = "Conv2d_0" if layer.taps else "Conv_0"
+        yield from weight_and_bias(f"{name}.{part}", layer.conv, _CONV)
+    elif isinstance(layer, blocks.Combine):
+      yield from weight_and_bias(f"{name}.Conv_0", layer.conv, _CONV_1X1)
+    elif isinstance(layer, blocks.GroupNorm):
+      yield from norm(name, layer)
+    elif isinstance(layer, blocks.Conv2D):
+      yield from weight_and_bias(name, layer, _CONV)
+    elif isinstance(layer, blocks.Dense):
+      yield from weight_and_bias(name, layer, _TRANSPOSED)
+    elif isinstance(layer, blocks.FourierFeatures):
+      yield variable(f"{name}.W", layer.frequencies)
+    else:
+      raise TypeError(f"no published name for a {type(layer).__name__}")
+
+
+def _named(arrays):
+  """The tensors of `arrays` by their bare names."""
+  if any(key.startswith(_PREFIX) for key in arrays):
+    arrays = {key.removeprefix(_PREFIX): arrays[key] for key in arrays if key.startswith(_PREFIX)}
+  return {key.removeprefix(_PARALLEL): np.asarray(arrays[key]) for key in arrays}
+
+
+def import_score_sde(arrays, config):
+  """An `NCSNpp` with published weights.
+
+  Args:
+    arrays: mapping from tensor names, `all_modules.N...`, to arrays in PyTorch's layouts. If some
+      names start with "param/", only those are taken.
+    config: as for `network_options`.
+
+  Returns:
+    The network; its condition is σ for Fourier embeddings, else the published time label.
+
+  Raises:
+    ValueError: with every missing, extra and mis-shaped tensor, or for a bad configuration.
+  """
+  arrays = _named(arrays)
+  options = network_options(config)
+  network = NCSNpp(**options)
+  tensors = list(_tensors(network))
+  shapes = {name: tuple(shape) for name, _, _, shape in tensors}
+  table = _table(options)
+  sigmas = arrays.pop("sigmas", None)  # a buffer, which follows from the configuration
+  faults = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in arrays]
+  faults += [f"extra: {name} {a.shape}" for name, a in arrays.items() if name not in shapes]
+  faults += [
+    f"shape: {name} is {arrays[name].shape}, the configuration says {shape}"
+    for name, shape in shapes.items()
+    if name in arrays and arrays[name].shape != shape
+  ]
+  # The table may have been kept in float32, at 1e-7; another range differs by percents.
+  if (
+    sigmas is not None
+    and table is not None
+    and (sigmas.shape != table.shape or not np.allclose(sigmas, table, rtol=1e-4))
+  ):
+    faults.append(
+      f"value: sigmas is {sigmas.shape} from {sigmas.flat[0]:g} to {sigmas.flat[-1]:g}, the "
+      f"configuration says {table.shape} from {table[0]:g} to {table[-1]:g}"
+    )
+  if faults:
+    raise ValueError(
+      f"checkpoint and configuration disagree in {len(faults)} tensors:\n  " + "\n  ".join(faults)
+    )
+  for name, variable, layout, _ in tensors:
+    if variable is not None:
+      variable.assign(layout[0](arrays[name]))
+  return network
+
+
+def export_score_sde(network):
+  """The reverse of `import_score_sde`: published names → float32 arrays in PyTorch's layouts."""
+  table = _table(network.get_config())
+  arrays = {} if table is None else {"sigmas": table.astype(np.float32)}
+  for name, variable, layout, shape in _tensors(network):
+    value = np.zeros(shape) if variable is None else layout[1](variable.numpy())
+    arrays[name] = np.ascontiguousarray(value, np.float32)
+  return arrays
+
+
+def _ema(state):
+  """The averaged weights: the published list has trainable parameters in order, without names."""
+  model = state["model"]
+  frozen = [name for name in model if name.endswith(("sigmas", "all_modules.0.W"))]
+  names = [name for name in model if name not in frozen]
+  averages = state["ema"]["shadow_params"]
+  if len(averages) != len(names):
+    raise ValueError(
+      f"the checkpoint has {len(names)} trainable tensors, but averages of {len(averages)}; "
+      "--noema imports the last weights instead"
+    )
+  return {**{name: model[name] for name in frozen}, **dict(zip(names, averages))}
+
+
+def load_arrays(path, ema=True):
+  """Reads `.pth` or `.npz` → (arrays by published name, configuration or None)."""
+  path = pathlib.Path(path)
+  if path.suffix == ".npz":
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+    config = arrays.pop("config_json", None)
+    return arrays, None if config is None else json.loads(str(config))
+  try:
+    import torch
+  except ImportError:
+    raise ValueError(
+      f"reading {path.name} needs PyTorch; pip install 'soft-diffusion-tf[import]', "
+      "or save its tensors as .npz with the same names elsewhere"
+    ) from None
+  state = torch.load(path, map_location="cpu", weights_only=True)
+  if "model" not in state:
+    raise ValueError(f"{path.name} has no 'model' entry; is it a score_sde checkpoint?")
+  tensors = _ema(state) if ema else state["model"]
+  return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, None
+
+
+def load_config(path):
+  """Reads a configuration: JSON, or a Python file with `get_config()`."""
+  path = pathlib.Path(path)
+  if path.suffix == ".py":
+    return _plain(runpy.run_path(str(path))["get_config"]())
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(network, out):
+  """Writes `network.keras` and its options, `network.json`, into the directory `out`."""
+  out = pathlib.Path(out)
+  out.mkdir(parents=True, exist_ok=True)
+  network.save(out / "network.keras")
+  options = json.dumps(network.get_config(), indent=2, default=str)
+  (out / "network.json").write_text(options + "\n", encoding="utf-8")
+
+
+def convert(checkpoint, config, out, ema=True):
+  """Imports the file `checkpoint` with the configuration file `config` (or its own) into `out`."""
+  arrays, own = load_arrays(checkpoint, ema)
+  if config is None and own is None:
+    raise ValueError("--config is needed: this checkpoint does not hold its configuration")
+  network = import_score_sde(arrays, own if config is None else load_config(config))
+  write(network, out)
+  return network
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+  flags.DEFINE_string("checkpoint", None, "Published checkpoint, .pth or .npz.", required=True)
+  flags.DEFINE_string("config", None, "Its configuration, .json or .py; an .npz may have its own.")
+  flags.DEFINE_string("out", None, "Directory to write to.", required=True)
+  flags.DEFINE_bool("ema", True, "Import the averaged weights of a .pth, not the last ones.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  try:
+    network = convert(FLAGS.checkpoint, FLAGS.config, FLAGS.out, FLAGS.ema)
+  except (ValueError, OSError) as error:
+    raise SystemExit(f"import_score_sde: {error}") from None
+  print(f"wrote {network.count_params():,} parameters to {FLAGS.out}")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

@@ -1,0 +1,85 @@
+"""From nothing to digits: schedule, training, samples, distance, pictures. `make quickstart`."""
+
+import pathlib
+import shutil
+import time
+
+from absl import flags
+
+from soft_diffusion_tf.bin import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is left.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir.")
+
+
+def main():
+  import numpy as np
+
+  from soft_diffusion_tf import data, evaluation, plots, schedules, scheduling, training
+  from soft_diffusion_tf.experiment import Experiment
+
+  started = time.monotonic()
+  workdir = pathlib.Path(_WORKDIR.value)
+  if _FRESH.value and workdir.exists():
+    shutil.rmtree(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  experiment = Experiment.from_config(_CONFIG.value)
+  d = experiment.data
+  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None)
+
+  print(f"1/4  blur schedule: shortest path between {len(source)} blurred digits", flush=True)
+  first, last = schedules.ends(experiment.level)
+  path, facts = scheduling.find(experiment.corruption, source.floats(), first, last)
+  schedules.save_levels(workdir / "schedule.json", {"data": d.name, **facts, **path.to_dict()})
+  experiment = experiment.replace(
+    level=schedules.Staged(schedules.piecewise(path.levels.tolist()), 0.2, 1.0)
+  )
+  levels = " ".join(f"{v:.2f}" for v in path.levels)
+  print(f"     {len(path.levels)} levels of blur (std in pixels): {levels}", flush=True)
+
+  print("2/4  training a small NCSN++ with Soft Score Matching", flush=True)
+  run = training.train(experiment, workdir)
+  plots.schedule(workdir / "schedule.png", run.diffusion, "blur std (pixels)")
+
+  print("3/4  sampling with the Momentum Sampler, Fréchet distances", flush=True)
+  network = evaluation.feature_network(experiment.evaluation.feature_net)
+  count = min(experiment.evaluation.samples, len(source) // 2)
+  trained = evaluation.evaluate(run, source.images, count, network)
+  fresh = training.Run(experiment, training.build(experiment, run.diffusion), 0)
+  untrained = evaluation.evaluate(fresh, source.images, count, network)
+
+  print("4/4  pictures", flush=True)
+  real = source.floats(np.random.default_rng(0).permutation(len(source))[:100])
+  plots.side_by_side(
+    workdir / "samples.png",
+    [("real digits", real), (f"samples (Momentum, {run.experiment.sampling.steps} steps)",
+                             trained["samples"][:100])],
+  )  # fmt: skip
+  rows = run.table()
+  times, states, predictions = run.sampler().trajectory(rows, np.arange(10), 10)
+  plots.process(workdir / "reverse_process.png", times, states, predictions)
+
+  print()
+  for name, what in (
+    ("samples.png", "real digits beside samples"),
+    ("schedule.png", "blur and noise against time"),
+    ("reverse_process.png", "from noise and blur to digits, a row per time"),
+    ("schedule.json", "the blur levels found"),
+    ("config.json", "the resolved config"),
+    ("checkpoints/", "the trained model"),
+    ("tensorboard/", f"loss, loss by time, samples: tensorboard --logdir={workdir}/tensorboard"),
+  ):
+    print(f"  {workdir}/{name:22} {what}")
+  print()
+  print(f"Fréchet distance in pixels, N = {count}:")
+  print(f"  samples            {trained['distance']}")
+  print(f"  real against real  {trained['floor']}   (the floor)")
+  print(f"  untrained network  {untrained['distance']}")
+  print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes. Next, fewer steps:")
+  print(f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=two_step --steps=20 "
+        f"--out={workdir}/two_step.png")  # fmt: skip
+
+
+if __name__ == "__main__":
+  cli.run(main)
