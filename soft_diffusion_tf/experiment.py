@@ -257,6 +257,14 @@ class Experiment:
     return sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
 
 
+def from_file(path: str | pathlib.Path) -> Experiment:
+  """The experiment of a config file, so that another config can be a few changes to it."""
+  namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
+  source = pathlib.Path(path).read_text(encoding="utf-8")
+  exec(compile(source, str(path), "exec"), namespace)
+  return Experiment.from_config(namespace["get_config"]())
+
+
 def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption,
                     start: float, stop: float) -> schedules.Schedule:  # fmt: skip
   """The level schedule of a file, which must be of the same corruption and run from start to stop.

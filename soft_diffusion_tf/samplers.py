@@ -243,6 +243,7 @@ class Sampler:
 
     self.run = tf.function(
       run,
+      autograph=False,
       input_signature=[
         tf.TensorSpec([None, 5], tf.float32),
         tf.TensorSpec([None], tf.int64),
@@ -252,7 +253,7 @@ class Sampler:
       ],
     )
     self._start = tf.function(
-      diffusion.draw_prior, input_signature=[tf.TensorSpec([None], tf.int64)]
+      diffusion.draw_prior, autograph=False, input_signature=[tf.TensorSpec([None], tf.int64)]
     )
 
   def __call__(self, rows: tf.Tensor, seeds: Any, x: tf.Tensor | None = None) -> tf.Tensor:

@@ -154,7 +154,7 @@ def candidate_levels(corruption: Corruption, first: float, last: float, count: i
   if first > 0 and last > 0:
     fine = np.unique(np.concatenate([fine, np.geomspace(first, last, 4 * count)]))
     fine = fine if last > first else fine[::-1]
-  sample = images[np.linspace(0, len(images) - 1, min(len(images), 200)).astype(int)]
+  sample = images[np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)]
   steps = [0.0]
   before = np.asarray(corruption(sample, float(fine[0])), np.float64)
   for level in fine[1:]:

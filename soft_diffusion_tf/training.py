@@ -86,15 +86,14 @@ def _checkpoint(model):
   )
 
 
-def _restore_newest(checkpoint, folder, partial=False):
+def _restore_newest(checkpoint, folder):
   """Restores the newest readable checkpoint of a folder; returns its path or None."""
   state = tf.train.get_checkpoint_state(str(folder))
   for path in reversed(state.all_model_checkpoint_paths if state else []):
     try:
-      status = checkpoint.read(path) if partial else checkpoint.restore(path)
-      status.expect_partial() if partial else status.assert_existing_objects_matched()
+      checkpoint.restore(path).assert_existing_objects_matched()
       return path
-    except (tf.errors.OpError, AssertionError, ValueError) as error:
+    except (tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError) as error:
       text = str(error).strip().splitlines()[0]
       tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
   return None
@@ -155,23 +154,24 @@ def _make_loop(model, strategy):
       "odd_t": out["t"][tf.argmax(odd)] / strategy.num_replicas_in_sync,
     }
 
-  @tf.function
   def loop(iterator, n):
-    totals = {
-      "loss": 0.0, "norm": 0.0, "sums": tf.zeros([BUCKETS]), "counts": tf.zeros([BUCKETS]),
-    }  # fmt: skip
-    odd_step = tf.constant(-1, tf.int64)
-    odd_t = tf.constant(0.0)
-    for _ in tf.range(n):
+    def body(k, totals, odd_step, odd_t):
       step = tf.cast(model.optimizer.iterations, tf.int64)
-      each = strategy.run(replica_step, args=(next(iterator),))
+      each = strategy.run(replica_step, args=(iterator.get_next(),))
       out = {k: strategy.reduce(tf.distribute.ReduceOp.SUM, v, None) for k, v in each.items()}
       totals = {key: totals[key] + out[key] for key in totals}
-      if odd_step < 0 and not (tf.math.is_finite(out["loss"]) and tf.math.is_finite(out["norm"])):
-        odd_step, odd_t = step, out["odd_t"]
-    return totals, odd_step, odd_t
+      finite = tf.math.is_finite(out["loss"]) & tf.math.is_finite(out["norm"])
+      first = (odd_step < 0) & ~finite
+      odd_step, odd_t = tf.where(first, step, odd_step), tf.where(first, out["odd_t"], odd_t)
+      return k + 1, totals, odd_step, odd_t
 
-  return loop
+    zeros = {"loss": tf.zeros([]), "norm": tf.zeros([])}
+    zeros |= {"sums": tf.zeros([BUCKETS]), "counts": tf.zeros([BUCKETS])}
+    start = (tf.constant(0), zeros, tf.constant(-1, tf.int64), tf.constant(0.0))
+    return tf.while_loop(lambda k, *_: k < n, body, start)[1:]
+
+  # Control flow is written out, so AutoGraph would only cost time: most of the tracing.
+  return tf.function(loop, autograph=False)
 
 
 def _truncate_metrics(path, step):
@@ -281,7 +281,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
         window, window_steps, window_start = None, 0, time.monotonic()
       if _due(step, options.checkpoint_every) or last:
         save()
-      if _due(step, options.sample_every) or last:
+      if _due(step, options.sample_every) or (last and options.sample_every):
         images = sampler(run.table(), np.arange(GRID_IMAGES)).numpy()
         tf.summary.image("samples", plots.grid(images, zoom=4)[None], step)
         writer.flush()

@@ -94,14 +94,12 @@ def test_frozen_fourier_features_stay_and_all_else_moves(model, digits):
   assert all(moved)
 
 
-def test_training_learns_one_batch(model, digits):
-  step = tf.function(model.update)
+def test_training_learns(model, digits):
+  step = tf.function(model.update, autograph=False)
   x_0 = tf.constant(digits[:16])
-  first = np.mean([float(step(x_0)["loss"]) for _ in range(10)])
-  for _ in range(150):
-    step(x_0)
-  last = np.mean([float(step(x_0)["loss"]) for _ in range(10)])
-  assert last < 0.6 * first
+  losses_ = [float(step(x_0)["loss"]) for _ in range(300)]
+  # Losses of single steps differ with t by a factor of ten; fifty of them average well enough.
+  assert np.mean(losses_[-50:]) < 0.7 * np.mean(losses_[:20])
 
 
 def test_fit_is_the_same_step(tiny, digits):
@@ -109,7 +107,7 @@ def test_fit_is_the_same_step(tiny, digits):
   one, two = build(tiny, process), build(tiny, process)
   batches = [digits[k : k + 16] for k in (0, 16, 32)]
   one.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches)), epochs=1, verbose=0)
-  step = tf.function(two.update)
+  step = tf.function(two.update, autograph=False)
   for batch in batches:
     step(tf.constant(batch))
   for a, b in zip(one.network.get_weights(), two.network.get_weights()):

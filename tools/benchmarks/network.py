@@ -27,7 +27,7 @@ from soft_diffusion_tf.networks import NCSNpp
 
 CONFIGS = {  # (batch, options)
   "small": (32, {"nf": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 2}),
-  "cifar10_blur": (8, {}),  # the network of configs/cifar10_blur.py
+  "cifar10_blur": (8, {"progressive_input": "residual"}),  # the network of configs/cifar10_blur.py
 }
 _KINDS = ("conv", "attention", "norm", "resampling", "rest")
 

@@ -1,0 +1,50 @@
+import pathlib
+
+import pytest
+
+from soft_diffusion_tf import corruptions, experiment, schedules
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_is_named_after_its_file(path):
+  e = experiment.from_file(path)
+  assert e.name == path.stem
+  assert experiment.Experiment.from_config(e.to_config()) == e
+  assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["cifar10_blur", "celeba64_blur", "cifar10_ve"])
+def test_the_papers_hyper_parameters(name):
+  """P App. D and Song et al. 2021."""
+  e = experiment.from_file(CONFIGS[0].parent / f"{name}.py")
+  t = e.training
+  assert (t.learning_rate, t.beta_1, t.beta_2, t.epsilon) == (2e-4, 0.9, 0.999, 1e-8)
+  assert (t.clip_norm, t.warmup_steps, t.batch_size) == (1.0, 5000, 128)
+  assert (t.weight, t.filtered, t.keep_every) == ("inverse_variance", True, 10_000)
+  n = e.network
+  assert (n.nf, n.ch_mult, n.num_res_blocks, n.attn_resolutions) == (128, (1, 2, 2, 2), 4, (16,))
+  assert (n.progressive_input, n.embedding_type, n.fourier_scale) == ("residual", "fourier", 16.0)
+  shape, half_size, last, cond_max = {
+    "cifar10_blur": ((32, 32, 3), 32, 18.0, 50.0),
+    "celeba64_blur": ((64, 64, 3), 80, 23.0, 90.0),
+    "cifar10_ve": ((32, 32, 3), None, 0.0, 50.0),
+  }[name]
+  assert e.data.image_shape == shape
+  assert n.cond_max == cond_max
+  assert schedules.ends(e.level)[1] == pytest.approx(last)
+  if half_size:
+    assert e.corruption == corruptions.GaussianBlur(half_size)
+    assert schedules.ends(e.sigma) == pytest.approx((0.01, 0.1))
+    assert float(e.sigma(0.2)) == pytest.approx(0.1)
+    assert schedules.ends(e.level)[0] == pytest.approx(0.01)
+
+
+def test_shipped_schedules_are_sound():
+  files = sorted((CONFIGS[0].parent / "schedules").glob("*.json"))
+  assert files
+  for file in files:
+    content = schedules.load_levels(file)
+    assert len(content["levels"]) == 32
+    assert content["images"] >= 1000
