@@ -29,10 +29,10 @@ quickstart: $(STAMP)
 	$(BIN)/python tools/quickstart.py --config=configs/digits_blur.py --workdir=runs/quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

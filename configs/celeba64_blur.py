@@ -18,10 +18,14 @@ SCHEDULE = HERE / "schedules" / "celeba64_blur.json"
 
 def get_config():
   blur = corruptions.GaussianBlur(half_size=80)
-  return experiment.from_file(HERE / "cifar10_blur.py").replace(
-    name="celeba64_blur",
-    corruption=blur,
-    level=schedules.Staged(level_from_file(SCHEDULE, blur, 0.01, 23.0), 0.2, 1.0),
-    data={"name": "celeb_a", "image_shape": (64, 64, 3)},
-    network={"cond_max": 90.0},
-  ).to_config()
+  return (
+    experiment.from_file(HERE / "cifar10_blur.py")
+    .replace(
+      name="celeba64_blur",
+      corruption=blur,
+      level=schedules.Staged(level_from_file(SCHEDULE, blur, 0.01, 23.0), 0.2, 1.0),
+      data={"name": "celeb_a", "image_shape": (64, 64, 3)},
+      network={"cond_max": 90.0},
+    )
+    .to_config()
+  )

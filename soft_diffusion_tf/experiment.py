@@ -22,6 +22,8 @@ from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, 
 from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 
 CONFIG_FILE = "config.json"
+PREDICTIONS = ("residual", "score", "noise")
+CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,10 @@ class PriorOptions:
 class Network:
   """NCSN++ options (see `networks.ncsnpp.NCSNpp`); the image shape comes from the data.
 
-  `cond_min` and `cond_max` are the ends of the conditioning value, log-linear in t: what the VE
-  network of the same data set sees as σ.
+  `prediction` says what the network gives and `conditioning` what it is told of t (see
+  `model.SoftDiffusionModel`): the defaults are P's, the others those of published VE and VP models.
+  `cond_min` and `cond_max` are the ends of the log-linear conditioning value: what the VE network
+  of the same data set sees as σ.
   """
 
   nf: int = 128
@@ -71,6 +75,12 @@ class Network:
   init_scale: float = 0.0
   centered: bool = False
   remat: bool = False
+  scale_by_sigma: bool = False
+  sigma_min: float = 0.01
+  sigma_max: float = 50.0
+  num_scales: int = 1000
+  prediction: str = "residual"
+  conditioning: str = "log_linear"
   cond_min: float = 0.01
   cond_max: float = 50.0
 
@@ -158,6 +168,14 @@ class Experiment:
     if not 0 <= t.t_min < 1:
       raise ValueError(f"training.t_min must be in [0, 1), got {t.t_min}")
     _choice("training.weight", t.weight, losses.WEIGHTS)
+    _choice("network.prediction", self.network.prediction, PREDICTIONS)
+    _choice("network.conditioning", self.network.conditioning, CONDITIONINGS)
+    for prediction, kind in (("score", corruptions.Identity), ("noise", corruptions.Scale)):
+      if self.network.prediction == prediction and not isinstance(self.corruption, kind):
+        raise ValueError(
+          f"network.prediction = {prediction!r} needs the corruption {kind.__name__}, not "
+          f"{type(self.corruption).__name__}; use 'residual'"
+        )
     _choice("prior.kind", self.prior.kind, priors.KINDS)
     _choice("sampling.sampler", s.sampler, samplers.SAMPLERS)
     _choice("sampling.grid", s.grid, samplers.GRIDS)
@@ -171,7 +189,8 @@ class Experiment:
   def build_network(self) -> NCSNpp:
     """A fresh network; its weights are a function of `seed` alone."""
     options = dataclasses.asdict(self.network)
-    del options["cond_min"], options["cond_max"]
+    for name in ("prediction", "conditioning", "cond_min", "cond_max"):
+      del options[name]
     return NCSNpp(image_shape=tuple(self.data.image_shape), seed=self.seed, **options)
 
   # --- Configs ------------------------------------------------------------------------------------

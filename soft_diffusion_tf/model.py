@@ -46,9 +46,14 @@ class SoftDiffusionModel(keras.Model):
   Args:
     network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
     diffusion: the forward process.
-    cond_range: the conditioning value at t = 0 and t = 1, log-linear between: what the VE network
-      of Song et al. sees as σ.
-    training: `experiment.Training`-like options of the loss and of the update.
+    training: `experiment.Training`: options of the loss and of the update.
+    options: `experiment.Network`: what the network gives and is told. `prediction`:
+      "residual" (P Eq. 10);
+      "score" of a VE network (C = I): x̂_0 = x_t + σ_t² s;
+      "noise" of a VP or sub-VP network (C = α I) made for images in [−1, 1]: it sees 2 x_t − α_t,
+      and x̂_0 = (x_t − σ_t ε) / α_t, with σ half of the published one as [0, 1] is half as wide.
+      `conditioning`: "log_linear" in t from `cond_min` to `cond_max`, which for a VE network is σ;
+      "vp_label", 999 t; "ve_label", round((1 − t)(num_scales − 1)).
     seed: of t, noise and dropout; everything drawn in step k is a function of (seed, k, position
       in the global batch).
   """
@@ -56,7 +61,7 @@ class SoftDiffusionModel(keras.Model):
   # Keras would trace a call with one argument when this model is inside a SavedModel.
   _default_save_signature = None
 
-  def __init__(self, network, diffusion, *, training, cond_range=(0.01, 50.0), seed=0):
+  def __init__(self, network, diffusion, *, training, options, seed=0):
     super().__init__(name="soft_diffusion")
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
@@ -68,8 +73,8 @@ class SoftDiffusionModel(keras.Model):
     ]
     self.ema_network.trainable = False
     self.diffusion = diffusion
-    self.options = training
-    self.cond_range = cond_range
+    self.training_options = training
+    self.network_options = options
     self.seed = seed
 
   def build(self, input_shape=None):
@@ -77,8 +82,13 @@ class SoftDiffusionModel(keras.Model):
 
   def cond(self, t):
     """The network's conditioning value at times t."""
-    low, high = (math.log(v) for v in self.cond_range)
-    return tf.exp(low + (high - low) * tf.cast(t, tf.float32))
+    o, t = self.network_options, tf.cast(t, tf.float32)
+    if o.conditioning == "vp_label":
+      return 999.0 * t
+    if o.conditioning == "ve_label":
+      return tf.round((1.0 - t) * (o.num_scales - 1))
+    low, high = math.log(o.cond_min), math.log(o.cond_max)
+    return tf.exp(low + (high - low) * t)
 
   def call(self, x_t, t, training=False, seed=None, first=0):
     """x̂_0 for x_t [B, H, W, C] at times t [B], float32, by the weights under training."""
@@ -86,7 +96,18 @@ class SoftDiffusionModel(keras.Model):
 
   def _predict(self, network, x_t, t, **options):
     x_t = tf.cast(x_t, tf.float32)
-    return x_t + tf.cast(network(x_t, self.cond(t), **options), tf.float32)
+    sigma, level = (
+      tf.reshape(schedule(t), [-1, 1, 1, 1])
+      for schedule in (self.diffusion.sigma, self.diffusion.level)
+    )
+    prediction = self.network_options.prediction
+    seen = 2.0 * x_t - level if prediction == "noise" else x_t
+    out = tf.cast(network(seen, self.cond(t), **options), tf.float32)
+    if prediction == "score":
+      return x_t + sigma**2 * out
+    if prediction == "noise":
+      return (x_t - sigma * out) / level
+    return x_t + out
 
   def denoiser(self, ema=True):
     """E[x_0|x_t] as a function (x_t, t [B]) → x̂_0, by the averaged weights unless ema is False."""
@@ -99,13 +120,13 @@ class SoftDiffusionModel(keras.Model):
 
   def make_optimizer(self):
     """Adam as the paper has it (App. D), its rate warmed up linearly."""
-    o = self.options
+    o = self.training_options
     rate = WarmUp(o.learning_rate, o.warmup_steps)
     return PreReducedAdam(rate, beta_1=o.beta_1, beta_2=o.beta_2, epsilon=o.epsilon)
 
   def _draw_times(self, seed, first, rows, batch):
-    t_min = self.options.t_min
-    if self.options.low_variance_t:
+    t_min = self.training_options.t_min
+    if self.training_options.low_variance_t:
       shift = rng.uniform(seed, 0, 1)
       position = tf.cast(first + tf.range(rows), tf.float32)
       u = tf.math.floormod((position + shift) / tf.cast(batch, tf.float32), 1.0)
@@ -141,14 +162,14 @@ class SoftDiffusionModel(keras.Model):
       tape.watch([v.value for v in variables])
       each = losses.soft_score_matching(
         self.diffusion, denoiser, x_0, t, eta,
-        weight=self.options.weight, filtered=self.options.filtered,
+        weight=self.training_options.weight, filtered=self.training_options.filtered,
       )  # fmt: skip
       loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
     gradients = tape.gradient(loss, [v.value for v in variables])
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-    gradients, norm = tf.clip_by_global_norm(gradients, self.options.clip_norm)
+    gradients, norm = tf.clip_by_global_norm(gradients, self.training_options.clip_norm)
     self.optimizer.apply(gradients, variables)
-    decay = self.options.ema_decay
+    decay = self.training_options.ema_decay
     for average, value in self._averaged:
       average.assign(decay * average + (1.0 - decay) * value)
     return {"loss": loss, "losses": each, "t": t, "gradient_norm": norm}

@@ -90,28 +90,24 @@ def process(path, times, states, predictions=None):
     times: [N]; states: [N, B, H, W, C]; predictions: [N − 1, B, H, W, C] made on the way to
       times[1:], or None.
   """
-  count = states.shape[1]
-  groups = (
-    [("x_t", states)]
-    if predictions is None
-    else [("x_t", states), ("x̂_0 on the way there", predictions)]
-  )
+  count, height = states.shape[1:3]
+  groups = [("x_t", states)]
+  if predictions is not None:
+    blank = np.ones_like(predictions[:1])  # nothing was predicted before the first row
+    groups.append(("x̂_0 on the way there", np.concatenate([blank, predictions])))
   figure, axes = plt.subplots(
     1, len(groups), figsize=(0.62 * count * len(groups) + 1, 0.62 * len(times) + 0.6), squeeze=False
   )
+  zoom = zoom_for(states[0])
   for axis, (title, frames) in zip(axes[0], groups):
-    frames = np.asarray(frames)
-    labels = times if len(frames) == len(times) else times[1:]
-    zoom = zoom_for(frames[0])
     _show(axis, grid(frames.reshape(-1, *frames.shape[2:]), count, zoom=zoom), title)
-    axis.axis("on")
-    pitch = (frames.shape[2] + 1) * zoom
-    axis.set_yticks(
-      [(k + 0.5) * pitch for k in range(len(labels))], [f"t = {t:.2f}" for t in labels]
-    )
-    axis.set_xticks([])
-    for side in axis.spines.values():
-      side.set_visible(False)
-    axis.tick_params(length=0)
+  rows = (np.arange(len(times)) + 0.5) * (height + 1) * zoom
+  left = axes[0, 0]
+  left.axis("on")
+  left.set_yticks(rows, [f"t = {t:.2f}" for t in times])
+  left.set_xticks([])
+  left.tick_params(length=0)
+  for side in left.spines.values():
+    side.set_visible(False)
   figure.tight_layout()
   _save(figure, path)

@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import gaussians, rng
+from soft_diffusion_tf import gaussians, rng, sinkhorn
 
 KINDS = ("colour", "blurred_colour", "subspace", "zero")
 
@@ -138,12 +138,16 @@ def _fit_subspace(images, diffusion, rank):
   )
 
 
-def grade(diffusion, images, seed=0, count=2000):
+def grade(diffusion, images, seed=0, count=1000):
   """How far prior samples are from corrupted data: the start of sampling against the truth.
 
-  Both sides carry the noise σ_1, drawn independently. Returns a dictionary: "frechet" (squared
-  Fréchet distance in pixels), "floor" (the same between two disjoint halves of the data: what
-  sampling alone gives), "rms_mean" (root mean square difference of the two means).
+  Both sides carry the noise σ_1, drawn independently. The floors are the same distances between two
+  disjoint halves of the data: what sampling alone gives.
+
+  Returns:
+    A dictionary: "frechet" (squared Fréchet distance in pixels), "frechet_floor", "sinkhorn" (the
+    debiased divergence, also a squared distance), "sinkhorn_floor" and "rms_mean" (root mean square
+    difference of the two means).
   """
   images = np.asarray(images, np.float32)
   n = min(count, len(images) // 2)
@@ -154,8 +158,14 @@ def grade(diffusion, images, seed=0, count=2000):
   eta = rng.normal(tf.constant([seed, 0]), 0, 2 * n, diffusion.image_shape).numpy()
   corrupted = (corrupted + float(diffusion.sigma(1.0)) * eta).reshape(2, n, -1)
   drawn = diffusion.draw_prior(tf.range(n, dtype=tf.int64)).numpy().reshape(n, -1)
+
+  def divergence(x, y):
+    return float(sinkhorn.sinkhorn_divergence(x, y, relative_epsilon="std").divergence)
+
   return {
     "frechet": gaussians.frechet_between(drawn, corrupted[0]),
-    "floor": gaussians.frechet_between(corrupted[1], corrupted[0]),
+    "frechet_floor": gaussians.frechet_between(corrupted[1], corrupted[0]),
+    "sinkhorn": divergence(drawn, corrupted[0]),
+    "sinkhorn_floor": divergence(corrupted[1], corrupted[0]),
     "rms_mean": float(np.sqrt(np.mean((drawn.mean(0) - corrupted[0].mean(0)) ** 2))),
   }

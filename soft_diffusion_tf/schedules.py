@@ -21,6 +21,7 @@ __all__ = [
   "Geometric",
   "Linear",
   "PiecewiseLinear",
+  "Scaled",
   "Staged",
   "SubVPSigma",
   "Unfound",
@@ -146,6 +147,21 @@ class Staged(Schedule):
 
   def value(self, t: tf.Tensor) -> tf.Tensor:
     return self.inner(tf.clip_by_value((t - self.begin) / (self.end - self.begin), 0.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Schedule):
+  """factor · inner."""
+
+  inner: Schedule
+  factor: float
+
+  def __post_init__(self) -> None:
+    if isinstance(self.inner, Mapping):
+      object.__setattr__(self, "inner", from_config(self.inner))
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return self.factor * self.inner(t)
 
 
 def _beta_integral(t: tf.Tensor, beta_min: float, beta_max: float) -> tf.Tensor:

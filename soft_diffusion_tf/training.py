@@ -70,10 +70,9 @@ def _claim(workdir, experiment):
 
 def build(experiment, diffusion):
   """A model with an optimizer, fresh: network, averaged weights and Adam's slots exist."""
-  cond = (experiment.network.cond_min, experiment.network.cond_max)
   model = SoftDiffusionModel(
     experiment.build_network(), diffusion,
-    training=experiment.training, cond_range=cond, seed=experiment.seed,
+    training=experiment.training, options=experiment.network, seed=experiment.seed,
   )  # fmt: skip
   model.compile(optimizer=model.make_optimizer())
   model.optimizer.build(model.network.trainable_variables)
@@ -137,6 +136,19 @@ def load(workdir):
   if path is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
   return Run(experiment, model, int(model.optimizer.iterations))
+
+
+def write(run, workdir):
+  """Writes a model that was not trained here as a workdir, to sample from or to train on."""
+  workdir = pathlib.Path(workdir)
+  if (workdir / "config.json").exists():
+    raise ValueError(f"{workdir} holds a run already; take another folder")
+  workdir.mkdir(parents=True, exist_ok=True)
+  run.diffusion.prior.save(workdir / PRIOR_FILE)
+  tf.train.CheckpointManager(
+    _checkpoint(run.model), str(workdir / "checkpoints"), max_to_keep=1
+  ).save(checkpoint_number=run.step)
+  run.experiment.save(workdir)
 
 
 def _make_loop(model, strategy):

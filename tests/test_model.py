@@ -45,7 +45,7 @@ def test_one_update_by_hand(model, digits):
   np.testing.assert_allclose(out["losses"], each, rtol=1e-4)
   np.testing.assert_allclose(out["gradient_norm"], norm, rtol=1e-4)
   assert norm > 1  # so the clip is at work
-  rate = model.options.learning_rate
+  rate = model.training_options.learning_rate
   for name, old, gradient, new, average in zip(
     names, before, gradients, model.network.trainable_variables,
     [a for a, _ in model._averaged],
@@ -55,7 +55,7 @@ def test_one_update_by_hand(model, digits):
     want = old - rate * g / (np.abs(g) + 1e-8)
     sure = np.abs(g) > 1e-5
     np.testing.assert_allclose(new.numpy()[sure], want[sure], atol=0.02 * rate, err_msg=name)
-    decay = model.options.ema_decay
+    decay = model.training_options.ema_decay
     np.testing.assert_allclose(average, decay * old + (1 - decay) * new.numpy(), atol=1e-6)
   assert int(model.optimizer.iterations) == 1
 

@@ -12,6 +12,7 @@ EXAMPLES = [
   s.Geometric(0.01, 50.0),
   s.PiecewiseLinear((0.0, 1.0, 5.0), (0.0, 0.25, 1.0)),
   s.Staged(s.Geometric(0.01, 0.1), 0.0, 0.2),
+  s.Scaled(s.Linear(1.0, 2.0), 0.5),
   s.SubVPSigma(),
   s.VPScale(),
   s.VPSigma(),

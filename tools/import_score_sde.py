@@ -11,6 +11,7 @@ options alone.
 """
 
 import collections.abc
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -18,6 +19,8 @@ import runpy
 import numpy as np
 from absl import app, flags
 
+from soft_diffusion_tf import corruptions, priors, schedules, training
+from soft_diffusion_tf.experiment import Data, Experiment, Network, PriorOptions, Sampling, Training
 from soft_diffusion_tf.networks import NCSNpp, blocks
 
 _PREFIX = "param/"  # of tensors in an .npz that holds other arrays, too
@@ -259,13 +262,13 @@ def _ema(state):
 
 
 def load_arrays(path, ema=True):
-  """Reads `.pth` or `.npz` → (arrays by published name, configuration or None)."""
+  """Reads `.pth` or `.npz` → (arrays by published name, configuration or None, step)."""
   path = pathlib.Path(path)
   if path.suffix == ".npz":
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
     config = arrays.pop("config_json", None)
-    return arrays, None if config is None else json.loads(str(config))
+    return arrays, None if config is None else json.loads(str(config)), 0
   try:
     import torch
   except ImportError:
@@ -277,7 +280,8 @@ def load_arrays(path, ema=True):
   if "model" not in state:
     raise ValueError(f"{path.name} has no 'model' entry; is it a score_sde checkpoint?")
   tensors = _ema(state) if ema else state["model"]
-  return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, None
+  arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+  return arrays, None, int(state.get("step", 0))
 
 
 def load_config(path):
@@ -288,22 +292,85 @@ def load_config(path):
   return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write(network, out):
-  """Writes `network.keras` and its options, `network.json`, into the directory `out`."""
-  out = pathlib.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
-  network.save(out / "network.keras")
-  options = json.dumps(network.get_config(), indent=2, default=str)
-  (out / "network.json").write_text(options + "\n", encoding="utf-8")
+def experiment(config):
+  """The `Experiment` of a published configuration: its process, network and hyper-parameters.
+
+  VE, VP and sub-VP as in Song et al. 2021. VP and sub-VP networks are made for images in [−1, 1];
+  here images are in [0, 1], which is the same process with half the noise.
+
+  Raises:
+    ValueError: an unknown process, or data whose range does not fit it.
+  """
+  config = _plain(config)
+  options = network_options(config)
+  shape = options.pop("image_shape")
+  sde = str(config.get("training", {}).get("sde", "vesde")).lower()
+  model, data = config.get("model", {}), config.get("data", {})
+  if sde not in ("vesde", "vpsde", "subvpsde"):
+    raise ValueError(f"training.sde={sde!r} is unknown; it is vesde, vpsde or subvpsde")
+  if options["centered"] != (sde != "vesde"):
+    raise ValueError(
+      f"training.sde={sde!r} with data.centered={options['centered']} is none of the published "
+      "configurations: VE networks take images in [0, 1], VP and sub-VP in [−1, 1]"
+    )
+  if sde == "vesde":
+    low, high = model["sigma_min"], model["sigma_max"]
+    process = {
+      "corruption": corruptions.Identity(), "level": schedules.Constant(0.0),
+      "sigma": schedules.Geometric(low, high),
+    }  # fmt: skip
+    positional = options["embedding_type"] == "positional"
+    told = {"prediction": "score", "conditioning": "ve_label" if positional else "log_linear",
+            "cond_min": float(low), "cond_max": float(high)}  # fmt: skip
+  else:
+    beta = {key: float(model.get(key, value)) for key, value in
+            (("beta_min", 0.1), ("beta_max", 20.0))}  # fmt: skip
+    kind = schedules.VPSigma if sde == "vpsde" else schedules.SubVPSigma
+    process = {
+      "corruption": corruptions.Scale(), "level": schedules.VPScale(**beta),
+      "sigma": schedules.Scaled(kind(**beta), 0.5),
+    }  # fmt: skip
+    told = {"prediction": "noise", "conditioning": "vp_label"}
+  name = {"cifar10": "cifar10", "celeba": "celeb_a"}.get(str(data.get("dataset", "")).lower())
+  network = {
+    key: value for key, value in options.items()
+    if key in {field.name for field in dataclasses.fields(Network)}
+  } | told  # fmt: skip
+  return Experiment(
+    name=f"score_sde_{sde}",
+    data=Data(name=name or "cifar10", image_shape=shape),
+    prior=PriorOptions(kind="zero"),
+    network=Network(**network),
+    training=Training(ema_decay=float(model.get("ema_rate", 0.999))),
+    sampling=Sampling(steps=1000),
+    **process,
+  )
+
+
+def write(network, averages, config, out, step=0):
+  """Writes a workdir: config.json, prior.npz and a checkpoint of `network` and its averages."""
+  e = experiment(config)
+  process = e.build_diffusion()
+  # Noise around the image of mean 0 in [−1, 1], which is ½ here, at the scale of t = 1.
+  mean = 0.5 * float(process.level(1.0)) if e.network.prediction == "noise" else 0.0
+  zero = priors.zero(e.data.image_shape)
+  process = process.with_prior(dataclasses.replace(zero, mean=zero.mean + np.float32(mean)))
+  model = training.build(e, process)
+  model.network.set_weights(network.get_weights())
+  model.ema_network.set_weights(averages.get_weights())
+  model.optimizer.iterations.assign(step)
+  training.write(training.Run(e, model, step), out)
 
 
 def convert(checkpoint, config, out, ema=True):
   """Imports the file `checkpoint` with the configuration file `config` (or its own) into `out`."""
-  arrays, own = load_arrays(checkpoint, ema)
+  last, own, step = load_arrays(checkpoint, ema=False)
   if config is None and own is None:
     raise ValueError("--config is needed: this checkpoint does not hold its configuration")
-  network = import_score_sde(arrays, own if config is None else load_config(config))
-  write(network, out)
+  config = own if config is None else load_config(config)
+  network = import_score_sde(last, config)
+  averages = import_score_sde(load_arrays(checkpoint)[0], config) if ema else network
+  write(network, averages, config, out, step)
   return network
 
 
@@ -313,8 +380,8 @@ FLAGS = flags.FLAGS
 def define_flags():
   flags.DEFINE_string("checkpoint", None, "Published checkpoint, .pth or .npz.", required=True)
   flags.DEFINE_string("config", None, "Its configuration, .json or .py; an .npz may have its own.")
-  flags.DEFINE_string("out", None, "Directory to write to.", required=True)
-  flags.DEFINE_bool("ema", True, "Import the averaged weights of a .pth, not the last ones.")
+  flags.DEFINE_string("out", None, "Workdir to make.", required=True)
+  flags.DEFINE_bool("ema", True, "Sample from the averaged weights of a .pth, not the last ones.")
 
 
 def main(argv):
@@ -325,6 +392,7 @@ def main(argv):
   except (ValueError, OSError) as error:
     raise SystemExit(f"import_score_sde: {error}") from None
   print(f"wrote {network.count_params():,} parameters to {FLAGS.out}")
+  print(f"next: soft-diffusion-sample --workdir={FLAGS.out} --out={FLAGS.out}/samples.png")
 
 
 if __name__ == "__main__":

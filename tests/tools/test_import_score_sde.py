@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from soft_diffusion_tf import samplers, training
 from soft_diffusion_tf.networks import NCSNpp
 from tools import import_score_sde
 
@@ -203,7 +204,8 @@ def test_pth_with_torch(tmp_path, arrays):
   state = {"model": model, "ema": {"decay": 0.999, "shadow_params": averages}, "step": 3}
   torch.save(state, tmp_path / "checkpoint.pth")
   for ema in (False, True):
-    loaded, _ = import_score_sde.load_arrays(tmp_path / "checkpoint.pth", ema=ema)
+    loaded, _, step = import_score_sde.load_arrays(tmp_path / "checkpoint.pth", ema=ema)
+    assert step == 3
     network = import_score_sde.import_score_sde(loaded, CONFIG)
     back = import_score_sde.export_score_sde(network)
     for key in arrays:
@@ -222,13 +224,58 @@ def test_configuration_files(tmp_path):
     assert import_score_sde.network_options(config_read) == want
 
 
-def test_conversion_of_a_file(tmp_path):
-  import_score_sde.convert(GOLDEN / NAMES[0], None, tmp_path)
-  network = keras.saving.load_model(tmp_path / "network.keras")
+def test_a_converted_file_is_a_workdir(tmp_path):
+  """Config, prior and checkpoint: it can be sampled from, and its denoiser is Tweedie's."""
+  import_score_sde.convert(GOLDEN / NAMES[0], None, tmp_path / "w")
+  run = training.load(tmp_path / "w")
   data = golden(NAMES[0])
-  y = network(data["x"], data["time_cond"]).numpy()
+  y = run.model.ema_network(data["x"], data["time_cond"]).numpy()
   assert np.abs(y - data["y"]).max() < 2e-5 * np.abs(data["y"]).max()  # as for the golden output
-  assert json.loads((tmp_path / "network.json").read_text())["nf"] == 16
+  t = np.float32([0.4, 0.6])
+  sigma = run.diffusion.sigma(t).numpy()
+  np.testing.assert_allclose(run.model.cond(t), sigma, rtol=1e-5)  # a VE network is told σ
+  score = run.model.ema_network(data["x"], sigma).numpy()
+  x_0 = run.model.denoiser()(data["x"], t).numpy()
+  np.testing.assert_allclose(
+    run.diffusion.score(data["x"], t, x_0), score, rtol=1e-3, atol=1e-3 * np.abs(score).max()
+  )
+  rows = samplers.table("ddim", samplers.time_grid(3), run.diffusion)
+  assert np.isfinite(run.sampler()(rows, range(2))).all()
+  with pytest.raises(ValueError, match="holds a run already"):
+    import_score_sde.convert(GOLDEN / NAMES[0], None, tmp_path / "w")
+
+
+@pytest.mark.parametrize("sde", ["vpsde", "subvpsde"])
+def test_vp_networks_see_images_from_minus_one_to_one(sde):
+  """x̂_0 by hand in the published range [−1, 1]: (x' − σ' ε)/α, then to [0, 1]."""
+  published = config("data", centered=True)
+  published["model"] |= {"embedding_type": "positional", "scale_by_sigma": False}
+  published["model"] |= {"beta_min": 0.1, "beta_max": 20.0}
+  published["training"]["sde"] = sde
+  e = import_score_sde.experiment(published)
+  model = training.build(e, e.build_diffusion())
+  draw = np.random.default_rng(0)
+  model.network.set_weights([0.2 * draw.normal(size=w.shape) for w in model.network.get_weights()])
+  t = np.float32([0.2, 0.5])
+  alpha = np.exp(-0.25 * t**2 * (20 - 0.1) - 0.5 * t * 0.1).reshape(-1, 1, 1, 1)
+  sigma = np.sqrt(1 - alpha**2) if sde == "vpsde" else 1 - alpha**2
+  x_0 = draw.uniform(size=(2, 8, 8, 3)).astype(np.float32)
+  z = draw.normal(size=x_0.shape).astype(np.float32)
+  wide = alpha * (2 * x_0 - 1) + sigma * z  # the published forward process
+  x_t = model.diffusion.forward(x_0, t, z).numpy()
+  np.testing.assert_allclose(2 * x_t - alpha, wide, atol=1e-5)
+  noise = model.network(wide, 999 * t).numpy()
+  want = ((wide - sigma * noise) / alpha + 1) / 2
+  np.testing.assert_allclose(model(x_t, t), want, rtol=1e-3, atol=1e-3)
+
+
+def test_processes_that_do_not_fit():
+  with pytest.raises(ValueError, match="none of the published"):
+    import_score_sde.experiment(config("data", centered=True))
+  odd = copy.deepcopy(CONFIG)
+  odd["training"]["sde"] = "edm"
+  with pytest.raises(ValueError, match="'edm' is unknown"):
+    import_score_sde.experiment(odd)
 
 
 def test_the_command_fails_in_one_message(tmp_path, arrays):
