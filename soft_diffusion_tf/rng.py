@@ -27,6 +27,16 @@ def fold_in(seed, *data):
   return seed
 
 
+def _key_counter(seed):
+  """Philox key and counter of a seed [2], from the lower 31 bits of its words.
+
+  XLA and the plain kernels agree on a seed only while its words are not negative as 32-bit
+  integers (TF 2.21), and `fold_in` gives such words half of the time.
+  """
+  seed = tf.bitwise.bitwise_and(seed, tf.constant(0x7FFFFFFF, seed.dtype))
+  return tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+
+
 def _padded(size):
   return -(-size // _PACKET) * _PACKET
 
@@ -34,7 +44,7 @@ def _padded(size):
 def bits(seed, first, rows, size):
   """Random words, uint32 [rows, size up to the next 32]; row p depends on (seed, first + p)."""
   blocks = _padded(size) // _WORDS
-  key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+  key, counter = _key_counter(tf.convert_to_tensor(seed))
   offset = tf.cast(tf.cast(first, tf.int64) * blocks, tf.uint64)
   words = tf.raw_ops.StatelessRandomUniformFullIntV2(
     shape=tf.stack([tf.cast(rows, tf.int32) * blocks * _WORDS]),
@@ -94,7 +104,7 @@ def normal_per_image(seeds, salt, shape):
   """
   words = _padded(math.prod(shape))
   salt = tf.cast(salt, tf.int64)
-  key, _ = tf.raw_ops.StatelessRandomGetKeyCounter(seed=tf.stack([salt, tf.zeros_like(salt)]))
+  key, _ = _key_counter(tf.stack([salt, tf.zeros_like(salt)]))
   counters = tf.cast(tf.stack([tf.zeros_like(seeds), seeds], axis=1), tf.uint64)
 
   def one(counter):

@@ -37,6 +37,15 @@ def test_xla_draws_the_same_numbers(draw):
   np.testing.assert_allclose(compiled(SEED, 7), draw(SEED, 7, 10, (5, 3)), atol=2e-6)
 
 
+@pytest.mark.parametrize("seed", [[-5, 3], [2**31 + 7, -1], [7, 2**40 + 2**31]])
+def test_xla_takes_the_same_key_from_any_seed(seed):
+  seed = tf.constant(seed, tf.int64)
+  compiled = tf.function(lambda s: rng.bits(s, 2, 3, 8), jit_compile=True)
+  np.testing.assert_array_equal(compiled(seed), rng.bits(seed, 2, 3, 8))
+  deep = tf.function(lambda s: rng.normal(rng.fold_in(s, 1, 2), 0, 4, (9,)), jit_compile=True)
+  np.testing.assert_allclose(deep(seed), rng.normal(rng.fold_in(seed, 1, 2), 0, 4, (9,)), atol=2e-6)
+
+
 def test_an_image_depends_on_its_seed_and_the_salt_alone():
   seeds = rng.image_seeds([5, 7, 2**40, 9])
   together = rng.normal_per_image(seeds, 3, (5, 5, 1)).numpy()

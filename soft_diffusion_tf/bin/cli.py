@@ -5,8 +5,6 @@ import os
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# TensorFlow leaves oneDNN's convolutions off on some CPUs on which they are faster.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags

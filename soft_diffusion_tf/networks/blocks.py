@@ -186,8 +186,6 @@ def dropout(x, rate, seed, first):
   """
   shape = x.shape[1:].as_list()
   size = math.prod(shape)
-  # `fold_in` may return negative words, of which XLA makes another Philox key than the CPU does.
-  seed = tf.bitwise.bitwise_and(seed, tf.constant(2**31 - 1, seed.dtype))
   words = rng.bits(seed, first, tf.shape(x)[0], -(-size // 2))
   halves = tf.reshape(tf.bitcast(words, tf.uint16), [-1, 2 * words.shape[-1]])
   dropped = round(rate * 2**16)

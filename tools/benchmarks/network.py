@@ -27,7 +27,7 @@ from soft_diffusion_tf.networks import NCSNpp
 
 CONFIGS = {  # (batch, options)
   "small": (32, {"nf": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 2}),
-  "cifar10_blur": (8, {"progressive_input": "residual"}),  # the network of configs/cifar10_blur.py
+  "cifar10_blur": (8, {}),  # the network of configs/cifar10_blur.py
 }
 _KINDS = ("conv", "attention", "norm", "resampling", "rest")
 
@@ -106,7 +106,7 @@ def _peak(repeats, size=2048):
   """Floating-point operations per second of one large matrix product."""
   a = tf.random.stateless_normal([size, size], [0, 0])
   # The result must be looked at, or a graph would not compute it.
-  product = tf.function(lambda: tf.matmul(a, a)[0, 0])
+  product = tf.function(lambda: tf.matmul(a, a)[0, 0], autograph=False)
   return 2 * size**3 / _time(lambda: product().numpy(), repeats)[0]
 
 
