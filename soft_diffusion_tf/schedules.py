@@ -274,8 +274,8 @@ def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
   if not numbers or len(levels) < 2 or not np.all(np.isfinite(levels)):
     raise ValueError(f"{path}: levels must be at least 2 finite numbers; {remedy}")
   steps = np.diff(levels)
-  if not (np.all(steps > 0) or np.all(steps < 0)):
-    place = int(np.argmax(steps * np.sign(levels[-1] - levels[0]) <= 0))
+  if not (np.all(steps >= 0) or np.all(steps <= 0)) or levels[0] == levels[-1]:
+    place = int(np.argmax(steps * np.sign(levels[-1] - levels[0]) < 0))
     raise ValueError(
       f"{path}: levels are out of order at number {place + 2} "
       f"({levels[place]} is followed by {levels[place + 1]}); sort them from clean to corrupted"
@@ -289,8 +289,8 @@ def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps({"schema": 1, **content}, indent=1) + "\n", encoding="utf-8")
+  load_levels(partial)
   partial.replace(path)
-  load_levels(path)
 
 
 def piecewise(levels: Sequence[float], times: Sequence[float] | None = None) -> PiecewiseLinear:

@@ -294,3 +294,32 @@ def find(corruption: Corruption, images: np.ndarray, first: float, last: float, 
     "closed_form_defects": defects,
   }
   return find_path(levels, distances, min(nodes, len(levels))), facts
+
+
+def mse_matched(corruption: Corruption, images: np.ndarray, first: float, last: float,
+                sigma: Callable[[np.ndarray], Any], ve_sigma: Callable[[np.ndarray], Any],
+                nodes: int = 32) -> np.ndarray:  # fmt: skip
+  """P's natural baseline (Eq. 55): levels whose MSE to the clean image decays as the VE process's.
+
+  With noise, E‖x_0 − x_t‖² = E‖(I − C_t) x_0‖² + d σ_t²; the level at t is where its share of the
+  value at t = 1 equals VE's σ_t² / σ_1².
+
+  Args:
+    sigma: the noise schedule of the corrupted process; ve_sigma: that of the VE process.
+
+  Returns:
+    Levels at `nodes` evenly spaced times, float64.
+  """
+  fine = candidate_levels(corruption, first, last, 512, "transport", images)
+  sample = np.asarray(images[:: max(1, len(images) // 500)], np.float32)
+  corrupted = (np.asarray(corruption(sample, float(level)), np.float64) for level in fine)
+  mse = np.array([np.mean(np.sum((c - sample) ** 2, axis=(1, 2, 3))) for c in corrupted])
+  mse = np.maximum.accumulate(mse)  # a blur's error grows with its level; rounding need not
+  t = np.linspace(0, 1, nodes).astype(np.float32)
+  noise = sample[0].size * np.asarray(sigma(t), np.float64) ** 2
+  ve = np.asarray(ve_sigma(t), np.float64)
+  share = (ve / ve[-1]) ** 2
+  wanted = share * (mse[-1] + noise[-1]) - noise
+  levels = np.interp(np.clip(wanted, mse[0], mse[-1]), mse, fine)
+  levels[0], levels[-1] = first, last
+  return levels

@@ -48,3 +48,26 @@ def test_shipped_schedules_are_sound():
     content = schedules.load_levels(file)
     assert len(content["levels"]) == 32
     assert content["images"] >= 1000
+
+
+@pytest.mark.parametrize(
+  ("name", "changed"),
+  [
+    ("celeba64_blur_unfiltered", {"training.filtered"}),
+    ("celeba64_blur_sigma_005", {"sigma.inner.stop"}),
+    ("celeba64_blur_sigma_0025", {"sigma.inner.stop"}),
+    ("celeba64_blur_noise_throughout", None),
+    ("celeba64_mask", None),
+    ("celeba64_ve", None),
+  ],
+)
+def test_ablations_change_one_thing(name, changed):
+  base, other = (
+    experiment.from_file(CONFIGS[0].parent / f"{n}.py") for n in ("celeba64_blur", name)
+  )
+  differs = set(base.differences(other)) - {"name"}
+  if changed is None:  # another process: everything but process, prior and sampling stays
+    groups = ("corruption", "level", "sigma", "prior", "sampling")
+    assert {d.split(".")[0] for d in differs} <= set(groups)
+  else:
+    assert differs == changed

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from soft_diffusion_tf import corruptions as c
+from soft_diffusion_tf import schedules
 from soft_diffusion_tf import scheduling as s
 
 LEVELS = np.linspace(0.01, 6.0, 40)
@@ -156,3 +157,18 @@ def test_bad_requests(images, distances):
     s.candidate_levels(c.Mask(), 0.0, 1.0, 9, "even", images)
   with pytest.raises(ValueError, match="changes nothing"):
     s.candidate_levels(c.Identity(), 0.0, 1.0, 9, "transport", images)
+
+
+def test_the_mse_of_the_natural_baseline_decays_as_ve(images):
+  """P Eq. 55, evaluated again on the levels found."""
+  sigma, ve = schedules.Constant(0.05), schedules.Geometric(0.5, 50.0)
+  levels = s.mse_matched(c.GaussianBlur(), images, 0.01, 6.0, sigma, ve, nodes=9)
+  t = np.linspace(0, 1, 9, dtype=np.float32)
+  errors = []
+  for level in levels:
+    gap = np.asarray(c.GaussianBlur()(images, level), np.float64) - images
+    errors.append(np.mean(np.sum(gap**2, axis=(1, 2, 3))) + 64 * 0.05**2)
+  share, want = np.array(errors) / errors[-1], (ve(t).numpy() / 50.0) ** 2
+  reached = want > 1.2 * errors[0] / errors[-1]  # below, the noise alone is more than VE allows
+  assert reached.sum() >= 3
+  np.testing.assert_allclose(share[reached], want[reached], rtol=0.05)

@@ -17,6 +17,12 @@ _NODES = flags.DEFINE_integer("nodes", 32, "Levels of the schedule.")
 _CANDIDATES = flags.DEFINE_enum(
   "candidates", "transport", ["transport", "linear", "geometric"], "How candidates are spaced."
 )
+_METHOD = flags.DEFINE_enum(
+  "method",
+  "closed_form",
+  ["closed_form", "mse"],
+  "closed_form: shortest path in Wasserstein distance (P 3.3); mse: P's natural baseline (Eq. 55).",
+)
 _SLICE = flags.DEFINE_float("slice", 0.1, "Share of the data to use; P uses 0.1.")
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
 
@@ -41,22 +47,33 @@ def main():
   if count < 2:
     raise ValueError(f"--slice={_SLICE.value:g} of {len(source)} images leaves {count}; take more")
   picked = np.random.default_rng(e.seed).permutation(len(source))[:count]
+  first, last = schedules.ends(e.level)
+  provenance = {
+    "data": e.data.name,
+    "split": e.data.train_split,
+    "image_shape": list(e.data.image_shape),
+    "seed": e.seed,
+  }
+  if _METHOD.value == "mse":
+    ve = schedules.Geometric(e.network.cond_min, e.network.cond_max)
+    levels = scheduling.mse_matched(
+      e.corruption, source.floats(np.sort(picked)), first, last, e.sigma, ve, _NODES.value
+    )
+    facts = {"corruption": e.corruption.get_config(), "images": count, "method": "mse"}
+    schedules.save_levels(out, {**provenance, **facts, "levels": levels.tolist()})
+    print(f"{len(levels)} levels whose MSE decays as VE's, in {out}")
+    return
   bar = tqdm.tqdm(desc="distances", unit="batch")
 
   def progress(_, done, total):
     bar.total = total
     bar.update(done - bar.n)
 
-  first, last = schedules.ends(e.level)
   path, facts = scheduling.find(
     e.corruption, source.floats(np.sort(picked)), first, last,
     count=_LEVELS.value, nodes=_NODES.value, candidates=_CANDIDATES.value, progress=progress,
   )  # fmt: skip
   bar.close()
-  provenance = {
-    "data": e.data.name, "split": e.data.train_split, "image_shape": list(e.data.image_shape),
-    "seed": e.seed,
-  }  # fmt: skip
   schedules.save_levels(out, {**provenance, **facts, **path.to_dict()})
   print("level     distance to the next")
   for level, step in zip(path.levels, [*path.steps, float("nan")]):
