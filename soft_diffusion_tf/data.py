@@ -285,4 +285,7 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False):
     return tf.ensure_shape(batch, [batch_size, *source.images.shape[1:]])
 
   steps = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
+  sharding = tf.data.Options()  # several workers take their parts of the same global batch
+  sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+  steps = steps.with_options(sharding)
   return steps.map(make, tf.data.AUTOTUNE, deterministic=True).prefetch(4)

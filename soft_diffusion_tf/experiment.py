@@ -11,12 +11,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import tensorflow as tf
 
 from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules
 from soft_diffusion_tf.networks.ncsnpp import NCSNpp
@@ -24,6 +26,7 @@ from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 CONFIG_FILE = "config.json"
 PREDICTIONS = ("residual", "score", "noise")
 CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +277,55 @@ class Experiment:
     """Dotted names of the fields in which two experiments differ."""
     one, two = _flatten(self.to_dict()), _flatten(other.to_dict())
     return sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
+
+
+def make_strategy(name: str = "auto", tpu: str = "") -> tf.distribute.Strategy:
+  """A distribution strategy by name; call it before anything else touches a device.
+
+  Args:
+    name: "one_device"; "mirrored" (all GPUs of this machine, else its logical CPUs);
+      "multi_worker" (this process is one of those that TF_CONFIG lists); "tpu"; "auto" is
+      "multi_worker" where TF_CONFIG is set, "mirrored" where there are several GPUs, else
+      "one_device".
+    tpu: the TPU's name, or "local".
+
+  Raises:
+    ValueError: an unknown name, a TF_CONFIG that is none, or a TPU that cannot be had.
+  """
+  _choice("strategy", name, STRATEGIES)
+  if name == "auto":
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    name = (
+      "multi_worker" if os.environ.get("TF_CONFIG") else "mirrored" if gpus > 1 else "one_device"
+    )
+  if name == "one_device":
+    return tf.distribute.get_strategy()
+  if name == "mirrored":
+    gpus = tf.config.list_logical_devices("GPU")
+    devices = [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
+    return tf.distribute.MirroredStrategy(devices)
+  if name == "multi_worker":
+    text = os.environ.get("TF_CONFIG", "")
+    try:
+      content = json.loads(text)
+      workers, index = content["cluster"]["worker"], content["task"]["index"]
+      assert 0 <= index < len(workers)
+    except (ValueError, KeyError, TypeError, AssertionError):
+      raise ValueError(
+        f"TF_CONFIG = {text!r} is not a cluster; give JSON such as "
+        '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+      ) from None
+    return tf.distribute.MultiWorkerMirroredStrategy()
+  try:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+    tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+  except Exception as error:  # resolver, network and missing kernels each raise their own
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(
+      f"TPU {tpu!r} cannot be used ({text}); is its name right, and is tensorflow-tpu installed?"
+    ) from None
+  return tf.distribute.TPUStrategy(resolver)
 
 
 def from_file(path: str | pathlib.Path) -> Experiment:

@@ -8,7 +8,10 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
+import signal
+import threading
 import time
 
 import numpy as np
@@ -33,6 +36,10 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
+class Preempted(RuntimeError):
+  """The run was asked to end (SIGTERM) and has saved its state."""
+
+
 class NonFiniteLoss(RuntimeError):
   """The loss or the gradient is not finite; the message says where."""
 
@@ -50,6 +57,20 @@ def lock(workdir):
         f"{workdir}: another process is training in it; wait for it or take another workdir"
       ) from None
     yield
+
+
+@contextlib.contextmanager
+def _sigterm():
+  """Yields a list that is no longer empty once SIGTERM has come; only in the main thread."""
+  asked: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield asked
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _claim(workdir, experiment):
@@ -126,16 +147,26 @@ class Run:
     return samplers.table(o.sampler, times, self.diffusion, k=o.k, denoise=o.denoise)
 
 
-def load(workdir):
-  """The newest state of a run, ready to sample from; a ValueError when there is none."""
+def load(workdir, step=None):
+  """A run, ready to sample from: its newest state, or the checkpoint kept at a step.
+
+  Raises:
+    ValueError: the workdir holds no such checkpoint, or none that can be read.
+  """
   workdir = pathlib.Path(workdir)
   experiment = Experiment.load(workdir)
   prior = priors.Prior.load(workdir / PRIOR_FILE)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
-  path = _restore_newest(_checkpoint(model), workdir / "checkpoints")
-  if path is None:
+  folder = workdir / "checkpoints"
+  if step is not None:
+    paths = [folder / f"ckpt-{step}", folder / "kept" / f"ckpt-{step}"]
+    found = next((p for p in paths if p.with_suffix(".index").exists()), None)
+    if found is None:
+      raise ValueError(f"{workdir}: no checkpoint of step {step} is kept in it")
+    _checkpoint(model).restore(str(found)).assert_existing_objects_matched()
+  elif _restore_newest(_checkpoint(model), folder) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
-  return Run(experiment, model, int(model.optimizer.iterations))
+  return Run(experiment, model, int(model.optimizer.iterations.numpy()))
 
 
 def write(run, workdir):
@@ -214,34 +245,56 @@ def train(experiment, workdir, strategy=None, progress=True):
   """
   workdir = pathlib.Path(workdir)
   strategy = strategy or tf.distribute.get_strategy()
+  replicas, batch = strategy.num_replicas_in_sync, experiment.training.batch_size
+  if batch % replicas:
+    raise ValueError(
+      f"training.batch_size = {batch} cannot be shared by {replicas} replicas; "
+      f"take {batch // replicas * replicas or replicas} or another multiple of {replicas}"
+    )
   diffusion = experiment.build_diffusion()  # an unsound process is refused before a file is written
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
+  if not _is_chief(strategy):
+    return _train(experiment, source, diffusion, workdir, strategy, progress=False)
   with lock(workdir):
     _claim(workdir, experiment)
     return _train(experiment, source, diffusion, workdir, strategy, progress)
 
 
+def _is_chief(strategy):
+  """Whether this process writes; of several workers only the first does."""
+  resolver = getattr(strategy, "cluster_resolver", None)
+  several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+  return not several or not resolver.task_id
+
+
 def _train(experiment, source, diffusion, workdir, strategy, progress):
-  options = experiment.training
-  if not (workdir / PRIOR_FILE).exists():
+  options, chief = experiment.training, _is_chief(strategy)
+  if (workdir / PRIOR_FILE).exists():
+    prior = priors.Prior.load(workdir / PRIOR_FILE)
+  else:
     images = source.floats(slice(0, PRIOR_IMAGES))
-    priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank).save(
-      workdir / PRIOR_FILE
-    )
-  diffusion = diffusion.with_prior(priors.Prior.load(workdir / PRIOR_FILE))
+    prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
+    if chief:
+      prior.save(workdir / PRIOR_FILE)
+  diffusion = diffusion.with_prior(prior)
   with strategy.scope():
     model = build(experiment, diffusion)
   checkpoint = _checkpoint(model)
   folder = workdir / "checkpoints"
   manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=options.keep)
+  kept = tf.train.CheckpointManager(checkpoint, str(folder / "kept"), max_to_keep=None)
   _restore_newest(checkpoint, folder)
-  step = int(model.optimizer.iterations)
+  step = int(model.optimizer.iterations.numpy())
   run = Run(experiment, model, step)
 
   def save():
+    if not chief:
+      return
     try:
       manager.save(checkpoint_number=step)
+      if step and _due(step, options.keep_every):
+        kept.save(checkpoint_number=step)
     except (OSError, tf.errors.OpError) as error:
       text = str(error).strip().splitlines()[0]
       raise ValueError(
@@ -253,20 +306,24 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
     save()
   if step >= options.steps:
     return run
-  _truncate_metrics(workdir / METRICS_FILE, step)
+  if chief:
+    _truncate_metrics(workdir / METRICS_FILE, step)
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip
   )
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
   loop = _make_loop(model, strategy)
-  writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+  writer = tf.summary.create_noop_writer()
+  if chief:
+    writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
   sampler = run.sampler()
   bar = tqdm.tqdm(
     total=options.steps, initial=step, desc="training", unit="step", mininterval=1.0,
     disable=not progress, smoothing=0.05,
   )  # fmt: skip
   window, window_steps, window_start = None, 0, time.monotonic()
-  with bar, writer.as_default(), open(workdir / METRICS_FILE, "a", buffering=1) as metrics:
+  log = open(workdir / METRICS_FILE if chief else os.devnull, "a", buffering=1)  # noqa: SIM115
+  with bar, writer.as_default(), log as metrics, _sigterm() as asked:
     while step < options.steps:
       ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
       n = min(options.steps_per_loop, *ahead)
@@ -291,9 +348,11 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
         _log(metrics, model, step, window, window_steps, rate)
         bar.set_postfix(loss=f"{float(window['loss']) / window_steps:.4g}", refresh=False)
         window, window_steps, window_start = None, 0, time.monotonic()
-      if _due(step, options.checkpoint_every) or last:
+      if _due(step, options.checkpoint_every) or _due(step, options.keep_every) or last or asked:
         save()
-      if _due(step, options.sample_every) or (last and options.sample_every):
+      if asked and not last:
+        raise Preempted(f"asked to end at step {step}, which is saved; start again to go on")
+      if chief and (_due(step, options.sample_every) or (last and options.sample_every)):
         images = sampler(run.table(), np.arange(GRID_IMAGES)).numpy()
         tf.summary.image("samples", plots.grid(images, zoom=4)[None], step)
         writer.flush()
@@ -301,7 +360,12 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
 
 
 def _periods(options):
-  every = (options.log_every, options.checkpoint_every, options.sample_every)
+  every = (
+    options.log_every,
+    options.checkpoint_every,
+    options.keep_every,
+    options.sample_every,
+  )
   return [e for e in every if e > 0]
 
 

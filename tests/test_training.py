@@ -1,5 +1,10 @@
 import json
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -134,3 +139,121 @@ def test_an_unfound_schedule_is_refused_before_anything_is_written(tiny, tmp_pat
   with pytest.raises(ValueError, match=r"find_schedule\.py"):
     training.train(unfound, tmp_path / "w", progress=False)
   assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_checkpoints_are_kept_by_step(tiny, tmp_path):
+  many = tiny.replace(training={"keep": 1, "checkpoint_every": 1, "keep_every": 4})
+  training.train(many, tmp_path, progress=False)
+  assert {f.stem for f in (tmp_path / "checkpoints").glob("*.index")} == {"ckpt-6"}
+  assert {f.stem for f in (tmp_path / "checkpoints" / "kept").glob("*.index")} == {"ckpt-4"}
+  assert training.load(tmp_path, step=4).step == 4
+  with pytest.raises(ValueError, match="no checkpoint of step 3"):
+    training.load(tmp_path, step=3)
+
+
+def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
+  whole = training.train(tiny, tmp_path / "whole", progress=False)
+  original = training._log
+
+  def terminate(metrics, model, step, *rest):
+    original(metrics, model, step, *rest)
+    if step == 4:
+      signal.raise_signal(signal.SIGTERM)
+
+  rare = tiny.replace(training={"checkpoint_every": 100})
+  monkeypatch.setattr(training, "_log", terminate)
+  with pytest.raises(training.Preempted, match="asked to end at step 4, which is saved"):
+    training.train(rare, tmp_path / "parts", progress=False)
+  monkeypatch.undo()
+  assert training.load(tmp_path / "parts").step == 4
+  parts = training.train(rare, tmp_path / "parts", progress=False)
+  for a, b in zip(state(whole), state(parts)):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_must_divide_by_the_replicas(tiny, tmp_path):
+  class Three:
+    num_replicas_in_sync = 3
+
+  with pytest.raises(ValueError, match=r"batch_size = 16 cannot be shared by 3 replicas; take 15"):
+    training.train(tiny, tmp_path, Three(), progress=False)
+
+
+_WORKER = """
+import hashlib, json, os, sys
+index, steps, ports, workdir = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+ports = ports.split(",")
+import tensorflow as tf
+if ports != [""]:
+  cluster = {"worker": [f"127.0.0.1:{p}" for p in ports]}
+  task = {"type": "worker", "index": index}
+  os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
+else:
+  cpu = tf.config.list_physical_devices("CPU")[0]
+  tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from soft_diffusion_tf import training
+from soft_diffusion_tf.experiment import Experiment, make_strategy
+strategy = make_strategy("multi_worker" if ports != [""] else "mirrored")
+e = Experiment.from_config(json.loads(sys.stdin.read())).replace(training={"steps": steps})
+run = training.train(e, workdir, strategy, progress=False)
+m = run.model
+variables = [*m.network.variables, *m.ema_network.variables, *m.optimizer.variables]
+values = [v.numpy().tobytes() for v in variables]
+print("DIGEST", run.step, hashlib.md5(b"".join(values)).hexdigest())
+"""
+
+
+def _start(tiny, index, ports, workdir, steps):
+  process = subprocess.Popen(
+    [sys.executable, "-c", _WORKER, f"{index}", f"{steps}", ",".join(map(str, ports)), workdir],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  process.stdin.write(json.dumps(tiny.to_dict()))
+  process.stdin.close()
+  process.stdin = None  # so that communicate does not flush it again
+  return process
+
+
+def _digest(process):
+  out, error = process.communicate(timeout=400)
+  lines = [line for line in out.splitlines() if line.startswith("DIGEST")]
+  assert lines, error[-3000:]
+  return lines[0]
+
+
+@pytest.mark.slow
+def test_two_workers_equal_two_devices_and_a_checkpoint_moves_between_them(tiny, tmp_path):
+  devices = _digest(_start(tiny, 0, [], tmp_path / "devices", 6))
+  sockets = [socket.socket() for _ in range(2)]
+  for s in sockets:
+    s.bind(("127.0.0.1", 0))
+  ports = [s.getsockname()[1] for s in sockets]
+  for s in sockets:
+    s.close()
+  half = [_start(tiny, k, ports, tmp_path / "workers", 4) for k in range(2)]
+  halves = [_digest(p) for p in half]
+  assert halves[0] == halves[1]
+  assert _digest(_start(tiny, 0, [], tmp_path / "workers", 6)) == devices  # on two devices again
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_cost_nothing_but_time(tiny, tmp_path):
+  """kill -9 at random moments, also while a checkpoint is written: the end is equal to the bit."""
+  long = tiny.replace(training={"checkpoint_every": 1, "steps": 60})
+  want = _digest(_start(long, 0, [], tmp_path / "whole", 60))
+  generator, kills = np.random.default_rng(0), 0
+  for _ in range(12):
+    process = _start(long, 0, [], tmp_path / "killed", 60)
+    metrics_file = tmp_path / "killed" / "metrics.jsonl"
+    begin = time.monotonic()
+    size = metrics_file.stat().st_size if metrics_file.exists() else 0
+    while process.poll() is None and time.monotonic() - begin < 200:
+      if metrics_file.exists() and metrics_file.stat().st_size > size:  # it trains: any moment now
+        time.sleep(float(generator.uniform(0, 0.4)))
+        process.kill()
+        kills += 1
+        break
+      time.sleep(0.02)
+    process.communicate()
+  assert kills >= 4
+  assert _digest(_start(long, 0, [], tmp_path / "killed", 60)) == want

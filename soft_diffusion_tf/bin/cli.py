@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2
+PREEMPTED = 75  # "try again": what schedulers take for a run to be started once more
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
@@ -78,6 +79,9 @@ def _guarded(main):
       if _DEBUG.value:
         raise
       _fail(" ".join(str(error).split()))
+    except training.Preempted as end:
+      print(end, file=sys.stderr)
+      sys.exit(PREEMPTED)
     except KeyboardInterrupt:
       print("interrupted; start again with the same command to go on", file=sys.stderr)
       sys.exit(130)

@@ -12,19 +12,24 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if need be, continued if it holds this run.",
   required=True,
 )  # fmt: skip
+_STRATEGY = flags.DEFINE_string(
+  "strategy", "auto", "Devices: auto, one_device, mirrored, multi_worker (by TF_CONFIG) or tpu."
+)
+_TPU = flags.DEFINE_string("tpu", "", "Name of the TPU, or 'local', for --strategy=tpu.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
 
 
 def main():
   from soft_diffusion_tf import training
-  from soft_diffusion_tf.experiment import Experiment
+  from soft_diffusion_tf.experiment import Experiment, make_strategy
 
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = Experiment.from_config(_CONFIG.value)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
-  run = training.train(experiment, _WORKDIR.value)
+  strategy = make_strategy(_STRATEGY.value, _TPU.value)
+  run = training.train(experiment, _WORKDIR.value, strategy)
   print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
   print(
     f"next: soft-diffusion-sample --workdir={_WORKDIR.value} --out={_WORKDIR.value}/samples.png"
