@@ -1,5 +1,5 @@
 # One virtual environment, made once per lock file, serves every target.
-PYTHON ?= python3
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +18,8 @@ help:
 install: $(STAMP)
 
 $(STAMP): requirements.lock setup.py
-	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: Python 3.11, 3.12 or 3.13 is needed; install one or give make PYTHON=PATH"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: python3 has no venv; apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock

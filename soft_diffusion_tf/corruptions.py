@@ -223,6 +223,10 @@ class GaussianBlur(_Separable):
 
   half_size: int = 32
 
+  def __post_init__(self):
+    if self.half_size < 0:
+      raise ValueError(f"half_size is a number of pixels, not {self.half_size}")
+
   def _toeplitz(self, level, n):
     # Below a thousandth of a pixel every tap but the middle one is 0 in float32 already.
     s = tf.maximum(level, 1e-3)[:, tf.newaxis]
@@ -268,9 +272,9 @@ class Mask(_Diagonal):
     radius = np.maximum(y, x).ravel()
     if self.hidden == "border":
       radius = -radius
-    inside = (radius[None, :] < radius[:, None]).mean(axis=1)
-    upto = (radius[None, :] <= radius[:, None]).mean(axis=1)
-    order = tf.constant(((inside + upto) / 2).reshape(1, h, w, 1), tf.float32)  # in (0, 1)
+    _, ring, pixels = np.unique(radius, return_inverse=True, return_counts=True)
+    middle = (np.cumsum(pixels) - pixels / 2) / (h * w)  # of the share that each ring covers
+    order = tf.constant(middle[ring].reshape(1, h, w, 1), tf.float32)  # in (0, 1)
     if self.edge == 0:
       return tf.cast(order >= level, tf.float32)
     front = level * (1.0 + self.edge) - self.edge
@@ -355,6 +359,29 @@ class Compose(Corruption):
       elif isinstance(value, tuple | list):
         value = schedules.Linear(*value)
       object.__setattr__(self, name, value)
+
+    for part, schedule in ((self.inner, self.inner_level), (self.outer, self.outer_level)):
+      low, high = sorted(part.level_range)
+      ends = schedules.ends(schedule)
+      if not all(low <= end <= high for end in ends):
+        raise ValueError(
+          f"the levels of {type(part).__name__} run from {ends[0]:g} to {ends[1]:g}, outside "
+          f"[{low:g}, {high:g}]; correct its schedule in Compose"
+        )
+
+  def _mixes_channels(self, image_shape):
+    pixels = image_shape[0] * image_shape[1]
+    return any(
+      int(part.operator(part.level_range[0], image_shape).domain_dimension) != pixels
+      for part in (self.inner, self.outer)
+    )
+
+  def operator(self, level, image_shape):
+    if not self._mixes_channels(image_shape):
+      return super().operator(level, image_shape)
+    size = math.prod(image_shape)
+    columns = self(tf.reshape(tf.eye(size), [size, *image_shape]), level)
+    return tf.linalg.LinearOperatorFullMatrix(tf.transpose(tf.reshape(columns, [size, size])))
 
   def apply(self, x, level):
     return self.outer.apply(self.inner.apply(x, self.inner_level(level)), self.outer_level(level))

@@ -70,7 +70,7 @@ class Diffusion:
       )
     probe = np.random.default_rng(0).random([1, *self.image_shape], np.float32)
     gap = float(np.max(np.abs(self.corruption(probe, levels[0]).numpy() - probe)))
-    if gap > 1e-3:
+    if not gap <= 1e-3:  # NaN as well
       raise ValueError(
         f"C_0 is not the identity: {kind} at level {levels[0]:g} changes an image by {gap:.2g}; "
         f"start the schedule at {self.corruption.level_range[0]:g}"

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import gaussians
+from soft_diffusion_tf import gaussians, plots
 
 TFGAN_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 
@@ -205,8 +205,10 @@ def evaluate(run, source_images, count, network, options=None, progress=True):
 
   Returns:
     A dictionary: "samples" (float images), "distance" and "floor" (`Distance`; the floor is None
-    when fewer than half of `count` real images are left over).
+    when fewer than `count` real images are left over).
   """
+  if count < 2:
+    raise ValueError(f"a Fréchet distance takes at least 2 samples, {count} were asked for")
   if count > len(source_images):
     raise ValueError(
       f"{count} images asked for, but the data set has {len(source_images)}; lower "
@@ -216,9 +218,10 @@ def evaluate(run, source_images, count, network, options=None, progress=True):
   say = (lambda text: text) if progress else (lambda text: None)
   reference = extract(network, source_images[order[:count]], progress=say("features (real)"))
   samples = generate(run, count, options, progress=say("sampling"))
-  features = extract(network, samples, progress=say("features (samples)"))
+  # As 8-bit images, like the real ones and like every published number.
+  features = extract(network, plots.to_uint8(samples), progress=say("features (samples)"))
   floor = None
   rest = source_images[order[count : 2 * count]]
-  if len(rest) >= count // 2 and len(rest) >= 2:
+  if len(rest) == count:  # a floor at another N would be another number
     floor = distance(network, extract(network, rest), reference)
   return {"samples": samples, "distance": distance(network, features, reference), "floor": floor}

@@ -162,10 +162,19 @@ class Experiment:
       "training.learning_rate": t.learning_rate, "sampling.steps": s.steps,
       "sampling.batch_size": s.batch_size, "evaluation.samples": self.evaluation.samples,
       "training.clip_norm": t.clip_norm, "training.keep": t.keep,
+      "training.steps_per_loop": t.steps_per_loop,
     }  # fmt: skip
     for field, value in positive.items():
-      if value <= 0:
+      if not value > 0:  # NaN as well
         raise ValueError(f"{field} must be positive, got {value}")
+    counts = {
+      "training.warmup_steps": t.warmup_steps, "training.log_every": t.log_every,
+      "training.checkpoint_every": t.checkpoint_every, "training.keep_every": t.keep_every,
+      "training.sample_every": t.sample_every, "sampling.k": s.k,
+    }  # fmt: skip
+    for field, value in counts.items():
+      if not value >= 0:
+        raise ValueError(f"{field} must not be negative, got {value}")
     if not 0 <= t.ema_decay < 1:
       raise ValueError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}")
     if not 0 <= t.t_min < 1:
@@ -189,12 +198,19 @@ class Experiment:
     """The forward process, without a prior."""
     return diffusion.Diffusion(self.data.image_shape, self.corruption, self.level, self.sigma)
 
+  def check_network(self) -> None:
+    """Raises the ValueError of options that make no network, without making its weights."""
+    NCSNpp.check(image_shape=self.data.image_shape, seed=self.seed, **self._network_options())
+
   def build_network(self) -> NCSNpp:
     """A fresh network; its weights are a function of `seed` alone."""
+    return NCSNpp(image_shape=self.data.image_shape, seed=self.seed, **self._network_options())
+
+  def _network_options(self) -> dict[str, Any]:
     options = dataclasses.asdict(self.network)
     for name in ("prediction", "conditioning", "cond_min", "cond_max"):
       del options[name]
-    return NCSNpp(image_shape=tuple(self.data.image_shape), seed=self.seed, **options)
+    return options
 
   # --- Configs ------------------------------------------------------------------------------------
 

@@ -63,7 +63,8 @@ class GaussianMixture:
 def denoiser(mixture, diffusion):
   """The exact E[x_0|x_t] of a mixture under a diffusion, as a Denoiser (x_t, t) → x̂_0.
 
-  All times of a call must be equal (as in sampling): the corruption is decomposed once per call.
+  All times of a call must be equal (as in sampling; checked when called eagerly): the corruption is
+  decomposed once per call.
   With isotropic components the cost is one singular value decomposition of C_t (two small ones for
   a blur, none for a mask) and three matrix products; full covariances take K solves of size D.
   """
@@ -72,13 +73,21 @@ def denoiser(mixture, diffusion):
   return _full(mixture, diffusion)
 
 
+def _one_time(t):
+  """The time that a whole batch shares, as a scalar."""
+  t = tf.reshape(tf.cast(t, tf.float32), [-1])
+  if tf.executing_eagerly() and np.ptp(t.numpy()) > 0:
+    raise ValueError("an exact denoiser takes one time for the whole batch; call it once per time")
+  return t[0]
+
+
 def _isotropic(mixture, diffusion):
   means = tf.constant(mixture.means, tf.float32)
   log_weights = tf.constant(mixture.log_weights)
   variance = mixture.std**2
 
   def denoise(x_t, t):
-    t = tf.reshape(tf.cast(t, tf.float32), [-1])[0]
+    t = _one_time(t)
     parts = diffusion.corruption.svd(diffusion.level(t), diffusion.image_shape)
     noise = diffusion.sigma(t) ** 2
     s = tf.broadcast_to(parts.values, diffusion.image_shape)
@@ -109,7 +118,7 @@ def _full(mixture, diffusion):
   log_weights = tf.cast(mixture.log_weights, tf.float64)
 
   def denoise(x_t, t):
-    t = tf.reshape(tf.cast(t, tf.float32), [-1])[0]
+    t = _one_time(t)
     x = tf.cast(tf.reshape(x_t, [-1, size]), tf.float64)
     basis = tf.reshape(tf.eye(size), [size, *shape])
     matrix = tf.transpose(

@@ -13,6 +13,7 @@ They differ in what they are fitted to:
 
 import dataclasses
 import pathlib
+import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -66,7 +67,7 @@ class Prior:
     try:
       with np.load(path, allow_pickle=False) as content:
         return cls(str(content["kind"]), content["mean"], content["factors"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
       raise ValueError(
         f"{path}: not a saved prior ({error}); fit it again by training in a new workdir"
       ) from None

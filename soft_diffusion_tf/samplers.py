@@ -98,7 +98,9 @@ def time_grid(steps: int, kind: str = "uniform", diffusion: Diffusion | None = N
   fine = np.linspace(0.0, start, 4097)
   level = diffusion.level(fine.astype(np.float32)).numpy().astype(np.float64)
   path = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(level)))])
-  path /= max(path[-1], 1e-12)
+  if path[-1] == 0:  # only the noise changes
+    return start * line
+  path /= path[-1]
   # Where only noise changes the level stands still; a tenth of the steps is spread evenly.
   return np.interp(line, 0.9 * path + 0.1 * fine / start, fine)
 

@@ -79,7 +79,7 @@ def check_closed_form(corruption: Corruption, levels: np.ndarray,
     if defects[name] > limit:
       raise NotClosedForm(
         f"the closed form does not hold for {type(corruption).__name__} on these images: "
-        f"{name} {defects[name]:.2g} exceeds {limit:g}; use the Sinkhorn method"
+        f"{name} {defects[name]:.2g} exceeds {limit:g}; take --method=mse, or levels of your own"
       )
   return defects
 

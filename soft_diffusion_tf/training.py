@@ -107,15 +107,28 @@ def _checkpoint(model):
 
 
 def _restore_newest(checkpoint, folder):
-  """Restores the newest readable checkpoint of a folder; returns its path or None."""
-  state = tf.train.get_checkpoint_state(str(folder))
-  for path in reversed(state.all_model_checkpoint_paths if state else []):
+  """Restores the newest readable checkpoint of a folder; None if there is none at all.
+
+  Raises:
+    ValueError: there are checkpoints, but none can be read.
+  """
+  newest = sorted(
+    {f.with_suffix("") for part in (folder, folder / "kept") for f in part.glob("ckpt-*.index")},
+    key=lambda f: (int(f.name.split("-")[1]), f.parent == folder),
+    reverse=True,
+  )
+  for path in map(str, newest):
     try:
       checkpoint.restore(path).assert_existing_objects_matched()
       return path
     except (tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError) as error:
       text = str(error).strip().splitlines()[0]
       tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
+  if newest:
+    raise ValueError(
+      f"{folder}: none of its {len(newest)} checkpoints can be read (damaged, or of another "
+      "network?); restore one from a backup, or train in a new workdir"
+    )
   return None
 
 
@@ -221,10 +234,14 @@ def _truncate_metrics(path, step):
   """Drops lines past `step`, which a run that died had written after its last checkpoint."""
   if not path.exists():
     return
-  lines = [
-    line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step
-  ]
-  path.write_text("".join(line + "\n" for line in lines))
+  kept = []
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by the kill
+      if json.loads(line)["step"] <= step:
+        kept.append(line + "\n")
+  partial = path.with_suffix(".partial")
+  partial.write_text("".join(kept))
+  partial.replace(path)
 
 
 def train(experiment, workdir, strategy=None, progress=True):
@@ -251,7 +268,9 @@ def train(experiment, workdir, strategy=None, progress=True):
       f"training.batch_size = {batch} cannot be shared by {replicas} replicas; "
       f"take {batch // replicas * replicas or replicas} or another multiple of {replicas}"
     )
-  diffusion = experiment.build_diffusion()  # an unsound process is refused before a file is written
+  # An unsound process or network is refused before a file is written.
+  diffusion = experiment.build_diffusion()
+  experiment.check_network()
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
   if not _is_chief(strategy):
@@ -273,7 +292,8 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   if (workdir / PRIOR_FILE).exists():
     prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
-    images = source.floats(slice(0, PRIOR_IMAGES))
+    picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
+    images = source.floats(np.sort(picked))
     prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
     if chief:
       prior.save(workdir / PRIOR_FILE)
@@ -342,7 +362,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       window = totals if window is None else {k: window[k] + totals[k] for k in totals}
       window_steps += n
       last = step == options.steps
-      if step % options.log_every == 0 or last:
+      if _due(step, options.log_every) or last:
         elapsed = time.monotonic() - window_start
         rate = window_steps * options.batch_size / elapsed
         _log(metrics, model, step, window, window_steps, rate)

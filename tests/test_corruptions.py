@@ -30,6 +30,7 @@ EXAMPLES = {
   "BlockAverage": [c.BlockAverage()],
   "Compose": [
     c.Compose(c.GaussianBlur(), c.Mask(), (0.0, 3.0), (0.0, 1.0)),
+    c.Compose(c.GaussianBlur(2), c.Matrix(np.eye(48)[::-1])),
     c.Compose(c.BlockAverage(), c.GaussianBlur(), (0.0, 2.0), (0.0, 2.0)),
   ],
   "Family": [c.Family(fade_family), c.Family(mixing_family)],
@@ -249,6 +250,11 @@ def test_configs_survive_json():
     (lambda: c.from_config({"kind": "Mask", "shape": 3}), "does not take these fields"),
     (lambda: c.from_config({"kind": "no_such:Thing"}), "cannot import"),
     (lambda: c.Matrix(np.zeros([2, 3])), "square"),
+    (lambda: c.GaussianBlur(-1), "half_size"),
+    (
+      lambda: c.Compose(c.GaussianBlur(), c.Mask(), (0, 1), (0, 2)),
+      "levels of Mask run from 0 to 2",
+    ),
     (lambda: c.Family(fade_family)(np.zeros([1, 5, 5, 1]), 0.1), "acts on 24 numbers"),
     (lambda: c.Family(lambda v: v).get_config(), "cannot travel in a config"),
   ],

@@ -257,3 +257,32 @@ def test_kills_at_any_moment_cost_nothing_but_time(tiny, tmp_path):
     process.communicate()
   assert kills >= 4
   assert _digest(_start(long, 0, [], tmp_path / "killed", 60)) == want
+
+
+def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):
+  training.train(tiny, tmp_path, progress=False)
+  files = sorted((tmp_path / "checkpoints").glob("*.data*"))
+  for file in files:
+    file.write_bytes(b"broken")
+  before = {
+    f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and "tensorb" not in str(f)
+  }
+  with pytest.raises(ValueError, match="none of its 3 checkpoints can be read"):
+    training.train(tiny.replace(training={"steps": 8}), tmp_path, progress=False)
+  changed = {f for f, content in before.items() if f.read_bytes() != content}
+  assert changed <= {tmp_path / "config.json"}  # which now says 8 steps
+
+
+def test_a_torn_line_of_metrics_does_not_block_a_resume(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 3, "lo')
+  training.train(tiny, tmp_path, progress=False)
+  assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
+
+
+def test_a_refused_network_does_not_claim_the_workdir(tiny, tmp_path):
+  deep = tiny.replace(network={"ch_mult": (1, 1, 1, 1, 1)})
+  with pytest.raises(ValueError, match="not divisible by 16"):
+    training.train(deep, tmp_path / "w", progress=False)
+  assert not (tmp_path / "w" / "config.json").exists()

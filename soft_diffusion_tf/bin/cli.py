@@ -29,9 +29,31 @@ def _fail(text):
   sys.exit(BAD_INPUT)
 
 
+def _config_path(argv):
+  """The value of --config=FILE or --config FILE, or None."""
+  for k, argument in enumerate(argv):
+    if argument.startswith("--config="):
+      return argument.split("=", 1)[1]
+    if argument == "--config" and k + 1 < len(argv):
+      return argv[k + 1]
+  return None
+
+
+def _print_help(main):
+  """The program's text and its own flags: absl would leave out those that this module defines."""
+  print((sys.modules[main.__module__].__doc__ or "").strip())
+  print("\nflags:")
+  holders = [*main.__globals__.values(), _DEBUG]
+  for holder in holders:
+    if isinstance(holder, flags.FlagHolder):
+      flag = flags.FLAGS[holder.name]
+      default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+      print(f"  --{flag.name}: {flag.help}{default}")
+
+
 def _explain_override(argv, error):
   """Names the override that does not fit the config, and the nearest field that does."""
-  path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+  path = _config_path(argv)
   if path is None:
     _fail("give --config=FILE before its overrides")
   from soft_diffusion_tf import experiment
@@ -56,6 +78,9 @@ def _explain_override(argv, error):
 
 
 def _parse(argv):
+  path = _config_path(argv)
+  if path is not None and not os.path.isfile(path):
+    _fail(f"{path}: no such config file; give --config=FILE, such as configs/digits_blur.py")
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -91,4 +116,7 @@ def _guarded(main):
 
 def run(main):
   """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2."""
+  if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
+    _print_help(main)
+    return
   app.run(_guarded(main), flags_parser=_parse)

@@ -169,6 +169,11 @@ class NCSNpp(keras.Model):
     self._make_layers()
     self.built = True
 
+  @staticmethod
+  def check(*, image_shape, fir_kernel=(1, 3, 3, 1), **options):
+    """Raises the ValueError that the constructor would, and makes nothing."""
+    _check(options | {"image_shape": image_shape, "fir_kernel": fir_kernel})
+
   def _attends(self, level):
     return self.image_shape[0] // 2**level in self.attn_resolutions
 

@@ -85,9 +85,17 @@ def test_evaluate(workdir):
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
-def test_help_explains_every_flag(name):
-  result = program(name, "--help")
+@pytest.mark.parametrize("installed", [False, True], ids=["module", "script"])
+def test_help_explains_every_flag(name, installed):
+  if installed:
+    script = pathlib.Path(sys.executable).parent / f"soft-diffusion-{name}"
+    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+  else:
+    result = program(name, "--help")
+  assert result.returncode == 0
   assert "--workdir" in result.stdout
+  assert "--debug" in result.stdout
+  assert ("--config:" in result.stdout) == (name == "train")
   flags = [x for x in result.stdout.splitlines() if x.strip().startswith("--")]
   for flag in flags:
     assert ":" in flag
@@ -122,7 +130,16 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
 
 def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   assert "give --config" in error_of(program("train", f"--workdir={tmp_path}/w"))
-  assert "No such file" in error_of(program("train", "--config=none.py", f"--workdir={tmp_path}/w"))
+  assert "no such config file" in error_of(
+    program("train", "--config=none.py", f"--workdir={tmp_path}/w")
+  )
+  spaced = ("--config", "configs/digits_blur.py", "--config.training.batch_sizee=3")
+  assert "did you mean training.batch_size" in error_of(
+    program("train", *spaced, f"--workdir={tmp_path}/w")
+  )
+  assert "at least 2 samples" in error_of(
+    program("evaluate", f"--workdir={workdir}", "--samples=0")
+  )
   assert "another config" in error_of(
     program("train", *TINY, "--config.seed=3", f"--workdir={workdir}")
   )
