@@ -313,6 +313,13 @@ def experiment(config):
       f"training.sde={sde!r} with data.centered={options['centered']} is none of the published "
       "configurations: VE networks take images in [0, 1], VP and sub-VP in [−1, 1]"
     )
+  # A set without a name here keeps its own, which data.load refuses until another is given.
+  dataset = str(data.get("dataset", "unknown")).lower()
+  name = {"celeba": "celeb_a"}.get(dataset, dataset)
+  if sde == "vesde" and not {"sigma_min", "sigma_max"} <= set(model):
+    raise ValueError(
+      "the configuration has no model.sigma_min and model.sigma_max; a VE one has both"
+    )
   if sde == "vesde":
     low, high = model["sigma_min"], model["sigma_max"]
     process = {
@@ -331,14 +338,13 @@ def experiment(config):
       "sigma": schedules.Scaled(kind(**beta), 0.5),
     }  # fmt: skip
     told = {"prediction": "noise", "conditioning": "vp_label"}
-  name = {"cifar10": "cifar10", "celeba": "celeb_a"}.get(str(data.get("dataset", "")).lower())
   network = {
     key: value for key, value in options.items()
     if key in {field.name for field in dataclasses.fields(Network)}
   } | told  # fmt: skip
   return Experiment(
     name=f"score_sde_{sde}",
-    data=Data(name=name or "cifar10", image_shape=shape),
+    data=Data(name=name, image_shape=shape),
     prior=PriorOptions(kind="zero"),
     network=Network(**network),
     training=Training(ema_decay=float(model.get("ema_rate", 0.999))),

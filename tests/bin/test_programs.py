@@ -112,7 +112,8 @@ def test_help_explains_every_flag(name, installed):
     ("--config.level.inner.start=x", "level"),
     ("--config.corruption.kind=Blur", "did you mean"),
     ("--config.data.name=folder:/no/such", "no such folder"),
-    ("--config.data.image_shape=(9,9,1)", "smaller than the 9×9"),
+    ("--config.data.image_shape=(10,10,1)", "smaller than the 10×10"),
+    ("--config.data.image_shape=(9,9,1)", "not divisible by 2"),
   ],
 )
 def test_bad_fields_end_with_one_line(flag, text, tmp_path):
