@@ -183,19 +183,6 @@ def distance(network, one, two):
   )  # fmt: skip
 
 
-def generate(run, count, options=None, first_seed=0, progress="sampling"):
-  """Samples of a run as float32 [count, H, W, C], image i from seed first_seed + i."""
-  options = options or run.experiment.sampling
-  sampler, rows = run.sampler(options.clip), run.table(options)
-  size = min(options.batch_size, count)
-  parts = []
-  for start in tqdm.tqdm(range(0, count, size), progress or "", disable=progress is None):
-    # Every batch has the same size, so that an image is computed alike wherever it stands.
-    seeds = first_seed + start + np.arange(size)
-    parts.append(sampler(rows, seeds).numpy())
-  return np.concatenate(parts)[:count]
-
-
 def evaluate(run, source_images, count, network, options=None, progress=True):
   """Fréchet distance of `count` samples to real images, and its floor at the same N.
 
@@ -217,7 +204,7 @@ def evaluate(run, source_images, count, network, options=None, progress=True):
   order = np.random.default_rng(0).permutation(len(source_images))
   say = (lambda text: text) if progress else (lambda text: None)
   reference = extract(network, source_images[order[:count]], progress=say("features (real)"))
-  samples = generate(run, count, options, progress=say("sampling"))
+  samples = run.images(np.arange(count), options, say("sampling"))
   # As 8-bit images, like the real ones and like every published number.
   features = extract(network, plots.to_uint8(samples), progress=say("features (samples)"))
   floor = None

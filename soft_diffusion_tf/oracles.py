@@ -44,12 +44,8 @@ class GaussianMixture:
   def draw(self, count, seed=0):
     """Fresh images float32 [count, H, W, C]."""
     generator = np.random.default_rng(seed)
-    which = generator.choice(
-      len(self.means),
-      count,
-      p=np.exp(self.log_weights.astype(np.float64))
-      / np.exp(self.log_weights.astype(np.float64)).sum(),
-    )
+    weights = np.exp(self.log_weights.astype(np.float64))
+    which = generator.choice(len(self.means), count, p=weights / weights.sum())
     shape = self.means.shape[1:]
     noise = generator.standard_normal([count, int(np.prod(shape))])
     if self.covariances is None:

@@ -153,6 +153,30 @@ class Run:
       self.diffusion, lambda x_t, t: tf.clip_by_value(denoise(x_t, t), 0.0, 1.0)
     )
 
+  def options(self, **changes):
+    """The experiment's `Sampling` with other values for what is not None; refuses bad names."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    options = dataclasses.replace(self.experiment.sampling, **changes)
+    if options.sampler not in samplers.SAMPLERS:
+      samplers.resolve(options.sampler)
+    return options
+
+  def images(self, seeds, options=None, progress=None):
+    """Samples float32 [N, H, W, C] for image seeds [N], in batches of one size.
+
+    The last batch is filled up, so that an image is computed alike wherever it stands.
+    """
+    options = options or self.experiment.sampling
+    sampler, rows = self.sampler(options.clip), self.table(options)
+    seeds = np.asarray(seeds)
+    size = min(options.batch_size, len(seeds))
+    parts = []
+    for start in tqdm.tqdm(range(0, len(seeds), size), progress or "", disable=progress is None):
+      batch = seeds[start : start + size]
+      filled = np.pad(batch, (0, size - len(batch)), mode="edge")
+      parts.append(sampler(rows, filled).numpy()[: len(batch)])
+    return np.concatenate(parts)
+
   def table(self, options=None):
     """The rows of the experiment's sampler, or of other `experiment.Sampling` options."""
     o = options or self.experiment.sampling

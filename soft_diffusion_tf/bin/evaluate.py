@@ -25,14 +25,11 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data set
 
 
 def main():
-  from soft_diffusion_tf import data, evaluation, samplers, training
+  from soft_diffusion_tf import data, evaluation, training
 
   run = training.load(_WORKDIR.value)
   e = run.experiment
-  changes = {"sampler": _SAMPLER.value, "steps": _STEPS.value}
-  options = dataclasses.replace(e.sampling, **{k: v for k, v in changes.items() if v is not None})
-  if options.sampler not in samplers.SAMPLERS:
-    samplers.resolve(options.sampler)
+  options = run.options(sampler=_SAMPLER.value, steps=_STEPS.value)
   network = evaluation.feature_network(_FEATURE_NET.value or e.evaluation.feature_net)
   source = data.load(
     e.data.name, _SPLIT.value or e.data.train_split, e.data.image_shape, e.data.crop,

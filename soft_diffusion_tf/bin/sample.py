@@ -3,7 +3,6 @@
 soft-diffusion-sample --workdir=runs/digits --seeds=0-63 --out=samples.png
 """
 
-import dataclasses
 import pathlib
 import re
 
@@ -35,28 +34,16 @@ def parse_seeds(text):
 
 def main():
   import numpy as np
-  import tqdm
 
-  from soft_diffusion_tf import plots, samplers, training
+  from soft_diffusion_tf import plots, training
 
   seeds = np.array(parse_seeds(_SEEDS.value))
   out = pathlib.Path(_OUT.value)
   if out.exists() and not _FORCE.value and (out.suffix == ".png" or any(out.iterdir())):
     raise ValueError(f"{out} is there already; give another --out or --force")
   run = training.load(_WORKDIR.value)
-  options = run.experiment.sampling
-  changes = {"sampler": _SAMPLER.value, "steps": _STEPS.value}
-  options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})
-  if options.sampler not in samplers.SAMPLERS:
-    samplers.resolve(options.sampler)
-  sampler, rows = run.sampler(options.clip), run.table(options)
-  size = min(options.batch_size, len(seeds))
-  images = []
-  for start in tqdm.tqdm(range(0, len(seeds), size), "sampling"):
-    batch = seeds[start : start + size]
-    padded = np.pad(batch, (0, size - len(batch)), mode="edge")
-    images.append(sampler(rows, padded).numpy()[: len(batch)])
-  images = np.concatenate(images)
+  options = run.options(sampler=_SAMPLER.value, steps=_STEPS.value)
+  images = run.images(seeds, options, "sampling")
   if out.suffix == ".png":
     plots.save_png(out, plots.grid(images, zoom=plots.zoom_for(images)))
   else:
