@@ -1,5 +1,7 @@
 # One virtual environment, made once per lock file, serves every target.
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+# The first interpreter that truly runs: a version manager's shim can be on PATH and still refuse.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell \
+	$(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $(p))))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +20,7 @@ help:
 install: $(STAMP)
 
 $(STAMP): requirements.lock setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	@test -n "$(PYTHON)" || \
 		{ echo "error: Python 3.11, 3.12 or 3.13 is needed; install one or give make PYTHON=PATH"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: python3 has no venv; apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
