@@ -8,6 +8,7 @@ each: of the digits the first 1,500 and the last 297; of a folder every tenth im
 the paths, is held out for "test"; TFDS sets have their own, and take its slicing ("train[:10%]").
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import difflib
@@ -195,8 +196,7 @@ def _folder(folder, split, shape, crop):
   def one(path):
     return prepare(read_image(path), path, shape, crop)
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    images = list(tqdm.tqdm(pool.map(one, files), "reading images", len(files), disable=None))
+  images = list(tqdm.tqdm(_in_parallel(one, files), "reading images", len(files), disable=None))
   shapes = {image.shape for image in images}
   if len(shapes) > 1:
     odd = next(f for f, image in zip(files, images) if image.shape != images[0].shape)
@@ -229,20 +229,52 @@ def _tfds(name, split, shape, crop, data_dir, progress):
     raise ValueError(f"TFDS data set {name!r} has no 'image'; it has {list(builder.info.features)}")
   crop = "centre" if crop == "auto" else crop
   labelled = "label" in builder.info.features
-  images, labels = [], []
-  records = tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE))
-  for k, record in enumerate(
-    tqdm.tqdm(records, f"reading {name}", total, disable=None if progress else True)
-  ):
+
+  def one(record):  # TFDS decodes in parallel; so are the images prepared
+    k, record = record
     image = record["image"]
     if (shape is not None and tuple(shape) != image.shape) or crop.startswith("celeb_a"):
       image = prepare(image, f"{name} example {k}", shape, crop)
-    images.append(image)
-    labels.append(record["label"] if labelled else 0)
+    return image, record["label"] if labelled else 0
+
+  records = enumerate(tfds.as_numpy(dataset.prefetch(tf.data.AUTOTUNE)))
+  bar = tqdm.tqdm(
+    _in_parallel(one, records), f"reading {name}", total, disable=None if progress else True
+  )
+  images, labels = _allocate(name, total, shape), np.zeros([total], np.int64)
+  for k, (image, label) in enumerate(bar):
+    if images is None:
+      images = _allocate(name, total, image.shape)
+    if image.shape != images.shape[1:]:
+      raise ValueError(f"{name}: images of several sizes; set data.image_shape")
+    images[k], labels[k] = image, label
+  return images, labels
+
+
+def _in_parallel(function, items, ahead=64):
+  """The results of a function over an iterable, in order, a few computed ahead by threads."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    pending = collections.deque()
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) > ahead:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def _allocate(name, count, shape):
+  """Room for the decoded images, which stay in memory; None while their shape is not known."""
+  if shape is None:
+    return None
   try:
-    return np.stack(images), np.array(labels, np.int64)
-  except ValueError:
-    raise ValueError(f"{name}: images of several sizes; set data.image_shape") from None
+    return np.empty([count, *shape], np.uint8)
+  except MemoryError:
+    size = count * np.prod(shape, dtype=np.int64) / 2**30
+    raise ValueError(
+      f"{name}: {count} images of {tuple(shape)} take {size:.1f} GiB of memory; "
+      "take a part of the split (such as train[:50%]) or smaller images"
+    ) from None
 
 
 # --- The pipeline -------------------------------------------------------------------------------
@@ -272,7 +304,8 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False):
   """
   if len(source) < 1 or batch_size < 1:
     raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
-  images = tf.constant(source.images)
+  with tf.device("CPU:0"):  # a GPU's memory is for the network
+    images = tf.constant(source.images)
 
   def make(step):
     first = step * batch_size

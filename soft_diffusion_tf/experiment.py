@@ -7,14 +7,18 @@ The defaults are the paper's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import pathlib
+import socket
+import sys
+import threading
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -92,12 +96,14 @@ class Network:
 class Training:
   """Optimisation (P App. D), and what is written how often (in steps; 0 means never).
 
-  `t_min` is the smallest t drawn; `low_variance_t` draws one stratified sample of t per batch
-  instead of independent ones; `steps_per_loop` steps run in one call of the compiled loop; the
-  `keep` newest checkpoints stay, and one every `keep_every` steps.
+  A batch is taken in `accumulate` parts, one after the other, where it does not fit in memory: the
+  step is the same. `t_min` is the smallest t drawn; `low_variance_t` draws one stratified sample of
+  t per batch instead of independent ones; `steps_per_loop` steps run in one call of the compiled
+  loop; the `keep` newest checkpoints stay, and one every `keep_every` steps.
   """
 
   batch_size: int = 128
+  accumulate: int = 1
   steps: int = 1_000_000
   learning_rate: float = 2e-4
   warmup_steps: int = 5000
@@ -162,7 +168,7 @@ class Experiment:
       "training.learning_rate": t.learning_rate, "sampling.steps": s.steps,
       "sampling.batch_size": s.batch_size, "evaluation.samples": self.evaluation.samples,
       "training.clip_norm": t.clip_norm, "training.keep": t.keep,
-      "training.steps_per_loop": t.steps_per_loop,
+      "training.steps_per_loop": t.steps_per_loop, "training.accumulate": t.accumulate,
     }  # fmt: skip
     for field, value in positive.items():
       if not value > 0:  # NaN as well
@@ -284,6 +290,10 @@ class Experiment:
         f"{path}: not JSON ({error}); restore it or train in a new workdir"
       ) from None
 
+  def flat(self) -> dict[str, Any]:
+    """Every field by its dotted name, as plain values."""
+    return _flatten(self.to_dict())
+
   def digest(self) -> str:
     """Twelve hexadecimal digits that name this experiment."""
     text = json.dumps(self.to_dict(), sort_keys=True)
@@ -291,11 +301,12 @@ class Experiment:
 
   def differences(self, other: Experiment) -> list[str]:
     """Dotted names of the fields in which two experiments differ."""
-    one, two = _flatten(self.to_dict()), _flatten(other.to_dict())
+    one, two = self.flat(), other.flat()
     return sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
 
 
-def make_strategy(name: str = "auto", tpu: str = "") -> tf.distribute.Strategy:
+def make_strategy(name: str = "auto", tpu: str = "",
+                  peer_timeout: float = 300.0) -> tf.distribute.Strategy:  # fmt: skip
   """A distribution strategy by name; call it before anything else touches a device.
 
   Args:
@@ -304,6 +315,8 @@ def make_strategy(name: str = "auto", tpu: str = "") -> tf.distribute.Strategy:
       "multi_worker" where TF_CONFIG is set, "mirrored" where there are several GPUs, else
       "one_device".
     tpu: the TPU's name, or "local".
+    peer_timeout: seconds to wait for the other workers to come up. TensorFlow's own wait cannot be
+      interrupted, so when they are over the process ends with one line that names who is missing.
 
   Raises:
     ValueError: an unknown name, a TF_CONFIG that is none, or a TPU that cannot be had.
@@ -331,7 +344,8 @@ def make_strategy(name: str = "auto", tpu: str = "") -> tf.distribute.Strategy:
         f"TF_CONFIG = {text!r} is not a cluster; give JSON such as "
         '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
       ) from None
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    with _patience(peer_timeout, [w for k, w in enumerate(workers) if k != index]):
+      return tf.distribute.MultiWorkerMirroredStrategy()
   try:
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
     tf.config.experimental_connect_to_cluster(resolver)
@@ -342,6 +356,36 @@ def make_strategy(name: str = "auto", tpu: str = "") -> tf.distribute.Strategy:
       f"TPU {tpu!r} cannot be used ({text}); is its name right, and is tensorflow-tpu installed?"
     ) from None
   return tf.distribute.TPUStrategy(resolver)
+
+
+@contextlib.contextmanager
+def _patience(seconds: float, peers: list[str]) -> Iterator[None]:
+  """Ends the process with exit code 2 if the body takes longer than that."""
+
+  def silent(peer: str) -> bool:
+    host, _, port = peer.rpartition(":")
+    try:
+      socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+      return True
+    return False
+
+  def give_up() -> None:
+    missing = ", ".join(p for p in peers if silent(p)) or "another worker has another TF_CONFIG"
+    print(
+      f"error: the workers of TF_CONFIG did not all come up within {seconds:g} s (no answer: "
+      f"{missing}); start them all, and check addresses, firewall and --peer_timeout",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)
+
+  timer = threading.Timer(seconds, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def from_file(path: str | pathlib.Path) -> Experiment:

@@ -11,15 +11,34 @@ _TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
 
 
 class PreReducedAdam(keras.optimizers.Adam):
-  """Adam whose gradients are already summed over the replicas.
+  """Adam whose gradients are already summed over the replicas, by TensorFlow's fused operation.
 
   Keras sums gradients inside `apply`, after any clipping; a clip by global norm must come after
-  the sum, so the step sums and clips itself and this optimizer must not sum again. The method is
+  the sum, so the step sums and clips itself and this optimizer must not sum again. That method is
   private to Keras: its version is pinned and a test holds the behaviour.
+
+  The fused update has Keras' formula, and takes half of the time of its ten operations a variable.
   """
 
   def _all_reduce_sum_gradients(self, grads_and_vars):
     return grads_and_vars
+
+  def update_step(self, gradient, variable, learning_rate):
+    k = self._get_variable_index(variable)
+    step = tf.cast(self.iterations + 1, tf.float32)
+    var = variable.value if isinstance(variable, keras.Variable) else variable
+    tf.raw_ops.ResourceApplyAdam(
+      var=var.handle,
+      m=self._momentums[k].value.handle,
+      v=self._velocities[k].value.handle,
+      beta1_power=tf.constant(self.beta_1) ** step,
+      beta2_power=tf.constant(self.beta_2) ** step,
+      lr=tf.cast(learning_rate, tf.float32),
+      beta1=self.beta_1,
+      beta2=self.beta_2,
+      epsilon=self.epsilon,
+      grad=tf.cast(gradient, tf.float32),
+    )
 
 
 @keras.saving.register_keras_serializable(package="soft_diffusion_tf")
@@ -134,44 +153,79 @@ class SoftDiffusionModel(keras.Model):
       u = rng.uniform(seed, first, rows)
     return t_min + (1.0 - t_min) * u
 
+  def gradients(self, x_0):
+    """The gradients of this replica's share of the loss, float32, of the trainable variables.
+
+    Args:
+      x_0: float32 [B, H, W, C] in [0, 1]; replica r holds rows r·B … (r+1)·B − 1.
+
+    Returns:
+      gradients (to be summed over the replicas), the losses [B] and the times t [B].
+    """
+    context = tf.distribute.get_replica_context()
+    options = self.training_options
+    rows = tf.shape(x_0)[0]
+    batch = rows * context.num_replicas_in_sync
+    first = tf.cast(context.replica_id_in_sync_group, tf.int32) * rows
+    step = tf.cast(self.optimizer.iterations, tf.int64)
+    seed = tf.stack([tf.constant(self.seed, tf.int64), step])
+    variables = self.network.trainable_variables
+
+    def of_rows(x_0, first):
+      rows = tf.shape(x_0)[0]
+      t = self._draw_times(rng.fold_in(seed, _TIME), first, rows, batch)
+      eta = rng.normal(rng.fold_in(seed, _NOISE), first, rows, self.diffusion.image_shape)
+      dropout = rng.fold_in(seed, _DROPOUT)
+
+      def denoiser(x_t, t):
+        return self(x_t, t, training=True, seed=dropout, first=first)
+
+      with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([v.value for v in variables])
+        each = losses.soft_score_matching(
+          self.diffusion, denoiser, x_0, t, eta, weight=options.weight, filtered=options.filtered
+        )
+        loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
+      return tape.gradient(loss, [v.value for v in variables]), each, t
+
+    if options.accumulate == 1:
+      return of_rows(x_0, first)
+    size = rows // options.accumulate
+
+    def body(k, total, each, t):
+      begin = k * size
+      part = of_rows(x_0[begin : begin + size], first + begin)
+      total = [a + b for a, b in zip(total, part[0])]
+      return k + 1, total, each.write(k, part[1]), t.write(k, part[2])
+
+    zeros = [tf.zeros_like(v.value) for v in variables]
+    arrays = [tf.TensorArray(tf.float32, options.accumulate) for _ in range(2)]
+    _, total, each, t = tf.while_loop(
+      lambda k, *_: k < options.accumulate, body, (tf.constant(0), zeros, *arrays),
+      parallel_iterations=1,  # one part at a time is the point of it
+    )  # fmt: skip
+    return total, each.concat(), t.concat()
+
   def update(self, x_0):
     """One optimisation step on this replica's part of the global batch.
 
     Args:
-      x_0: float32 [B, H, W, C] in [0, 1]; replica r holds rows r·B … (r+1)·B − 1.
+      x_0: see `gradients`.
 
     Returns:
       A dictionary: "loss" (this replica's share: the sum over replicas is the batch's mean),
       "losses" and "t" [B], "gradient_norm" (global, before the clip).
     """
     context = tf.distribute.get_replica_context()
-    rows = tf.shape(x_0)[0]
-    batch = rows * context.num_replicas_in_sync
-    first = tf.cast(context.replica_id_in_sync_group, tf.int32) * rows
-    step = tf.cast(self.optimizer.iterations, tf.int64)
-    seed = tf.stack([tf.constant(self.seed, tf.int64), step])
-    t = self._draw_times(rng.fold_in(seed, _TIME), first, rows, batch)
-    eta = rng.normal(rng.fold_in(seed, _NOISE), first, rows, self.diffusion.image_shape)
-    dropout = rng.fold_in(seed, _DROPOUT)
-
-    def denoiser(x_t, t):
-      return self(x_t, t, training=True, seed=dropout, first=first)
-
-    variables = self.network.trainable_variables
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-      tape.watch([v.value for v in variables])
-      each = losses.soft_score_matching(
-        self.diffusion, denoiser, x_0, t, eta,
-        weight=self.training_options.weight, filtered=self.training_options.filtered,
-      )  # fmt: skip
-      loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
-    gradients = tape.gradient(loss, [v.value for v in variables])
+    gradients, each, t = self.gradients(x_0)
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
     gradients, norm = tf.clip_by_global_norm(gradients, self.training_options.clip_norm)
-    self.optimizer.apply(gradients, variables)
+    self.optimizer.apply(gradients, self.network.trainable_variables)
     decay = self.training_options.ema_decay
     for average, value in self._averaged:
-      average.assign(decay * average + (1.0 - decay) * value)
+      average.value.assign_sub((1.0 - decay) * (average.value - value.value), read_value=False)
+    batch = tf.shape(x_0)[0] * context.num_replicas_in_sync
+    loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
     return {"loss": loss, "losses": each, "t": t, "gradient_norm": norm}
 
   def train_step(self, data):

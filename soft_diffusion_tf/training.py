@@ -1,43 +1,49 @@
-"""A training run in a workdir: the loop over `model.update`, checkpoints, TensorBoard.
+"""A training run in a workdir: the loop over `model.update` under any strategy.
 
 A workdir holds everything: config.json, prior.npz, checkpoints/, metrics.jsonl (a line per
-`log_every` steps), tensorboard/. Starting again with the same workdir goes on where it stopped.
+`log_every` steps), tensorboard/, schedule.png. Starting again with the same workdir goes on where
+it stopped, equal to the bit to a run that never did.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import json
-import os
 import pathlib
 import signal
 import threading
-import time
 
 import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import data, plots, priors, samplers
+from soft_diffusion_tf import data, plots, priors, rng, samplers
+from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
+from soft_diffusion_tf.monitoring import Monitor
 
 BUCKETS = 10  # of t, for the loss by time
 PRIOR_FILE = "prior.npz"
-METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 64
+SHOWN_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of E[x_0|x_t], as in P Figure 7
 PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
 
 # What may change when a run goes on in its workdir; all else would make it another run.
 _MAY_CHANGE = (
   "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
   "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
+  "training.accumulate",
   "data.test_split", "sampling.", "evaluation.",
 )  # fmt: skip
 
 
 class Preempted(RuntimeError):
   """The run was asked to end (SIGTERM) and has saved its state."""
+
+
+class WorkerLost(RuntimeError):
+  """Another worker of this run is gone; the others end, and all of them start again."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -98,38 +104,6 @@ def build(experiment, diffusion):
   model.compile(optimizer=model.make_optimizer())
   model.optimizer.build(model.network.trainable_variables)
   return model
-
-
-def _checkpoint(model):
-  return tf.train.Checkpoint(
-    network=model.network, ema_network=model.ema_network, optimizer=model.optimizer
-  )
-
-
-def _restore_newest(checkpoint, folder):
-  """Restores the newest readable checkpoint of a folder; None if there is none at all.
-
-  Raises:
-    ValueError: there are checkpoints, but none can be read.
-  """
-  newest = sorted(
-    {f.with_suffix("") for part in (folder, folder / "kept") for f in part.glob("ckpt-*.index")},
-    key=lambda f: (int(f.name.split("-")[1]), f.parent == folder),
-    reverse=True,
-  )
-  for path in map(str, newest):
-    try:
-      checkpoint.restore(path).assert_existing_objects_matched()
-      return path
-    except (tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError) as error:
-      text = str(error).strip().splitlines()[0]
-      tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
-  if newest:
-    raise ValueError(
-      f"{folder}: none of its {len(newest)} checkpoints can be read (damaged, or of another "
-      "network?); restore one from a backup, or train in a new workdir"
-    )
-  return None
 
 
 @dataclasses.dataclass
@@ -194,14 +168,7 @@ def load(workdir, step=None):
   experiment = Experiment.load(workdir)
   prior = priors.Prior.load(workdir / PRIOR_FILE)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
-  folder = workdir / "checkpoints"
-  if step is not None:
-    paths = [folder / f"ckpt-{step}", folder / "kept" / f"ckpt-{step}"]
-    found = next((p for p in paths if p.with_suffix(".index").exists()), None)
-    if found is None:
-      raise ValueError(f"{workdir}: no checkpoint of step {step} is kept in it")
-    _checkpoint(model).restore(str(found)).assert_existing_objects_matched()
-  elif _restore_newest(_checkpoint(model), folder) is None:
+  if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
   return Run(experiment, model, int(model.optimizer.iterations.numpy()))
 
@@ -213,14 +180,16 @@ def write(run, workdir):
     raise ValueError(f"{workdir} holds a run already; take another folder")
   workdir.mkdir(parents=True, exist_ok=True)
   run.diffusion.prior.save(workdir / PRIOR_FILE)
-  tf.train.CheckpointManager(
-    _checkpoint(run.model), str(workdir / "checkpoints"), max_to_keep=1
-  ).save(checkpoint_number=run.step)
+  Checkpoints(workdir / CHECKPOINTS, run.model).save(wait=True)
   run.experiment.save(workdir)
 
 
 def _make_loop(model, strategy):
-  """`loop(iterator, n)`: n steps in one call of one compiled function."""
+  """`loop(iterator, n)`: n steps in one call of one compiled function.
+
+  It returns sums over the steps ("wait" is the time spent on waiting for input, in seconds), and
+  the step and a t of the first loss or gradient that was not finite, or −1.
+  """
 
   def replica_step(x_0):
     out = model.update(x_0)
@@ -237,35 +206,29 @@ def _make_loop(model, strategy):
   def loop(iterator, n):
     def body(k, totals, odd_step, odd_t):
       step = tf.cast(model.optimizer.iterations, tf.int64)
-      each = strategy.run(replica_step, args=(iterator.get_next(),))
+      with tf.control_dependencies([k]):  # the step before is done
+        begin = tf.timestamp()
+      with tf.control_dependencies([begin]):
+        batch = iterator.get_next()
+      with tf.control_dependencies(tf.nest.flatten(strategy.experimental_local_results(batch))):
+        wait = tf.timestamp() - begin
+      each = strategy.run(replica_step, args=(batch,))
       out = {k: strategy.reduce(tf.distribute.ReduceOp.SUM, v, None) for k, v in each.items()}
+      out["wait"] = wait
       totals = {key: totals[key] + out[key] for key in totals}
       finite = tf.math.is_finite(out["loss"]) & tf.math.is_finite(out["norm"])
       first = (odd_step < 0) & ~finite
       odd_step, odd_t = tf.where(first, step, odd_step), tf.where(first, out["odd_t"], odd_t)
-      return k + 1, totals, odd_step, odd_t
+      with tf.control_dependencies([out["loss"], out["norm"]]):
+        return k + 1, totals, odd_step, odd_t
 
-    zeros = {"loss": tf.zeros([]), "norm": tf.zeros([])}
+    zeros = {"loss": tf.zeros([]), "norm": tf.zeros([]), "wait": tf.zeros([], tf.float64)}
     zeros |= {"sums": tf.zeros([BUCKETS]), "counts": tf.zeros([BUCKETS])}
     start = (tf.constant(0), zeros, tf.constant(-1, tf.int64), tf.constant(0.0))
     return tf.while_loop(lambda k, *_: k < n, body, start)[1:]
 
   # Control flow is written out, so AutoGraph would only cost time: most of the tracing.
   return tf.function(loop, autograph=False)
-
-
-def _truncate_metrics(path, step):
-  """Drops lines past `step`, which a run that died had written after its last checkpoint."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line torn by the kill
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
-  partial = path.with_suffix(".partial")
-  partial.write_text("".join(kept))
-  partial.replace(path)
 
 
 def train(experiment, workdir, strategy=None, progress=True):
@@ -283,14 +246,19 @@ def train(experiment, workdir, strategy=None, progress=True):
   Raises:
     ValueError: bad input, or a workdir that belongs to another config or process.
     NonFiniteLoss: names step, t and σ; the last checkpoint stays.
+    Preempted: SIGTERM came; the state is saved.
+    WorkerLost: another worker of a multi-worker run has died.
   """
   workdir = pathlib.Path(workdir)
   strategy = strategy or tf.distribute.get_strategy()
   replicas, batch = strategy.num_replicas_in_sync, experiment.training.batch_size
-  if batch % replicas:
+  parts = experiment.training.accumulate
+  if batch % (replicas * parts):
+    each = replicas * parts
+    by = f" of {parts} parts each" if parts > 1 else ""
     raise ValueError(
-      f"training.batch_size = {batch} cannot be shared by {replicas} replicas; "
-      f"take {batch // replicas * replicas or replicas} or another multiple of {replicas}"
+      f"training.batch_size = {batch} cannot be shared by {replicas} replicas{by}; "
+      f"take {batch // each * each or each} or another multiple of {each}"
     )
   # An unsound process or network is refused before a file is written.
   diffusion = experiment.build_diffusion()
@@ -298,17 +266,37 @@ def train(experiment, workdir, strategy=None, progress=True):
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
   if not _is_chief(strategy):
-    return _train(experiment, source, diffusion, workdir, strategy, progress=False)
-  with lock(workdir):
+    with _lost_workers(strategy):
+      return _train(experiment, source, diffusion, workdir, strategy, progress=False)
+  with lock(workdir), _lost_workers(strategy):
     _claim(workdir, experiment)
     return _train(experiment, source, diffusion, workdir, strategy, progress)
 
 
+def _several_workers(strategy):
+  return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def _is_chief(strategy):
   """Whether this process writes; of several workers only the first does."""
-  resolver = getattr(strategy, "cluster_resolver", None)
-  several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-  return not several or not resolver.task_id
+  return not _several_workers(strategy) or not strategy.cluster_resolver.task_id
+
+
+@contextlib.contextmanager
+def _lost_workers(strategy):
+  """Turns what TensorFlow raises when a peer is gone into a `WorkerLost`."""
+  try:
+    yield
+  except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+    if not _several_workers(strategy):
+      raise
+    cause = next(
+      (line for line in str(error).splitlines() if "/task:" in line or "aborted" in line), ""
+    )
+    raise WorkerLost(
+      f"another worker is gone ({cause.strip()}); what is past the last checkpoint is lost: "
+      "start all workers again to go on"
+    ) from error
 
 
 def _train(experiment, source, diffusion, workdir, strategy, progress):
@@ -324,83 +312,100 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   diffusion = diffusion.with_prior(prior)
   with strategy.scope():
     model = build(experiment, diffusion)
-  checkpoint = _checkpoint(model)
-  folder = workdir / "checkpoints"
-  manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=options.keep)
-  kept = tf.train.CheckpointManager(checkpoint, str(folder / "kept"), max_to_keep=None)
-  _restore_newest(checkpoint, folder)
-  step = int(model.optimizer.iterations.numpy())
+  checkpoints = Checkpoints(workdir / CHECKPOINTS, model, options.keep)
+  restored = checkpoints.restore()
+  step = restored or 0
   run = Run(experiment, model, step)
-
-  def save():
-    if not chief:
-      return
-    try:
-      manager.save(checkpoint_number=step)
-      if step and _due(step, options.keep_every):
-        kept.save(checkpoint_number=step)
-    except (OSError, tf.errors.OpError) as error:
-      text = str(error).strip().splitlines()[0]
-      raise ValueError(
-        f"{folder}: cannot save step {step} ({text}); the checkpoints before it are intact: "
-        "free some space and start again"
-      ) from None
-
-  if step == 0 and manager.latest_checkpoint is None:
-    save()
+  if restored is None and chief:
+    checkpoints.save(wait=True)
   if step >= options.steps:
     return run
-  if chief:
-    _truncate_metrics(workdir / METRICS_FILE, step)
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip
   )
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
-  loop = _make_loop(model, strategy)
-  writer = tf.summary.create_noop_writer()
-  if chief:
-    writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
-  sampler = run.sampler()
-  bar = tqdm.tqdm(
-    total=options.steps, initial=step, desc="training", unit="step", mininterval=1.0,
-    disable=not progress, smoothing=0.05,
-  )  # fmt: skip
-  window, window_steps, window_start = None, 0, time.monotonic()
-  log = open(workdir / METRICS_FILE if chief else os.devnull, "a", buffering=1)  # noqa: SIM115
-  with bar, writer.as_default(), log as metrics, _sigterm() as asked:
+  loop, norms = _make_loop(model, strategy), _make_norms(model)
+  monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
+  with monitor, _sigterm() as asked:
+    show = _Pictures(run, source, monitor) if chief else None
+    if show and step == 0:
+      show.schedule(workdir)
     while step < options.steps:
       ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
       n = min(options.steps_per_loop, *ahead)
       totals, odd_step, odd_t = loop(iterator, tf.constant(n))
       if int(odd_step) >= 0:
+        checkpoints.wait()
         sigma = float(diffusion.sigma(odd_t))
         raise NonFiniteLoss(
           f"the loss or its gradient is not finite at step {int(odd_step)} "
           f"(t = {float(odd_t):.4f}, σ = {sigma:.4g}); the last good checkpoint is "
-          f"{manager.latest_checkpoint}; lower training.learning_rate or look at the data"
+          f"{checkpoints.paths()[0]}; lower training.learning_rate or look at the data"
         )
       step += n
       run.step = step
-      bar.update(n)
-      totals = {k: np.asarray(v, np.float64) for k, v in totals.items()}
-      window = totals if window is None else {k: window[k] + totals[k] for k in totals}
-      window_steps += n
+      monitor.advance(step, totals)
       last = step == options.steps
       if _due(step, options.log_every) or last:
-        elapsed = time.monotonic() - window_start
-        rate = window_steps * options.batch_size / elapsed
-        _log(metrics, model, step, window, window_steps, rate)
-        bar.set_postfix(loss=f"{float(window['loss']) / window_steps:.4g}", refresh=False)
-        window, window_steps, window_start = None, 0, time.monotonic()
-      if _due(step, options.checkpoint_every) or _due(step, options.keep_every) or last or asked:
-        save()
+        monitor.record(step, learning_rate=model.optimizer.learning_rate, **norms())
+      if show and options.sample_every and (_due(step, options.sample_every) or last):
+        show.samples()
+        show.predictions()
+      keep = _due(step, options.keep_every)
+      if chief and (_due(step, options.checkpoint_every) or keep or last or asked):
+        monitor.flush()
+        checkpoints.save(for_good=keep, wait=last or bool(asked))
       if asked and not last:
         raise Preempted(f"asked to end at step {step}, which is saved; start again to go on")
-      if chief and (_due(step, options.sample_every) or (last and options.sample_every)):
-        images = sampler(run.table(), np.arange(GRID_IMAGES)).numpy()
-        tf.summary.image("samples", plots.grid(images, zoom=4)[None], step)
-        writer.flush()
   return run
+
+
+class _Pictures:
+  """What TensorBoard shows in pictures: the schedule, samples, and E[x_0|x_t] (P Figure 7)."""
+
+  def __init__(self, run, source, monitor):
+    self._run, self._monitor = run, monitor
+    self._sampler = run.sampler()
+    self._clean = source.floats(slice(0, 8))
+    self._denoise = tf.function(run.model.denoiser(), autograph=False)
+
+  def schedule(self, workdir):
+    path = workdir / "schedule.png"
+    plots.schedule(path, self._run.diffusion)
+    picture = tf.io.decode_png(tf.io.read_file(str(path)), channels=3)
+    self._monitor.image("schedule", picture, 0)
+    experiment = self._run.experiment
+    self._monitor.hyperparameters(experiment.flat(), experiment.digest())
+
+  def samples(self):
+    """A grid from fixed seeds, by the averaged weights."""
+    images = self._sampler(self._run.table(), np.arange(GRID_IMAGES)).numpy()
+    self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
+
+  def predictions(self):
+    """Fixed images, and at fixed times their corruptions above what is predicted from them."""
+    clean, rows = self._clean, [self._clean]
+    for k, t in enumerate(SHOWN_TIMES):
+      seed = tf.constant([self._run.experiment.seed, k], tf.int64)
+      eta = rng.normal(seed, 0, len(clean), clean.shape[1:])
+      t = tf.fill([len(clean)], t)
+      x_t = self._run.diffusion.forward(clean, t, eta)
+      rows += [x_t.numpy(), self._denoise(x_t, t).numpy()]
+    picture = plots.grid(np.concatenate(rows), columns=len(clean), zoom=4)
+    self._monitor.image("predictions", picture, self._run.step)
+
+
+def _make_norms(model):
+  """A function that gives the global norms of the weights and of their averages."""
+
+  @tf.function(autograph=False)
+  def norms():
+    return {
+      "parameter_norm": tf.linalg.global_norm([v.value for v in model.network.variables]),
+      "ema_norm": tf.linalg.global_norm([v.value for v in model.ema_network.variables]),
+    }
+
+  return norms
 
 
 def _periods(options):
@@ -415,23 +420,3 @@ def _periods(options):
 
 def _due(step, every):
   return every > 0 and step % every == 0
-
-
-def _log(metrics, model, step, window, steps, rate):
-  """One line in metrics.jsonl and one point of every TensorBoard curve."""
-  counts = np.maximum(window["counts"], 1)
-  buckets = np.where(window["counts"] > 0, window["sums"] / counts, np.nan)
-  record = {
-    "step": step,
-    "loss": float(window["loss"]) / steps,
-    "gradient_norm": float(window["norm"]) / steps,
-    "learning_rate": float(model.optimizer.learning_rate),
-    "images_per_second": round(rate, 1),
-    "loss_by_t": [None if np.isnan(v) else float(v) for v in buckets],
-  }
-  metrics.write(json.dumps(record) + "\n")
-  for key in ("loss", "gradient_norm", "learning_rate", "images_per_second"):
-    tf.summary.scalar(key, record[key], step)
-  for k, value in enumerate(buckets):
-    if not np.isnan(value):
-      tf.summary.scalar(f"loss_by_t/{k / BUCKETS:.1f}-{(k + 1) / BUCKETS:.1f}", value, step)

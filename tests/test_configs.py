@@ -1,8 +1,9 @@
 import pathlib
 
+import numpy as np
 import pytest
 
-from soft_diffusion_tf import corruptions, experiment, schedules
+from soft_diffusion_tf import corruptions, experiment, schedules, training
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -71,3 +72,29 @@ def test_ablations_change_one_thing(name, changed):
     assert {d.split(".")[0] for d in differs} <= set(groups)
   else:
     assert differs == changed
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_shrunken_copy_of_every_config_takes_a_step(path):
+  """Process, loss, weighting, prediction and optimizer as configured; images and network small."""
+  e = experiment.from_file(path)
+  channels = e.data.image_shape[2]
+  level = e.level
+  if isinstance(getattr(level, "inner", level), schedules.Unfound):  # its images are not at hand
+    start, stop = schedules.ends(level)
+    level = schedules.Geometric(max(start, 1e-3), stop)
+  e = e.replace(
+    level=level,
+    data={"image_shape": (16, 16, channels)},
+    network={"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)},
+    training={"batch_size": 2, "warmup_steps": 0},
+  )
+  model = training.build(e, e.build_diffusion())
+  before = [v.numpy() for v in model.network.trainable_variables]
+  images = np.random.default_rng(0).random((2, 16, 16, channels)).astype(np.float32)
+  out = model.update(images)
+  assert np.isfinite(out["loss"])
+  assert np.isfinite(out["gradient_norm"])
+  moved = [np.any(v.numpy() != b) for v, b in zip(model.network.trainable_variables, before)]
+  assert any(moved)
+  assert int(model.optimizer.iterations) == 1

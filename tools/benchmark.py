@@ -3,6 +3,8 @@
 python tools/benchmark.py corruption
 python tools/benchmark.py network --config=small
 python tools/benchmark.py sinkhorn
+python tools/benchmark.py train --config=configs/digits_blur.py
+python tools/benchmark.py data --config=configs/digits_blur.py
 """
 
 import importlib.util

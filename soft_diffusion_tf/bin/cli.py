@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2
-PREEMPTED = 75  # "try again": what schedulers take for a run to be started once more
+AGAIN = 75  # what schedulers take for a run to be started once more
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
@@ -106,7 +106,10 @@ def _guarded(main):
       _fail(" ".join(str(error).split()))
     except training.Preempted as end:
       print(end, file=sys.stderr)
-      sys.exit(PREEMPTED)
+      sys.exit(AGAIN)
+    except training.WorkerLost as end:
+      print(f"error: {end}", file=sys.stderr, flush=True)
+      os._exit(AGAIN)  # an orderly exit would wait for the worker that is gone
     except KeyboardInterrupt:
       print("interrupted; start again with the same command to go on", file=sys.stderr)
       sys.exit(130)

@@ -16,6 +16,9 @@ _STRATEGY = flags.DEFINE_string(
   "strategy", "auto", "Devices: auto, one_device, mirrored, multi_worker (by TF_CONFIG) or tpu."
 )
 _TPU = flags.DEFINE_string("tpu", "", "Name of the TPU, or 'local', for --strategy=tpu.")
+_PEER_TIMEOUT = flags.DEFINE_float(
+  "peer_timeout", 300.0, "Seconds to wait for the other workers of TF_CONFIG."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
 
 
@@ -28,7 +31,7 @@ def main():
   experiment = Experiment.from_config(_CONFIG.value)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
-  strategy = make_strategy(_STRATEGY.value, _TPU.value)
+  strategy = make_strategy(_STRATEGY.value, _TPU.value, _PEER_TIMEOUT.value)
   run = training.train(experiment, _WORKDIR.value, strategy)
   print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
   print(

@@ -1,0 +1,132 @@
+"""The state of a run on disk: network, averaged weights, Adam's slots and the step.
+
+A save copies the state to host memory, which is quick, and a thread writes the copy while training
+goes on. The newest few checkpoints stay, and those asked to be kept for good, which lie in a folder
+of their own. What is in a checkpoint is named by the variables' own paths.
+"""
+
+import concurrent.futures
+import pathlib
+
+import tensorflow as tf
+import tqdm
+
+KEPT = "kept"
+
+
+def _named(model):
+  """Variables by name; those of the optimizer lose its own name, which counts up in a process."""
+  named = {f"network/{v.path}": v.value for v in model.network.variables}
+  named |= {f"ema/{v.path}": v.value for v in model.ema_network.variables}
+  named |= {f"optimizer/{v.path.split('/', 1)[-1]}": v.value for v in model.optimizer.variables}
+  return named
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    folder: where they lie.
+    model: a `SoftDiffusionModel` whose optimizer is built.
+    keep: how many of the newest stay.
+  """
+
+  def __init__(self, folder, model, keep=1):
+    self.folder = pathlib.Path(folder)
+    self._live = _named(model)
+    self._step = model.optimizer.iterations
+    self._keep = keep
+    self._copy = None
+    self._thread = None
+    self._pending = None
+
+  # --- Reading ------------------------------------------------------------------------------------
+
+  def paths(self):
+    """Every checkpoint, newest first, as paths without suffix."""
+    found = [
+      f.with_suffix("") for d in (self.folder, self.folder / KEPT) for f in d.glob("ckpt-*.index")
+    ]
+    return sorted(found, key=lambda f: (_step_of(f), f.parent == self.folder), reverse=True)
+
+  def restore(self, step=None):
+    """Restores the newest readable checkpoint, or the one of a step.
+
+    Returns:
+      Its step, or None when there is no checkpoint at all.
+
+    Raises:
+      ValueError: none can be read, or there is none of that step.
+    """
+    paths = self.paths()
+    if step is not None:
+      steps = sorted({_step_of(path) for path in paths})
+      paths = [path for path in paths if _step_of(path) == step]
+      if not paths:
+        there = ", ".join(map(str, steps)) or "no step at all"
+        raise ValueError(f"{self.folder}: no checkpoint of step {step} is kept, but of {there}")
+    for path in paths:
+      try:
+        tf.train.Checkpoint(variables=self._live).restore(
+          str(path)
+        ).assert_existing_objects_matched()
+        return int(self._step.numpy())
+      except (tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[0]
+        tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
+    if paths:
+      raise ValueError(
+        f"{self.folder}: none of its {len(paths)} checkpoints can be read (damaged, or of another "
+        "network?); restore one from a backup, or train in a new workdir"
+      )
+    return None
+
+  # --- Writing ------------------------------------------------------------------------------------
+
+  def save(self, for_good=False, wait=False):
+    """Saves the state of now; the writing goes on in a thread unless `wait`.
+
+    Args:
+      for_good: never removed by later saves.
+
+    Raises:
+      ValueError: this save, or the one before it, could not be written; earlier ones are intact.
+    """
+    self.wait()
+    step = int(self._step.numpy())
+    if self._thread is None:
+      with tf.device("CPU:0"):
+        self._copy = {name: tf.Variable(v, trainable=False) for name, v in self._live.items()}
+      self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+      saved = tf.train.Checkpoint(variables=self._copy)
+      self._newest = tf.train.CheckpointManager(saved, str(self.folder), self._keep)
+      self._kept = tf.train.CheckpointManager(saved, str(self.folder / KEPT), None)
+    else:
+      for name, value in self._live.items():
+        self._copy[name].assign(value)
+    self._pending = step, self._thread.submit(self._write, step, for_good)
+    if wait:
+      self.wait()
+
+  def _write(self, step, for_good):
+    if for_good:
+      self._kept.save(checkpoint_number=step)
+    self._newest.save(checkpoint_number=step)
+
+  def wait(self):
+    """Returns when what was saved is on disk; raises `save`'s ValueError if it is not."""
+    if self._pending is None:
+      return
+    (step, future), self._pending = self._pending, None
+    try:
+      future.result()
+    except (OSError, tf.errors.OpError) as error:
+      text = str(error).strip().splitlines()[0]
+      raise ValueError(
+        f"{self.folder}: cannot save step {step} ({text}); the checkpoints before it are intact: "
+        "free some space and start again"
+      ) from None
+
+
+def _step_of(path):
+  return int(path.name.split("-")[1])
