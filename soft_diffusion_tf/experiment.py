@@ -7,22 +7,16 @@ The defaults are the paper's.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import pathlib
-import socket
-import sys
-import threading
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-import tensorflow as tf
 
 from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules
 from soft_diffusion_tf.networks.ncsnpp import NCSNpp
@@ -30,7 +24,6 @@ from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 CONFIG_FILE = "config.json"
 PREDICTIONS = ("residual", "score", "noise")
 CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
-STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,89 +296,6 @@ class Experiment:
     """Dotted names of the fields in which two experiments differ."""
     one, two = self.flat(), other.flat()
     return sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
-
-
-def make_strategy(name: str = "auto", tpu: str = "",
-                  peer_timeout: float = 300.0) -> tf.distribute.Strategy:  # fmt: skip
-  """A distribution strategy by name; call it before anything else touches a device.
-
-  Args:
-    name: "one_device"; "mirrored" (all GPUs of this machine, else its logical CPUs);
-      "multi_worker" (this process is one of those that TF_CONFIG lists); "tpu"; "auto" is
-      "multi_worker" where TF_CONFIG is set, "mirrored" where there are several GPUs, else
-      "one_device".
-    tpu: the TPU's name, or "local".
-    peer_timeout: seconds to wait for the other workers to come up. TensorFlow's own wait cannot be
-      interrupted, so when they are over the process ends with one line that names who is missing.
-
-  Raises:
-    ValueError: an unknown name, a TF_CONFIG that is none, or a TPU that cannot be had.
-  """
-  _choice("strategy", name, STRATEGIES)
-  if name == "auto":
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    name = (
-      "multi_worker" if os.environ.get("TF_CONFIG") else "mirrored" if gpus > 1 else "one_device"
-    )
-  if name == "one_device":
-    return tf.distribute.get_strategy()
-  if name == "mirrored":
-    gpus = tf.config.list_logical_devices("GPU")
-    devices = [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
-    return tf.distribute.MirroredStrategy(devices)
-  if name == "multi_worker":
-    text = os.environ.get("TF_CONFIG", "")
-    try:
-      content = json.loads(text)
-      workers, index = content["cluster"]["worker"], content["task"]["index"]
-      assert 0 <= index < len(workers)
-    except (ValueError, KeyError, TypeError, AssertionError):
-      raise ValueError(
-        f"TF_CONFIG = {text!r} is not a cluster; give JSON such as "
-        '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
-      ) from None
-    with _patience(peer_timeout, [w for k, w in enumerate(workers) if k != index]):
-      return tf.distribute.MultiWorkerMirroredStrategy()
-  try:
-    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
-    tf.config.experimental_connect_to_cluster(resolver)
-    tf.tpu.experimental.initialize_tpu_system(resolver)
-  except Exception as error:  # resolver, network and missing kernels each raise their own
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(
-      f"TPU {tpu!r} cannot be used ({text}); is its name right, and is tensorflow-tpu installed?"
-    ) from None
-  return tf.distribute.TPUStrategy(resolver)
-
-
-@contextlib.contextmanager
-def _patience(seconds: float, peers: list[str]) -> Iterator[None]:
-  """Ends the process with exit code 2 if the body takes longer than that."""
-
-  def silent(peer: str) -> bool:
-    host, _, port = peer.rpartition(":")
-    try:
-      socket.create_connection((host, int(port)), timeout=2).close()
-    except (OSError, ValueError):
-      return True
-    return False
-
-  def give_up() -> None:
-    missing = ", ".join(p for p in peers if silent(p)) or "another worker has another TF_CONFIG"
-    print(
-      f"error: the workers of TF_CONFIG did not all come up within {seconds:g} s (no answer: "
-      f"{missing}); start them all, and check addresses, firewall and --peer_timeout",
-      file=sys.stderr, flush=True,
-    )  # fmt: skip
-    os._exit(2)
-
-  timer = threading.Timer(seconds, give_up)
-  timer.daemon = True
-  timer.start()
-  try:
-    yield
-  finally:
-    timer.cancel()
 
 
 def from_file(path: str | pathlib.Path) -> Experiment:

@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from soft_diffusion_tf import corruptions, schedules
-from soft_diffusion_tf.experiment import Experiment, level_from_file, make_strategy
+from soft_diffusion_tf.experiment import Experiment, level_from_file
 
 
 def test_an_experiment_survives_config_and_json(tiny, tmp_path):
@@ -102,22 +102,3 @@ def test_the_network_is_a_function_of_the_seed(tiny):
   same = [(a == b).all() for a, b in zip(one.get_weights(), two.get_weights())]
   assert all(same)
   assert not all((a == b).all() for a, b in zip(one.get_weights(), other.get_weights()))
-
-
-def test_strategies_by_name(monkeypatch):
-  monkeypatch.delenv("TF_CONFIG", raising=False)
-  assert make_strategy().num_replicas_in_sync == 1
-  assert make_strategy("one_device").num_replicas_in_sync == 1
-  with pytest.raises(ValueError, match="did you mean 'mirrored'"):
-    make_strategy("miror")
-  for text in (
-    "",
-    "{",
-    '{"cluster": {}}',
-    '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}',
-  ):
-    monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ValueError, match="is not a cluster; give JSON"):
-      make_strategy("multi_worker")
-  with pytest.raises(ValueError, match="TPU 'none' cannot be used"):
-    make_strategy("tpu", "none")

@@ -24,7 +24,8 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.
 
 def main():
   from soft_diffusion_tf import training
-  from soft_diffusion_tf.experiment import Experiment, make_strategy
+  from soft_diffusion_tf.experiment import Experiment
+  from soft_diffusion_tf.strategies import make_strategy
 
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")

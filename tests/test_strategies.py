@@ -1,0 +1,65 @@
+import concurrent.futures
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+
+from soft_diffusion_tf.strategies import _meet, make_strategy
+
+
+def test_strategies_by_name(monkeypatch):
+  monkeypatch.delenv("TF_CONFIG", raising=False)
+  assert make_strategy().num_replicas_in_sync == 1
+  assert make_strategy("one_device").num_replicas_in_sync == 1
+  with pytest.raises(ValueError, match="did you mean 'mirrored'"):
+    make_strategy("miror")
+  for text in (
+    "",
+    "{",
+    '{"cluster": {}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}',
+  ):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match="is not a cluster; give JSON"):
+      make_strategy("multi_worker")
+  with pytest.raises(ValueError, match="TPU 'none' cannot be used"):
+    make_strategy("tpu", "none")
+
+
+def _tf_config(monkeypatch, ports, index):
+  workers = [f"127.0.0.1:{p}" for p in ports]
+  content = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+  monkeypatch.setenv("TF_CONFIG", json.dumps(content))
+
+
+def test_a_peer_that_does_not_come_up_is_named(monkeypatch):
+  with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+    ports = [s.getsockname()[1] for s in (one, two)]
+    two.close()
+    free = ports[1]
+    _tf_config(monkeypatch, [free, ports[0], 9], 0)  # the second answers, the third does not
+    with pytest.raises(ValueError, match=r"no answer from 127\.0\.0\.1:9 within 0\.5 s; start all"):
+      make_strategy("multi_worker", peer_timeout=0.5)
+    _tf_config(monkeypatch, [ports[0], 9], 0)
+    with pytest.raises(ValueError, match=r"cannot listen at .*is the port free"):
+      make_strategy("multi_worker", peer_timeout=0.5)
+
+
+def test_workers_that_come_up_one_after_the_other_meet():
+  with contextlib.ExitStack() as stack:
+    servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+    workers = [f"127.0.0.1:{s.getsockname()[1]}" for s in servers]
+  after = []  # what listens in TensorFlow's place once a worker has met the others
+
+  def come(index):
+    time.sleep(0.2 * index)
+    _meet(workers, index, 20)
+    after.append(socket.create_server(("127.0.0.1", int(workers[index].split(":")[1]))))
+
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    list(pool.map(come, range(3)))
+  assert len(after) == 3
+  for server in after:
+    server.close()
