@@ -357,6 +357,8 @@ def test_kills_at_any_moment_cost_nothing_but_time(tiny, tmp_path):
     process.communicate()
   assert kills == 20
   assert _digest(_start(long, 0, [], tmp_path / "killed", steps)) == want
+  curves = [[(x["step"], x["loss"]) for x in metrics(tmp_path / n)] for n in ("whole", "killed")]
+  assert curves[0] == curves[1]
 
 
 def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):
