@@ -165,3 +165,19 @@ def test_the_optimizer_does_not_sum_again():
   ), "Keras renamed the hook that PreReducedAdam overrides"
   pairs = [(1, 2)]
   assert PreReducedAdam(0.1)._all_reduce_sum_gradients(pairs) is pairs
+
+
+def test_bfloat16_leaves_images_and_times_in_float32(tiny, digits):
+  """Keras would cast the arguments of the model itself: t = 0.123456 would become 0.1235."""
+  before = keras.config.dtype_policy()
+  keras.config.set_dtype_policy("mixed_bfloat16")
+  try:
+    model = build(tiny, tiny.build_diffusion())
+  finally:
+    keras.config.set_dtype_policy(before)
+  seen, call = [], model.network.call
+  model.network.call = lambda *args, **options: seen.append(args) or call(*args, **options)
+  x, t = tf.constant(digits[:2]) * 0.987654, tf.constant([0.123456, 0.654321])
+  model(x, t)
+  np.testing.assert_array_equal(seen[0][0], x)
+  np.testing.assert_array_equal(seen[0][1], model.cond(t))
