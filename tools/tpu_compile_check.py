@@ -12,6 +12,7 @@ What this proves, and what it does not, stands in docs/tpu.md.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -159,8 +160,8 @@ def _replica(replicas):
     yield
 
 
-def lower(experiment, what, batch, replicas=1, dtype="float32"):
-  """The StableHLO of one chip's program, its variables as arguments, and the weights' number.
+def program(experiment, what, batch, replicas=1, dtype="float32"):
+  """What one chip runs, as a tf.function for XLA.
 
   Args:
     experiment: with levels (see `with_levels`).
@@ -168,6 +169,10 @@ def lower(experiment, what, batch, replicas=1, dtype="float32"):
     batch: images of this chip.
     replicas: chips that share the gradient; a sampler does not talk to others.
     dtype: "float32" or "bfloat16".
+
+  Returns:
+    The function, the specifications of its arguments (images, or the sampler's table and the
+    images' seeds), and the model whose variables it uses.
   """
   import keras
   import numpy as np
@@ -189,7 +194,7 @@ def lower(experiment, what, batch, replicas=1, dtype="float32"):
 
   if what == "train":
 
-    def program(x_0):
+    def run(x_0):
       with _replica(replicas):
         return model.update(x_0)
 
@@ -197,20 +202,23 @@ def lower(experiment, what, batch, replicas=1, dtype="float32"):
   else:
     sampler = training.Run(experiment, model, 0).sampler(experiment.sampling.clip)
 
-    def program(rows, seeds):
+    def run(rows, seeds):
       return sampler(rows, seeds)
 
     arguments = [
       tf.TensorSpec([experiment.sampling.steps, 5], tf.float32),
       tf.TensorSpec([batch], tf.int64),
     ]
-  function = tf.function(program, autograph=False, jit_compile=True)
+  return tf.function(run, autograph=False, jit_compile=True), arguments, model
+
+
+def stablehlo(function, arguments):
+  """The StableHLO text of a tf.function; its variables follow the arguments as parameters."""
   text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
   # A no-op of TensorFlow's own dialect, which other readers of StableHLO do not know.
-  text = re.sub(
+  return re.sub(
     r"mhlo\.copy (%[\w#:]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text
   )
-  return text, sum(int(np.prod(v.shape)) for v in model.network.trainable_variables)
 
 
 # --- Reports --------------------------------------------------------------------------------------
@@ -297,7 +305,8 @@ def refusal(record):
 def check(experiment, what, batch, topology, replicas, dtype, python, device):
   """Lowers and compiles one program; returns its record, with "error" if it was refused."""
   start = time.monotonic()
-  text, parameters = lower(experiment, what, batch // replicas, replicas, dtype)
+  function, arguments, model = program(experiment, what, batch // replicas, replicas, dtype)
+  text = stablehlo(function, arguments)
   record = {
     "config": experiment.name,
     "what": what,
@@ -308,7 +317,7 @@ def check(experiment, what, batch, topology, replicas, dtype, python, device):
     "topology": topology,
     "kind": device["kind"],
     "limit_bytes": device["limit_bytes"],
-    "parameters": parameters,
+    "parameters": sum(math.prod(v.shape) for v in model.network.trainable_variables),
     "versions": device["versions"],
     "lower_seconds": time.monotonic() - start,
     "all_reduces_lowered": all_reduces(text),

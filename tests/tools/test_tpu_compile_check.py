@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from soft_diffusion_tf import experiment, schedules
+from soft_diffusion_tf import experiment, schedules, training
 from tools import tpu_compile_check as check
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,8 +38,8 @@ RECORD = {
   "remat": False, "topology": "v5e:2x4", "kind": "TPU v5 lite", "limit_bytes": 16 * 2**30,
   "parameters": 62_700_000, "versions": {"libtpu": "0.0.52"}, "lower_seconds": 60.2,
   "compile_seconds": 300.0, "all_reduces_lowered": 404, "all_reduces": 2, "peak_bytes": 4 * 2**30,
-  "argument_bytes": 2**30, "output_bytes": 2**30, "alias_bytes": 2**29, "temporary_bytes": 3 * 2**30,
-  "code_bytes": 0, "flops": 2.5e12,
+  "argument_bytes": 2**30, "output_bytes": 2**30, "alias_bytes": 2**29, "code_bytes": 0,
+  "temporary_bytes": 3 * 2**30, "flops": 2.5e12,
 }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def error_of(result):
 
 @pytest.fixture
 def stand_in_env(tmp_path):
-  """An environment whose Python gives prepared answers: first the topology's, then the compiler's."""
+  """An environment whose Python gives prepared answers: on the topology, then on the module."""
 
   def make(description, *answers):
     (tmp_path / "bin").mkdir()
@@ -100,12 +102,9 @@ def small():
 
 
 def test_the_training_step_of_four_chips(small):
-  text, parameters = check.lower(small, "train", batch=6, replicas=4, dtype="bfloat16")
-  network = small.build_network()
-  trainable = network.trainable_variables
-  assert parameters == network.count_params() - sum(
-    v.numpy().size for v in network.non_trainable_variables
-  )
+  function, arguments, model = check.program(small, "train", batch=6, replicas=4, dtype="bfloat16")
+  text = check.stablehlo(function, arguments)
+  trainable = model.network.trainable_variables
   # Every gradient is summed, over all four, and nothing else is.
   assert check.all_reduces(text) == len(trainable)
   groups = re.findall(r"replica_groups = dense<(.*?)> : tensor<1x4xi64>", text)
@@ -113,18 +112,17 @@ def test_the_training_step_of_four_chips(small):
   assert "stablehlo.replica_id" in text  # rows of the global batch: noise of their own
   assert check.custom_calls(text) == []
   assert "mhlo.copy" not in text
-  # Convolutions in bfloat16, weights and the update in float32.
-  convolutions = re.findall(r"stablehlo\.convolution.*-> tensor<[\dx]*(\w+)>", text)
-  assert "bf16" in convolutions
+  # Convolutions in bfloat16; weights and their update in float32.
+  assert "bf16" in re.findall(r"stablehlo\.convolution.*-> tensor<[\dx]*(\w+)>", text)
   for shape in {tuple(v.shape) for v in trainable}:
     assert f"tensor<{'x'.join(map(str, shape))}xf32>" in text
-  # Network, average, two slots of Adam: what is returned takes the place of what was given.
+  # Network, average and both slots of Adam take the place of what was given.
   assert text.count("may_alias") >= 4 * len(trainable)
   assert keras.config.dtype_policy().name == "float32"
 
 
 def test_the_sampler(small):
-  text, _ = check.lower(small, "sample", batch=5)
+  text = check.stablehlo(*check.program(small, "sample", batch=5)[:2])
   assert "tensor<7x5xf32>" in text  # the table is an argument, with a row for every step
   assert "stablehlo.while" in text
   assert "tensor<5x8x8x1xf32>" in text
@@ -206,7 +204,7 @@ def test_without_the_environment_the_flag_is_named(tmp_path):
 
 def test_an_environment_of_other_versions_is_refused(tmp_path):
   (tmp_path / "pins.txt").write_text("jax==0.1\n")
-  with pytest.raises(ValueError, match="made for other versions.*libtpu==.*--make_env"):
+  with pytest.raises(ValueError, match=r"made for other versions.*libtpu==.*--make_env"):
     check.env_python(tmp_path)
 
 
@@ -258,17 +256,118 @@ def test_what_does_not_fit_ends_with_one_line(stand_in_env, tmp_path):
   assert "tensor<2x8x8x1xf32>" in (env / "module.mlir").read_text()
 
 
-@pytest.mark.slow
-def test_libtpu_compiles_and_refuses(tmp_path):
+# --- With the environment -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def python():
   try:
-    check.env_python(ENV)
+    return check.env_python(ENV)
   except ValueError as error:
-    pytest.skip(f"{error} (or set TPU_ENV)")
+    pytest.skip(f"{error} (or set TPU_ENV to a folder that --make_env made)")
+
+
+# Runs a module by XLA for CPU: the first argument split over the devices, the others on each.
+RUN = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax._src.interpreters import mlir
+from jax._src.lib import xla_client
+from jax._src.lib.mlir import ir
+
+jax.config.update("jax_enable_x64", True)
+module, given, out = sys.argv[1:]
+devices = jax.devices("cpu")
+options = xla_client.CompileOptions()
+options.num_replicas, options.num_partitions = len(devices), 1
+with mlir.make_ir_context():
+  executable = devices[0].client.compile_and_load(
+    ir.Module.parse(open(module).read()),
+    executable_devices=xla_client.DeviceList(tuple(devices)), compile_options=options,
+  )
+mesh = Mesh(np.array(devices), ("replica",))
+given = np.load(given)
+arguments = [
+  jax.device_put(given[name], NamedSharding(mesh, PartitionSpec(*["replica"][:name == "0"])))
+  for name in sorted(given.files, key=int)
+]
+results = executable.execute_sharded(arguments).disassemble_into_single_device_arrays()
+np.savez(out, **{str(k): np.stack(result) for k, result in enumerate(results)})
+"""
+
+
+def run_on_cpu(python, folder, function, specs, arguments, devices):
+  """Outputs [devices, ...] of a lowered function, and the variables with their new values."""
+  text = check.stablehlo(function, specs)
+  concrete = function.get_concrete_function(*specs)
+  variables = {id(v.handle): v for v in concrete.graph.variables}
+  given = [*arguments, *(variables[id(h)].numpy() for h in concrete.captured_inputs)]
+  (folder / "module.mlir").write_text(text)
+  np.savez(folder / "given.npz", **{str(k): v for k, v in enumerate(given)})
+  flag = f"--xla_force_host_platform_device_count={devices}"
+  subprocess.run(
+    [python, "-c", RUN, *(folder / name for name in ("module.mlir", "given.npz", "out.npz"))],
+    check=True, env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+  )  # fmt: skip
+  with np.load(folder / "out.npz") as file:
+    out = dict(file)
+  aliases = re.findall(r"parameter_number = (\d+) : i64\}, output_index = array<i64: (\d+)>", text)
+  updated = [
+    (variables[id(concrete.captured_inputs[int(given) - len(arguments)])], out[output])
+    for given, output in aliases
+  ]
+  return out, updated
+
+
+@pytest.mark.slow
+def test_the_program_of_two_chips_is_the_step_of_one(python, small, digits, tmp_path):
+  """The StableHLO, run on two CPU devices, against TensorFlow's own step at the whole batch."""
+  small = small.replace(training={"warmup_steps": 0}, network={"dropout": 0.1})
+  function, specs, model = check.program(small, "train", batch=6, replicas=2)
+  x_0 = digits[:12]
+  out, updated = run_on_cpu(python, tmp_path, function, specs, [x_0], devices=2)
+  before = [v.numpy() for v in model.network.trainable_variables]
+  want = model.update(tf.constant(x_0))
+  assert want["gradient_norm"] > model.training_options.clip_norm  # so the clip is at work
+  # Results in the order of their names; rounding alone may differ.
+  np.testing.assert_allclose(out["0"], np.full(2, want["gradient_norm"]), rtol=1e-5)
+  np.testing.assert_allclose(out["1"].sum(), want["loss"], rtol=1e-5)
+  np.testing.assert_allclose(np.concatenate(out["2"]), want["losses"], rtol=1e-5)
+  np.testing.assert_allclose(np.concatenate(out["3"]), want["t"], atol=1e-7)
+  assert len(updated) == 4 * len(before) + 1
+  for variable, (one, other) in updated:
+    np.testing.assert_array_equal(one, other)
+    # Adam's first step is the learning rate, 2e-3, in size.
+    np.testing.assert_allclose(one, variable, rtol=1e-5, atol=1e-6, err_msg=variable.name)
+  moved = [np.abs(v - old).max() for v, old in zip(model.network.trainable_variables, before)]
+  assert max(moved) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_samplers_program_gives_the_samples(python, small, tmp_path):
+  function, specs, model = check.program(small, "sample", batch=4)
+  run = training.Run(small, model, 0)
+  seeds = np.arange(4)
+  draw = np.random.default_rng(0)
+  for weight in model.ema_network.variables:  # a fresh network gives almost zero
+    weight.assign(weight + 0.02 * draw.normal(size=weight.shape))
+  rows = run.table().numpy()
+  out, _ = run_on_cpu(python, tmp_path, function, specs, [rows, seeds], devices=1)
+  want = run.sampler()(rows, seeds).numpy()
+  assert want.std() > 0.05
+  # Seven steps of float32 in another order of operations.
+  np.testing.assert_allclose(out["0"][0], want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_libtpu_compiles_and_refuses(python, tmp_path):
   records = tmp_path / "records.jsonl"
-  flags = (f"--env={ENV}", f"--json={records}", "--config.training.batch_size=64")
-  result = program(*TINY, *flags, "--topology=v5e:2x2")
+  flags = (f"--env={ENV}", f"--json={records}", "--topology=v5e:2x2")
+  result = program(*TINY, *flags)
   assert result.returncode == 0, result.stderr
-  line = error_of(program(*TINY, *flags, "--what=train", f"--batch={2**26}", "--replicas=1"))
+  line = error_of(program(*TINY, *flags, "--what=train", f"--batch={2**23}", "--replicas=1"))
   assert re.search(r"does not fit: [\d.]+ GiB needed of the 15\.75 GiB", line)
   step, sampler, refused = map(json.loads, records.read_text().splitlines())
   assert step["all_reduces_lowered"] > step["all_reduces"] > 0
