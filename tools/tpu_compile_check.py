@@ -50,6 +50,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
   )
   _WHAT = flags.DEFINE_enum("what", "both", ["train", "sample", "both"], "What to compile.")
   _JSON = flags.DEFINE_string("json", None, "File to add the records to, one line of JSON each.")
+  _TABLE = flags.DEFINE_string("table", None, "Only print such a file's records as a table.")
   _ENV = flags.DEFINE_string("env", str(ROOT / ".tpu_env"), "The folder with jax and libtpu.")
   _MAKE_ENV = flags.DEFINE_bool("make_env", False, "Make that folder first, by pip (0.7 GB).")
 
@@ -299,6 +300,36 @@ def refusal(record):
   )
 
 
+def table(records):
+  """Records as the rows of a Markdown table."""
+  lines = [
+    "| config | program | precision | topology | chips × images | peak HBM per chip, GiB | share | "
+    "arguments + temporaries | TFLOP | all-reduces: lowered / compiled | compiled in |",
+    "|---" * 11 + "|",
+  ]
+  for r in records:
+    if "error" in r:
+      sizes = hbm(r["error"])
+      memory = "does not compile" if sizes is None else f"refused: {gib(sizes[0])}"
+      measured = (memory, "", "", "", f"{r['all_reduces_lowered']}")
+    else:
+      measured = (
+        f"{gib(r['peak_bytes'])} of {gib(r['limit_bytes'])}",
+        f"{r['peak_bytes'] / r['limit_bytes']:.0%}",
+        f"{gib(r['argument_bytes'])} + {gib(r['temporary_bytes'])}",
+        f"{r['flops'] / 1e12:.3g}",
+        f"{r['all_reduces_lowered']} / {r['all_reduces']}",
+      )
+    remat = ", remat" if r["remat"] else ""
+    chips = f"{r['replicas']} × {r['batch'] // r['replicas']}"
+    cells = (
+      f"`{r['config']}`", NAMES[r["what"]] + remat, r["dtype"], r["topology"], chips, *measured,
+      f"{r['compile_seconds']:.0f} s",
+    )  # fmt: skip
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 # --- The program ----------------------------------------------------------------------------------
 
 
@@ -336,6 +367,10 @@ def main():
 
   from soft_diffusion_tf.experiment import Experiment
 
+  if _TABLE.value:
+    lines = pathlib.Path(_TABLE.value).read_text(encoding="utf-8").splitlines()
+    print(table(map(json.loads, lines)))
+    return
   if _MAKE_ENV.value:
     make_env(_ENV.value)
     print(f"{', '.join(PINS)} in {_ENV.value}")

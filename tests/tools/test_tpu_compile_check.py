@@ -188,6 +188,14 @@ def test_a_refusal_names_sizes_and_remedy(remat):
   assert ("remat" in text) is not remat
 
 
+def test_the_table():
+  refused = RECORD | {"error": REFUSALS["old"], "batch": 4096, "replicas": 1}
+  lines = check.table([RECORD, refused]).splitlines()
+  assert len({line.count("|") for line in lines}) == 1
+  assert "| 8 × 16 | 4.00 of 16.00 | 25% | 1.00 + 3.00 | 2.5 | 404 / 2 | 300 s |" in lines[2]
+  assert "| 1 × 4096 | refused: 86.60 |" in lines[3]
+
+
 def test_another_fault_is_passed_on():
   text = check.refusal(RECORD | {"error": "UNIMPLEMENTED: no\nsuch op"})
   assert text.endswith("does not compile for v5e:2x4: UNIMPLEMENTED: no such op")
