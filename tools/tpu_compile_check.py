@@ -52,7 +52,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
   _JSON = flags.DEFINE_string("json", None, "File to add the records to, one line of JSON each.")
   _TABLE = flags.DEFINE_string("table", None, "Only print such a file's records as a table.")
   _ENV = flags.DEFINE_string("env", str(ROOT / ".tpu_env"), "The folder with jax and libtpu.")
-  _MAKE_ENV = flags.DEFINE_bool("make_env", False, "Make that folder first, by pip (0.7 GB).")
+  _MAKE_ENV = flags.DEFINE_bool("make_env", False, "Make that folder first, by pip (1.1 GB).")
 
 
 # --- The environment of the compiler --------------------------------------------------------------
