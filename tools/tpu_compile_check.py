@@ -253,8 +253,9 @@ def custom_calls(text):
   return sorted(set(re.findall(r"stablehlo\.custom_call\"? ?@(\w+)", text)))
 
 
-def gib(count):
-  return f"{count / 2**30:.2f}"
+def size(count):
+  """Bytes as text."""
+  return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def report(record):
@@ -273,10 +274,9 @@ def report(record):
     return "\n".join(lines)
   share = record["peak_bytes"] / record["limit_bytes"]
   lines += [
-    f"  peak {gib(record['peak_bytes'])} of {gib(record['limit_bytes'])} GiB per chip "
-    f"({share:.0%}): arguments {gib(record['argument_bytes'])}, "
-    f"temporaries {gib(record['temporary_bytes'])}; of the {gib(record['output_bytes'])} returned, "
-    f"{gib(record['alias_bytes'])} in place",
+    f"  peak {size(record['peak_bytes'])} of {size(record['limit_bytes'])} per chip ({share:.1%}): "
+    f"arguments {size(record['argument_bytes'])}, temporaries {size(record['temporary_bytes'])}; "
+    f"of {size(record['output_bytes'])} returned, {size(record['alias_bytes'])} are in place",
     f"  {record['flops'] / 1e12:.3g} TFLOP per step and chip; "
     f"all-reduces: {record['all_reduces_lowered']}, {record['all_reduces']} as compiled",
   ]
@@ -295,7 +295,7 @@ def refusal(record):
   if record["what"] == "train" and not record["remat"]:
     remedy += ", or --config.network.remat=True"
   return (
-    f"{name} does not fit: {gib(needed)} GiB needed of the {gib(available)} GiB that a chip of "
+    f"{name} does not fit: {size(needed)} needed of the {size(available)} that a chip of "
     f"{record['topology']} has; {remedy}"
   )
 
@@ -303,20 +303,20 @@ def refusal(record):
 def table(records):
   """Records as the rows of a Markdown table."""
   lines = [
-    "| config | program | precision | topology | chips × images | peak HBM per chip, GiB | share | "
+    "| config | program | precision | topology | chips × images | peak HBM per chip | share | "
     "arguments + temporaries | TFLOP | all-reduces: lowered / compiled | compiled in |",
     "|---" * 11 + "|",
   ]
   for r in records:
     if "error" in r:
       sizes = hbm(r["error"])
-      memory = "does not compile" if sizes is None else f"refused: {gib(sizes[0])}"
+      memory = "does not compile" if sizes is None else f"refused: {size(sizes[0])}"
       measured = (memory, "", "", "", f"{r['all_reduces_lowered']}")
     else:
       measured = (
-        f"{gib(r['peak_bytes'])} of {gib(r['limit_bytes'])}",
-        f"{r['peak_bytes'] / r['limit_bytes']:.0%}",
-        f"{gib(r['argument_bytes'])} + {gib(r['temporary_bytes'])}",
+        f"{size(r['peak_bytes'])} of {size(r['limit_bytes'])}",
+        f"{r['peak_bytes'] / r['limit_bytes']:.1%}",
+        f"{size(r['argument_bytes'])} + {size(r['temporary_bytes'])}",
         f"{r['flops'] / 1e12:.3g}",
         f"{r['all_reduces_lowered']} / {r['all_reduces']}",
       )

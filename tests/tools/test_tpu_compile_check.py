@@ -175,7 +175,7 @@ def test_the_report():
   assert "cifar10_blur: training step, bfloat16, batch 128 = 8 × 16" in lines[0]
   assert "62.7 M parameters" in lines[0]
   assert "compiled in 300 s by libtpu 0.0.52" in lines[1]
-  assert "peak 4.00 of 16.00 GiB per chip (25%)" in lines[2]
+  assert "peak 4.00 GiB of 16.00 GiB per chip (25.0%)" in lines[2]
   assert "2.5 TFLOP per step" in lines[3]
   assert "all-reduces: 404, 2 as compiled" in lines[3]
 
@@ -192,8 +192,11 @@ def test_the_table():
   refused = RECORD | {"error": REFUSALS["old"], "batch": 4096, "replicas": 1}
   lines = check.table([RECORD, refused]).splitlines()
   assert len({line.count("|") for line in lines}) == 1
-  assert "| 8 × 16 | 4.00 of 16.00 | 25% | 1.00 + 3.00 | 2.5 | 404 / 2 | 300 s |" in lines[2]
-  assert "| 1 × 4096 | refused: 86.60 |" in lines[3]
+  assert (
+    "| 8 × 16 | 4.00 GiB of 16.00 GiB | 25.0% | 1.00 GiB + 3.00 GiB | 2.5 | 404 / 2 | 300 s |"
+    in lines[2]
+  )
+  assert "| 1 × 4096 | refused: 86.60 GiB |" in lines[3]
 
 
 def test_another_fault_is_passed_on():
