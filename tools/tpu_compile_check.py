@@ -383,10 +383,10 @@ def main():
   python = env_python(_ENV.value)
   device = _ask(python, _TOPOLOGY.value)
   if "error" in device:
-    raise ValueError(
-      f"--topology={_TOPOLOGY.value}: {' '.join(device['error'].split())}; "
-      "there are v5e:2x2, v5e:2x4, v3:2x2, v4:2x2x1, v6e:2x2, ..."
-    )
+    text = " ".join(device["error"].split())
+    if "INVALID_ARGUMENT" in text:
+      text += "; there are v5e:2x2, v5e:2x4, v3:2x2, v4:2x2x1, v6e:2x2, ..."
+    raise ValueError(f"--topology={_TOPOLOGY.value}: {text}")
   sizes = hbm(device["refusal"])
   if sizes is None:
     raise ValueError(

@@ -14,12 +14,14 @@ import pathlib
 import sys
 import time
 
-# libtpu must neither look for a TPU nor ask a cloud's metadata server about one.
+# libtpu must neither look for a TPU nor ask a cloud's metadata server about one; and as none is
+# used, another process of its kind is no obstacle.
 os.environ.update(
   TPU_SKIP_MDS_QUERY="1",
   JAX_PLATFORMS="cpu",
   TPU_ACCELERATOR_TYPE="v5litepod-4",
   TPU_WORKER_HOSTNAMES="localhost",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
 )
 
 # A petabyte: no chip holds it, and the refusal names what the chip has.
