@@ -268,7 +268,8 @@ def report(record):
     f"{record['config']}: {NAMES[record['what']]}, {record['dtype']}, {batch}, on {chips} of "
     f"{record['topology']} ({record['kind']}), {record['parameters'] / 1e6:.1f} M parameters",
     f"  lowered in {record['lower_seconds']:.0f} s; "
-    f"compiled in {record['compile_seconds']:.0f} s by libtpu {record['versions']['libtpu']}",
+    f"{'refused' if 'error' in record else 'compiled'} in {record['compile_seconds']:.0f} s by "
+    f"libtpu {record['versions']['libtpu']}",
   ]
   if "peak_bytes" not in record:
     return "\n".join(lines)
