@@ -81,7 +81,9 @@ class SoftDiffusionModel(keras.Model):
   _default_save_signature = None
 
   def __init__(self, network, diffusion, *, training, options, seed=0):
-    super().__init__(name="soft_diffusion")
+    # No autocast: under mixed_bfloat16 Keras would round x_t and t before `call` sees them, and
+    # with them the noise, σ_t and the conditioning. The network casts what it may.
+    super().__init__(name="soft_diffusion", autocast=False)
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
     self.ema_network.set_weights(network.get_weights())

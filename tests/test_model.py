@@ -160,3 +160,19 @@ def test_the_fused_update_is_that_of_keras(rng):
     ends.append([v.numpy() for v in (variable, *optimizer.variables)])
   for a, b in zip(*ends):  # 1 − 0.999^t in float32 is good to 6e-5; a step is 0.1 · its root
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_leaves_images_and_times_in_float32(tiny, digits):
+  """Keras would cast the arguments of the model itself: t = 0.123456 would become 0.1235."""
+  before = keras.config.dtype_policy()
+  keras.config.set_dtype_policy("mixed_bfloat16")
+  try:
+    model = build(tiny, tiny.build_diffusion())
+  finally:
+    keras.config.set_dtype_policy(before)
+  seen, call = [], model.network.call
+  model.network.call = lambda *args, **options: seen.append(args) or call(*args, **options)
+  x, t = tf.constant(digits[:2]) * 0.987654, tf.constant([0.123456, 0.654321])
+  model(x, t)
+  np.testing.assert_array_equal(seen[0][0], x)
+  np.testing.assert_array_equal(seen[0][1], model.cond(t))
