@@ -309,11 +309,15 @@ np.savez(out, **{str(k): np.stack(result) for k, result in enumerate(results)})
 """
 
 
-def run_on_cpu(python, folder, function, specs, arguments, devices):
+def run_on_cpu(python, folder, model, function, specs, arguments, devices):
   """Outputs [devices, ...] of a lowered function, and the variables with their new values."""
   text = check.stablehlo(function, specs)
   concrete = function.get_concrete_function(*specs)
-  variables = {id(v.handle): v for v in concrete.graph.variables}
+  keras_variables = [*model.network.variables, *model.ema_network.variables]
+  keras_variables += model.optimizer.variables
+  # The graph's own list lacks those that only a fused operation's handle names.
+  variables = {id(v.value.handle): v.value for v in keras_variables}
+  variables |= {id(v.handle): v for v in concrete.graph.variables}
   given = [*arguments, *(variables[id(h)].numpy() for h in concrete.captured_inputs)]
   (folder / "module.mlir").write_text(text)
   np.savez(folder / "given.npz", **{str(k): v for k, v in enumerate(given)})
@@ -338,7 +342,7 @@ def test_the_program_of_two_chips_is_the_step_of_one(python, small, digits, tmp_
   small = small.replace(training={"warmup_steps": 0}, network={"dropout": 0.1})
   function, specs, model = check.program(small, "train", batch=6, replicas=2)
   x_0 = digits[:12]
-  out, updated = run_on_cpu(python, tmp_path, function, specs, [x_0], devices=2)
+  out, updated = run_on_cpu(python, tmp_path, model, function, specs, [x_0], devices=2)
   before = [v.numpy() for v in model.network.trainable_variables]
   want = model.update(tf.constant(x_0))
   assert want["gradient_norm"] > model.training_options.clip_norm  # so the clip is at work
@@ -365,7 +369,7 @@ def test_the_samplers_program_gives_the_samples(python, small, tmp_path):
   for weight in model.ema_network.variables:  # a fresh network gives almost zero
     weight.assign(weight + 0.02 * draw.normal(size=weight.shape))
   rows = run.table().numpy()
-  out, _ = run_on_cpu(python, tmp_path, function, specs, [rows, seeds], devices=1)
+  out, _ = run_on_cpu(python, tmp_path, model, function, specs, [rows, seeds], devices=1)
   want = run.sampler()(rows, seeds).numpy()
   assert want.std() > 0.05
   # Seven steps of float32 in another order of operations.
