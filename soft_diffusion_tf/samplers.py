@@ -544,15 +544,19 @@ class Sampler:
   def _make_solver(self) -> Any:
     from tensorflow_probability import math as tfp_math  # heavy, and of use here alone
 
+    image = tf.TensorSpec([None, *self.diffusion.image_shape], tf.float32)
+    scalar = tf.TensorSpec([], tf.float32)
+
+    # A function of its own, so that the solver's many calls share one trace of the network.
+    @tf.function(autograph=False, input_signature=[scalar, image])
+    def backwards(u: Any, x: Any) -> Any:
+      return -velocity(self.diffusion, self.denoiser, x, 1.0 - u)
+
     def solve(x: Any, first: Any, last: Any, rtol: Any, atol: Any) -> tuple[Any, Any]:
       # In u = 1 − t: the solver gives NaN, without a word, for times that descend.
       result = tfp_math.ode.DormandPrince(rtol=rtol, atol=atol).solve(
-        lambda u, x: -velocity(self.diffusion, self.denoiser, x, 1.0 - u),
-        first, x, solution_times=[last],
-      )  # fmt: skip
+        lambda u, x: tf.ensure_shape(backwards(u, x), x.shape), first, x, solution_times=[last]
+      )
       return result.states[0], result.diagnostics.num_ode_fn_evaluations
 
-    image = tf.TensorSpec([None, *self.diffusion.image_shape], tf.float32)
-    return tf.function(
-      solve, autograph=False, input_signature=[image] + 4 * [tf.TensorSpec([], tf.float32)]
-    )
+    return tf.function(solve, autograph=False, input_signature=[image] + 4 * [scalar])

@@ -14,7 +14,7 @@ LAYERS = [
   "rng", "gaussians", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data",
-  "experiment", "model", "plots", "training", "evaluation",
+  "experiment", "model", "plots", "bulk", "training", "evaluation",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
 ]  # fmt: skip
 
