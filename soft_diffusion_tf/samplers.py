@@ -420,7 +420,7 @@ def _with_rate(function: Callable[[tf.Tensor], tf.Tensor], t: tf.Tensor) -> tupl
   return value, forward.jvp(value, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def _check_smooth(diffusion: Diffusion) -> None:
+def check_smooth(diffusion: Diffusion) -> None:
   """Refuses corruptions that jump: their derivative does not add up to their change."""
   times = tf.constant((np.arange(1024) + 0.5) / 1024, tf.float32)
   probe = np.random.default_rng(0).random([1, *diffusion.image_shape], np.float32)
@@ -534,7 +534,7 @@ class Sampler:
       raise ValueError(f"the times must satisfy 0 < end < start ≤ 1, got {start:g} and {end:g}")
     state = self.start(tf.constant([[start]]), seeds, x)
     if self._solve is None:
-      _check_smooth(self.diffusion)
+      check_smooth(self.diffusion)
       self._solve = self._make_solver()
     times = (1.0 - np.array([start, end])).astype(np.float32)
     x, evaluations = self._solve(state.x, *times, np.float32(rtol), np.float32(atol))

@@ -13,7 +13,7 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 LAYERS = [
   "rng", "gaussians", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
-  "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data",
+  "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "experiment", "model", "plots", "bulk", "training", "evaluation",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
 ]  # fmt: skip
