@@ -44,7 +44,7 @@ GRIDS = ("uniform", "quadratic", "level", "transport", "relative")
 COLUMNS = 6  # t, s, a, b, γ, back
 
 _EXTRAPOLATES = ("two_step", "stochastic_two_step")
-_FINE = 512  # cells in which a grid measures a schedule's length
+_FINE = 256  # cells in which a grid measures a schedule's length
 _LEAST_ROWS = 1024  # compiled by XLA, tables are filled up to a power of two of at least this
 
 
@@ -131,7 +131,7 @@ def time_grid(steps: int, kind: str = "uniform", diffusion: Diffusion | None = N
     return start * line**2
   if diffusion is None:
     raise ValueError(f"the time grid {kind!r} needs the diffusion")
-  fine = np.linspace(0.0, start, 8 * _FINE + 1 if kind == "level" else _FINE + 1)
+  fine = np.linspace(0.0, start, 16 * _FINE + 1 if kind == "level" else _FINE + 1)
   if kind == "level":
     path = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(_at(diffusion.level, fine))))])
   elif images is None:
@@ -152,10 +152,10 @@ def path_length(diffusion: Diffusion, images: Any, times: Array, relative: bool 
   a step by σ_t: how far it is in standard deviations of the noise.
 
   Args:
-    images: clean images [N, H, W, C]; the first 256 are used.
+    images: clean images [N, H, W, C]; the first 128 are used.
     times: rising, [N].
   """
-  x = np.asarray(images[:256], np.float32)
+  x = np.asarray(images[:128], np.float32)
   if x.ndim != 4 or not len(x):
     raise ValueError(f"images must be [N, H, W, C] with N > 0, got shape {x.shape}")
   sigma = _at(diffusion.sigma, times)

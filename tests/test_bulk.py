@@ -81,8 +81,9 @@ def test_two_replicas_in_a_process_of_their_own():
   """The test above in a process that makes two devices before TensorFlow starts."""
   code = (
     "import sys, pytest, tensorflow as tf\n"
-    "cpu = tf.config.list_physical_devices('CPU')[0]\n"
-    "tf.config.set_logical_device_configuration(cpu, 2 * [tf.config.LogicalDeviceConfiguration()])\n"
+    "c = tf.config\n"
+    "two = 2 * [c.LogicalDeviceConfiguration()]\n"
+    "c.set_logical_device_configuration(c.list_physical_devices('CPU')[0], two)\n"
     "sys.exit(pytest.main(['-x', sys.argv[1] + '::test_two_replicas_draw_what_one_device_draws']))"
   )
   result = subprocess.run(
@@ -209,7 +210,7 @@ def test_an_error_of_the_writer_comes_out(drawer, tmp_path, monkeypatch):
     path.write_bytes(content)
 
   monkeypatch.setattr(bulk, "_save", full)
-  with pytest.raises(ValueError, match="No space left on device.*start again"):
+  with pytest.raises(ValueError, match=r"No space left on device.*start again"):
     bulk.write(drawer, range(300), tmp_path / "a", SETTINGS, progress=False)
 
 
