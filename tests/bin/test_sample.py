@@ -79,7 +79,7 @@ def test_flags_reach_the_sampler(workdir, tmp_path):
 def test_mistakes_end_with_one_line(workdir, tmp_path, flags, text):
   result = sample(workdir, tmp_path / "x", "--seeds=0-1", *flags)
   assert result.returncode == 2, result.stderr
-  assert text in [x for x in result.stderr.splitlines() if x.startswith("error: ")][0]
+  assert text in next(x for x in result.stderr.splitlines() if x.startswith("error: "))
   assert not (tmp_path / "x").exists()
 
 
