@@ -109,14 +109,16 @@ class Drawer:
 
   @functools.cached_property
   def _on_all(self):
+    """One function for one device and for several: another graph may round another way."""
+
     def one(seeds, rows):
       x = self.diffusion.draw_prior(seeds)
       return samplers.sample(self.diffusion, self.sampler.denoiser, rows, seeds, x).x
 
     def every(seeds, rows):
-      return self.strategy.run(one, args=(seeds, rows))
+      return one(seeds, rows) if self._replicas == 1 else self.strategy.run(one, (seeds, rows))
 
-    return tf.function(every, autograph=False)
+    return tf.function(every, autograph=False, reduce_retracing=True)
 
   def _draw(self, drawn):
     """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""
@@ -127,7 +129,7 @@ class Drawer:
       return np.stack([x.numpy() for x, _ in parts])
     self.evaluations = int(self.rows.shape[0])
     if self._replicas == 1:
-      return np.stack([self.sampler(self.rows, d).numpy() for d in drawn])
+      return np.stack([self._on_all(rng.image_seeds(d), self.rows).numpy() for d in drawn])
     filled = np.resize(drawn, (self._replicas, drawn.shape[1]))
     seeds = self.strategy.experimental_distribute_values_from_function(
       lambda context: rng.image_seeds(filled[context.replica_id_in_sync_group])
