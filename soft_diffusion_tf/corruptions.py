@@ -136,6 +136,15 @@ def _two_sided(a, x, b):
   """a x bᵀ on the two image axes: [·, H, H], [B, H, W, C], [·, W, W] → [B, H, W, C]."""
   shape = tf.shape(x)
   rows = tf.matmul(a, tf.reshape(x, [shape[0], shape[1], shape[2] * shape[3]]))
+  if b.shape[0] == 1 and x.shape[3] is not None and x.shape[3] <= 4:
+    # One matrix for the whole batch, as in sampling: a single product with bᵀ ⊗ I instead of a
+    # small one for every row of every image.
+    c = x.shape[3]
+    right = tf.reshape(
+      tf.transpose(b[0])[:, tf.newaxis, :, tf.newaxis] * tf.eye(c)[:, tf.newaxis, :],
+      [shape[2] * c, shape[2] * c],
+    )
+    return tf.reshape(tf.matmul(tf.reshape(rows, [-1, shape[2] * c]), right), shape)
   return tf.matmul(b[:, tf.newaxis], tf.reshape(rows, shape))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import corruptions, rng, samplers, schedules
+from soft_diffusion_tf import corruptions, priors, rng, samplers, schedules
 from soft_diffusion_tf.diffusion import Diffusion
 
 _spec = importlib.util.spec_from_file_location(
@@ -85,14 +85,41 @@ def test_predictor_corrector_alternates(rising):
   np.testing.assert_array_equal(both[1::2], flow[1::2])
 
 
-def test_vp_ancestral_sampling_is_a_ddim_row():
+def test_any_rules_take_turns(rising):
+  def halfway(sigma_t, sigma_s):
+    return 0.5 * sigma_s / sigma_t, np.sqrt(0.75) * sigma_s
+
+  times = samplers.time_grid(7)
+  both = samplers.table(("momentum", halfway), times, rising, denoise=False).numpy()
+  np.testing.assert_array_equal(
+    both[0::2], samplers.table("momentum", times, rising, denoise=False)[0::2]
+  )
+  np.testing.assert_array_equal(
+    both[1::2], samplers.table(halfway, times, rising, denoise=False)[1::2]
+  )
+  named = samplers.table("ddim+probability_flow", times, rising)
+  np.testing.assert_array_equal(named, samplers.table("predictor_corrector", times, rising))
+  # A corrector of two rows keeps its place: ddim, heun (2), ddim, heun (2), …
+  mixed = samplers.table("ddim+heun", times, rising).numpy()
+  np.testing.assert_array_equal(mixed[:, 5], [0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
+
+
+def vp_process():
+  return Diffusion((8, 8, 1), corruptions.Scale(), schedules.VPScale(), schedules.VPSigma())
+
+
+@pytest.mark.parametrize("k", [None, "by hand"])
+def test_vp_ancestral_sampling_is_a_ddim_row(k):
   """Song et al. 2021 (DDIM), Eq. 12 with σ_τ(η = 1): the ancestral sampler of DDPM."""
-  process = Diffusion((8, 8, 1), corruptions.Scale(), schedules.VPScale(), schedules.VPSigma())
+  process = vp_process()
   t, s = 0.6, 0.5
   a_t, a_s = (float(process.level(np.float32(v))) ** 2 for v in (t, s))
   sigma_t, sigma_s = np.sqrt(1 - a_t), np.sqrt(1 - a_s)
-  k = sigma_s / sigma_t * np.sqrt(1 - a_t / a_s)
-  row = samplers.table("ddim", [t, s], process, k=k, denoise=False).numpy()[0]
+  if k is None:
+    row = samplers.table("ancestral", [t, s], process, denoise=False).numpy()[0]
+  else:
+    k = sigma_s / sigma_t * np.sqrt(1 - a_t / a_s)
+    row = samplers.table("ddim", [t, s], process, k=k, denoise=False).numpy()[0]
   x_0, eps = 0.3, 0.7
   x_t = np.sqrt(a_t) * x_0 + sigma_t * eps
   beta = 1 - a_t / a_s
@@ -100,6 +127,90 @@ def test_vp_ancestral_sampling_is_a_ddim_row():
   got = np.sqrt(a_s) * x_0 + row[2] * (x_t - np.sqrt(a_t) * x_0)
   np.testing.assert_allclose(got, mean, rtol=1e-5)  # the mean of q(x_s | x_t, x_0)
   np.testing.assert_allclose(row[3] ** 2, beta * (1 - a_s) / (1 - a_t), rtol=1e-5)  # its variance
+
+
+def test_ancestral_without_corruption_is_the_posterior_of_ve(ve_diffusion):
+  times = samplers.time_grid(6)[:-1]
+  rows = samplers.table("ancestral", times, ve_diffusion).numpy()
+  sigma = ve_diffusion.sigma(times.astype(np.float32)).numpy().astype(float)
+  t, s = sigma[:-1] ** 2, sigma[1:] ** 2
+  np.testing.assert_allclose(rows[:, 2], s / t, rtol=1e-5)
+  np.testing.assert_allclose(rows[:, 3] ** 2, s * (t - s) / t, rtol=1e-5)
+
+
+def test_heun_by_hand(rising):
+  """The trapezoidal rule in x̂_0, in float64 NumPy."""
+  times = samplers.time_grid(4)
+  got = samplers.Sampler(rising, denoiser)(samplers.table("heun", times, rising), SEEDS).numpy()
+  sigma = lambda t: float(rising.sigma(np.float32(t)))
+  blur = lambda x, t: rising.corrupt(x.astype(np.float32), np.float32(t)).numpy().astype(float)
+  predict = lambda x, t: denoiser(x.astype(np.float32), np.full(len(x), t)).numpy().astype(float)
+  x = rising.draw_prior(SEEDS).numpy().astype(float)
+  for t, s in itertools.pairwise(times):
+    step = lambda x0, t=t, s=s, x=x: blur(x0, s) + sigma(s) / sigma(t) * (x - blur(x0, t))
+    first = predict(x, t)
+    x = first if s == 0 else step(0.5 * (first + predict(step(first), s)))
+  np.testing.assert_allclose(got, x, atol=2e-5)  # float32 against float64
+
+
+def test_the_amount_of_noise_of_the_stochastic_two_step(rising):
+  times = samplers.time_grid(12)[:-1]
+  h = times[:-1] - times[1:]
+  sigma = rising.sigma(times.astype(np.float32)).numpy().astype(float)
+  two_step = samplers.table("two_step", times, rising).numpy()
+  np.testing.assert_array_equal(
+    samplers.table("stochastic_two_step", times, rising, noise=0), two_step
+  )
+  rows = samplers.table("stochastic_two_step", times, rising, noise=3).numpy()
+  np.testing.assert_array_equal(rows[:, 4], two_step[:, 4])
+  np.testing.assert_allclose(rows[:, 2], np.exp(-3 * h) * sigma[1:] / sigma[:-1], rtol=1e-5)
+  # What is kept and what is fresh make up the noise of the new time.
+  total = (rows[:, 2] * sigma[:-1]) ** 2 + rows[:, 3] ** 2
+  np.testing.assert_allclose(total, sigma[1:] ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ddim+heun", "heun+momentum"])
+def test_evaluations_are_rows(rising, name):
+  """`steps_for` finds the most steps that fit, and every row calls the denoiser once."""
+  for nfe in (1, 2, 5, 8, 13):
+    count = lambda steps: samplers.table(name, samplers.time_grid(steps), rising).shape[0]
+    steps = samplers.steps_for(name, nfe)
+    assert count(steps) <= nfe < count(steps + 1)
+  calls = tf.Variable(0)
+
+  def counted(x_t, t):
+    with tf.control_dependencies([calls.assign_add(1)]):
+      return denoiser(x_t, t)
+
+  rows = samplers.table(name, samplers.time_grid(4), rising)
+  samplers.Sampler(rising, counted)(rows, SEEDS)
+  assert int(calls) == rows.shape[0]
+
+
+def test_nothing_random_with_k_zero(rising):
+  """Deterministic rules give one image from one start, whatever the seeds."""
+  x = np.full([3, 8, 8, 1], 0.3, np.float32)
+  for name in ("probability_flow", "ddim", "two_step", "heun", "predictor_corrector"):
+    rows = samplers.table(name, samplers.time_grid(5), rising)
+    images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
+    np.testing.assert_allclose(images[0], images[2], atol=1e-6)
+  rows = samplers.table("ddim", samplers.time_grid(5), rising, k=0.005)
+  images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
+  assert np.abs(images[0] - images[2]).max() > 1e-3
+
+
+def test_finite_from_end_to_end(rising, ve_diffusion):
+  """Also where σ is 0 at t = 0 (VP) and where nothing of the image is left at t = 1."""
+  mask = Diffusion((8, 8, 1), corruptions.Mask(edge=1.0), schedules.Linear(0.0, 1.0),
+                   schedules.Geometric(0.01, 0.1))  # fmt: skip
+  for process in (rising, ve_diffusion, vp_process(), mask):
+    process = process if process.prior else process.with_prior(priors.zero((8, 8, 1)))
+    sampler = samplers.Sampler(process, denoiser)
+    for name in samplers.SAMPLERS:
+      rows = samplers.table(name, samplers.time_grid(3), process, k=0.01)
+      assert np.isfinite(sampler(rows, SEEDS)).all(), name
+      rows = samplers.table(name, samplers.time_grid(3), process, denoise=False)
+      assert np.isfinite(sampler(rows, SEEDS)).all(), name
 
 
 def test_rules_keep_the_noise_at_its_level(rising):
@@ -120,7 +231,7 @@ def test_the_last_step(rising):
   times = samplers.time_grid(5)
   for name in samplers.SAMPLERS:
     final = samplers.table(name, times, rising).numpy()[-1]
-    np.testing.assert_array_equal(final[1:], [0, 0, 0, 0])
+    np.testing.assert_array_equal(final[1:], np.zeros(5))
     kept = samplers.table(name, times, rising, denoise=False).numpy()[-1]
     assert kept[3] == 0
     assert (kept[2] > 0) == (name != "naive")
@@ -153,18 +264,26 @@ def test_one_trace_for_every_table_and_batch(rising):
   assert len(traces) == 1
 
 
-def test_xla_gives_the_same_images(rising):
+@pytest.mark.parametrize("name", ["momentum", "heun"])
+def test_xla_gives_the_same_images(rising, name):
+  """One compiled function for tables of any length, and the numbers of the plain one."""
+  compiled = samplers.Sampler(rising, denoiser, jit_compile=True)
+  plain = samplers.Sampler(rising, denoiser)
+  for steps in (4, 7):
+    rows = samplers.table(name, samplers.time_grid(steps), rising)
+    np.testing.assert_allclose(compiled(rows, SEEDS), plain(rows, SEEDS), atol=2e-5)
+
+
+def test_rows_at_time_zero_are_filling(rising):
   rows = samplers.table("momentum", samplers.time_grid(4), rising)
-  seeds = rng.image_seeds(SEEDS)
-  x = rising.draw_prior(seeds)
-  args = (rows, seeds, x, tf.zeros_like(x), tf.constant(0))
-  run = lambda *a: samplers.sample(rising, denoiser, *a)[0]
-  np.testing.assert_allclose(tf.function(run, jit_compile=True)(*args), run(*args), atol=2e-5)
+  sampler = samplers.Sampler(rising, denoiser)
+  filled = tf.concat([rows, tf.zeros([3, samplers.COLUMNS])], axis=0)
+  np.testing.assert_array_equal(sampler(filled, SEEDS), sampler(rows, SEEDS))
 
 
 def test_the_trajectory_ends_where_the_sampler_does(rising):
   sampler = samplers.Sampler(rising, denoiser)
-  for name in ("momentum", "two_step"):
+  for name in ("momentum", "two_step", "heun"):
     rows = samplers.table(name, samplers.time_grid(7), rising)
     times, states, predictions = sampler.trajectory(rows, SEEDS, 4)
     assert times[0] == 1
@@ -173,17 +292,95 @@ def test_the_trajectory_ends_where_the_sampler_does(rising):
     np.testing.assert_array_equal(states[-1], sampler(rows, SEEDS))
 
 
-def test_sampling_from_a_given_state(rising):
-  rows = samplers.table("ddim", samplers.time_grid(4, start=0.5), rising)
-  x = np.full([3, 8, 8, 1], 0.3, np.float32)
-  images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
-  np.testing.assert_allclose(images[0], images[2], atol=1e-6)  # deterministic, same start
+def test_sampling_from_any_time(rising):
+  """Two halves of a run are the run; and a table that starts below 1 asks for its start."""
+  sampler = samplers.Sampler(rising, denoiser)
+  times = samplers.time_grid(8)
+  whole = samplers.table("ddim", times, rising)
+  half = samplers.table("ddim", times[:5], rising)
+  rest = samplers.table("ddim", times[4:], rising)
+  np.testing.assert_allclose(
+    sampler(rest, SEEDS, sampler(half, SEEDS)), sampler(whole, SEEDS), atol=1e-6
+  )
+  with pytest.raises(ValueError, match=r"starts at t = 0\.5, and the prior is that of t = 1"):
+    sampler(samplers.table("ddim", samplers.time_grid(4, start=0.5), rising), SEEDS)
+
+
+# --- The adaptive sampler -------------------------------------------------------------------------
+
+
+def test_the_velocity_is_the_rate_of_a_ddim_step(rising):
+  """P Eq. 19 against the limit of Eq. 52, whose frozen x̂_0 is exact to first order."""
+  x = rising.draw_prior(SEEDS)
+  h = 1e-3
+  rows = samplers.table("ddim", [0.6, 0.6 - h], rising)
+  moved = samplers.Sampler(rising, denoiser)(rows, SEEDS, x)
+  rate = samplers.velocity(rising, denoiser, x, tf.constant(0.6))
+  # float32 differences over h, and a first-order error in h
+  np.testing.assert_allclose((x - moved) / h, rate, atol=5e-3, rtol=2e-2)
+
+
+def test_the_adaptive_sampler_agrees_with_small_steps(rising):
+  sampler = samplers.Sampler(rising, denoiser)
+  images, evaluations = sampler.adaptive(SEEDS, rtol=1e-5, atol=1e-5)
+  times = np.append(1.0 - 0.999 * np.linspace(0, 1, 401), 0.0)
+  want = sampler(samplers.table("heun", times, rising), SEEDS)
+  np.testing.assert_allclose(images, want, atol=2e-3)  # of second-order steps of 1/400
+  _, fewer = sampler.adaptive(SEEDS, rtol=1e-2, atol=1e-2)
+  assert fewer < evaluations
+
+
+def test_the_adaptive_sampler_refuses_jumps(rising):
+  hard = dataclasses.replace(
+    rising, corruption=corruptions.Mask(), level=schedules.Linear(0.0, 1.0)
+  )
+  with pytest.raises(ValueError, match="Mask jumps with t"):
+    samplers.Sampler(hard, denoiser).adaptive(SEEDS)
+  samplers.check_smooth(
+    dataclasses.replace(hard, corruption=corruptions.Mask(edge=0.5), prior=None)
+  )
+
+
+# --- Bounds and grids -----------------------------------------------------------------------------
+
+
+def test_dynamic_thresholding_by_hand():
+  y = np.zeros([2, 2, 5, 1], np.float32)
+  y[0, 0, :, 0] = [0.5, -0.5, 1.5, 2.0, -3.0]  # |y|: seven up to 0.5, then 1.5, 2, 3
+  bounded = samplers.thresholded(lambda x, t: 0.5 + 0.5 * y, 90.0)(y, None).numpy()
+  want = 0.5 + 0.5 * np.clip(y, -2, 2) / 2
+  np.testing.assert_allclose(bounded[0], want[0], atol=1e-6)
+  np.testing.assert_allclose(bounded[1], 0.5)  # within [0, 1] already: untouched
+  clipped = samplers.clipped(lambda x, t: 0.5 + 0.5 * y)(y, None).numpy()
+  np.testing.assert_allclose(clipped, np.clip(0.5 + 0.5 * y, 0, 1))
+  with pytest.raises(ValueError, match="percentile"):
+    samplers.thresholded(denoiser, 0.0)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_path_length_of_noise_alone(ve_diffusion, digits, relative):
+  """Without corruption the length is √d (σ_t − σ_s), or in units of σ √d log(σ_t / σ_s)."""
+  times = np.linspace(0, 1, 2001)
+  got = samplers.path_length(ve_diffusion, digits[:5], times, relative)
+  want = np.log(50 / 0.01) if relative else 50 - 0.01
+  np.testing.assert_allclose(got[-1], 8 * want, rtol=5e-3)  # the first order of 2,000 steps
+
+
+def test_transport_steps_are_even(rising, digits):
+  times = samplers.time_grid(10, "transport", rising, images=digits)
+  length = np.diff(samplers.path_length(rising, digits, times[::-1]))
+  # A tenth is spread evenly in t, which shortens the steps where hardly anything happens; and a
+  # chord is shorter than its arc.
+  assert length.max() < 1.1 * np.median(length)
+  assert length.min() > 0.5 * length.max()
+  uniform = np.diff(samplers.path_length(rising, digits, samplers.time_grid(10)[::-1]))
+  assert uniform.min() < 0.3 * uniform.max()
 
 
 @pytest.mark.parametrize("kind", samplers.GRIDS)
-def test_time_grids(rising, kind):
+def test_time_grids(rising, digits, kind):
   for steps in (1, 2, 17):
-    grid = samplers.time_grid(steps, kind, rising, start=0.8)
+    grid = samplers.time_grid(steps, kind, rising, start=0.8, images=digits[:20])
     assert len(grid) == steps + 1
     assert grid[0] == pytest.approx(0.8)
     assert grid[-1] == 0
@@ -219,6 +416,13 @@ def test_a_users_rule(rising):
     (lambda d: samplers.time_grid(0), "at least 1 step, got 0"),
     (lambda d: samplers.time_grid(3, "linear"), "unknown time grid"),
     (lambda d: samplers.time_grid(3, start=0.0), "start time"),
+    (lambda d: samplers.time_grid(3, "transport", d), "give some clean ones"),
+    (lambda d: samplers.time_grid(3, "level"), "needs the diffusion"),
+    (lambda d: samplers.table("ddim+momentm", [1, 0], d), "did you mean 'momentum'"),
+    (lambda d: samplers.table("dormand_prince", [1, 0], d), "Sampler.adaptive"),
+    (lambda d: samplers.table("ddim", [1, np.nan, 0], d), "must descend"),
+    (lambda d: samplers.table("ddim", [1, 0], d, k=-1), "must not be negative"),
+    (lambda d: samplers.steps_for("heun", 0), "at least 1 evaluation"),
   ],
 )
 def test_bad_requests(rising, make, text):

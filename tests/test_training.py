@@ -336,29 +336,23 @@ def test_a_lost_worker_ends_the_others_and_all_can_go_on(tiny, tmp_path, victim)
 @pytest.mark.slow
 def test_kills_at_any_moment_cost_nothing_but_time(tiny, tmp_path):
   """kill -9 at random moments, also while a checkpoint is written: the end is equal to the bit."""
-  steps = 1500  # more than 20 lives get through
   long = tiny.replace(training={"checkpoint_every": 2})
-  want = _digest(_start(long, 0, [], tmp_path / "whole", steps))
-  generator, kills = np.random.default_rng(0), 0
-  for _ in range(60):
-    if kills == 20:
-      break
-    process = _start(long, 0, [], tmp_path / "killed", steps)
-    metrics_file = tmp_path / "killed" / "metrics.jsonl"
-    begin = time.monotonic()
+  generator, metrics_file = np.random.default_rng(0), tmp_path / "killed" / "metrics.jsonl"
+  for _ in range(20):
+    process = _start(long, 0, [], tmp_path / "killed", 100_000)
     size = metrics_file.stat().st_size if metrics_file.exists() else 0
-    while process.poll() is None and time.monotonic() - begin < 200:
-      if metrics_file.exists() and metrics_file.stat().st_size > size:  # it trains: any moment now
-        time.sleep(float(generator.uniform(0, 0.4)))
-        process.kill()
-        kills += 1
-        break
+    while not metrics_file.exists() or metrics_file.stat().st_size <= size:
+      assert process.poll() is None, process.communicate()
       time.sleep(0.02)
+    time.sleep(float(generator.uniform(0, 0.4)))  # it trains: any moment now
+    process.kill()
     process.communicate()
-  assert kills == 20
+  steps = metrics(tmp_path / "killed")[-1]["step"] + 10
+  want = _digest(_start(long, 0, [], tmp_path / "whole", steps))
   assert _digest(_start(long, 0, [], tmp_path / "killed", steps)) == want
   curves = [[(x["step"], x["loss"]) for x in metrics(tmp_path / n)] for n in ("whole", "killed")]
   assert curves[0] == curves[1]
+  assert len(curves[0]) == steps // 2
 
 
 def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):

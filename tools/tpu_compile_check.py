@@ -201,13 +201,14 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
 
     arguments = [tf.TensorSpec([batch, *shape], tf.float32)]
   else:
-    sampler = training.Run(experiment, model, 0).sampler(experiment.sampling.clip)
+    held = training.Run(experiment, model, 0)
+    sampler, table = held.sampler(), held.table()
 
     def run(rows, seeds):
       return sampler(rows, seeds)
 
     arguments = [
-      tf.TensorSpec([experiment.sampling.steps, 5], tf.float32),
+      tf.TensorSpec(table.shape, tf.float32),
       tf.TensorSpec([batch], tf.int64),
     ]
   return tf.function(run, autograph=False, jit_compile=True), arguments, model

@@ -1,0 +1,98 @@
+"""`soft-diffusion-sample` as a user starts it, on a workdir with a small untrained network."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from soft_diffusion_tf import data, priors, training
+from soft_diffusion_tf.bin.sample import parse_seeds, parse_shard, parse_times
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def workdir(tiny, tmp_path):
+  process = tiny.build_diffusion()
+  prior = priors.fit("blurred_colour", data.load("digits", "all").floats(), process)
+  model = training.build(tiny, process.with_prior(prior))
+  training.write(training.Run(tiny, model, 0), tmp_path / "run")
+  return tmp_path / "run"
+
+
+def sample(workdir, out, *flags):
+  return subprocess.run(
+    [sys.executable, "-m", "soft_diffusion_tf.bin.sample", f"--workdir={workdir}", f"--out={out}",
+     *flags],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+  )  # fmt: skip
+
+
+def test_a_folder_in_shards_that_is_gone_on_with(tiny, workdir, tmp_path):
+  out = tmp_path / "many"
+  flags = ("--format=npz", "--sampler=heun", "--nfe=6")  # heun: 5 evaluations are the most that fit
+  first = sample(workdir, out, "--seeds=0-199", "--shard=2/2", *flags)
+  assert first.returncode == 0, first.stderr
+  assert "72 samples (heun, 5 evaluations)" in first.stdout  # seeds 128-199: the second file's
+  assert "sampling: 100%" in first.stderr
+  second = sample(workdir, out, "--seeds=0-199", *flags)
+  assert "200 samples" in second.stdout
+  assert "72 were there already" in second.stdout
+  names = sorted(f.name for f in out.iterdir())
+  assert names == ["samples-000000-000127.npz", "samples-000128-000255.npz", "samples.json"]
+  with np.load(out / names[0]) as file:
+    np.testing.assert_array_equal(file["seeds"], np.arange(128))
+    notes = json.loads(str(file["metadata"]))
+  assert notes["config"] == tiny.digest()
+  assert (notes["checkpoint"], notes["sampler"], notes["nfe"]) == (0, "heun", 5)
+  assert notes["seeds"] == [0, 127]
+  assert notes["version"]
+  other = sample(workdir, out, "--seeds=0-199", "--format=npz", "--sampler=ddim")
+  assert other.returncode == 2
+  assert "holds samples that differ in" in other.stderr
+
+
+def test_flags_reach_the_sampler(workdir, tmp_path):
+  out = tmp_path / "a.png"
+  flags = ("--times=1,0.7,0.2,0", "--sampler=ddim+momentum", "--clip", "--seeds=0-3")
+  result = sample(workdir, out, *flags)
+  assert result.returncode == 0, result.stderr
+  assert "4 samples (ddim+momentum, 3 evaluations)" in result.stdout
+
+
+@pytest.mark.parametrize(
+  ("flags", "text"),
+  [
+    (("--sampler=momentun",), "did you mean 'momentum'"),
+    (("--times=0,0.5,1",), "are they ascending"),
+    (("--nfe=0",), "at least 1 evaluation"),
+    (("--nfe=5", "--steps=5"), "leave out steps"),
+    (("--shard=3/2",), "give k/n"),
+    (("--step=9",), "no checkpoint of step 9"),
+  ],
+)
+def test_mistakes_end_with_one_line(workdir, tmp_path, flags, text):
+  result = sample(workdir, tmp_path / "x", "--seeds=0-1", *flags)
+  assert result.returncode == 2, result.stderr
+  assert text in next(x for x in result.stderr.splitlines() if x.startswith("error: "))
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  ("parse", "good", "want", "bad"),
+  [
+    (parse_seeds, "3-5", [3, 4, 5], "5-3"),
+    (parse_seeds, "7,2", [7, 2], "7;2"),
+    (parse_shard, "2/8", (2, 8), "2-8"),
+    (parse_times, "1,0.5,0", (1.0, 0.5, 0.0), "1,x"),
+  ],
+)
+def test_parsing(parse, good, want, bad):
+  assert parse(good) == want
+  with pytest.raises(ValueError, match="give"):
+    parse(bad)
