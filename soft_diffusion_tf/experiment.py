@@ -133,10 +133,18 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Feature network (see `evaluation.feature_network`) and the number of images on each side."""
+  """What `evaluation` measures with.
 
-  feature_net: str = "pixels"
+  `feature_net` names a feature network (see `features`); `samples` is the number of images on each
+  side, and `reference_samples` another number of real ones (0: the same); KID and precision/recall
+  look at the first `subset` images of each side, the latter at their `neighbours`-th neighbours.
+  """
+
+  feature_net: str = "tfgan"
   samples: int = 50_000
+  reference_samples: int = 0
+  subset: int = 10_000
+  neighbours: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +170,8 @@ class Experiment:
       "training.learning_rate": t.learning_rate, "sampling.steps": s.steps,
       "sampling.batch_size": s.batch_size, "evaluation.samples": self.evaluation.samples,
       "training.clip_norm": t.clip_norm, "training.keep": t.keep,
-      "training.steps_per_loop": t.steps_per_loop,
+      "training.steps_per_loop": t.steps_per_loop, "evaluation.subset": self.evaluation.subset,
+      "evaluation.neighbours": self.evaluation.neighbours,
     }  # fmt: skip
     for field, value in positive.items():
       if not value > 0:  # NaN as well
@@ -171,6 +180,7 @@ class Experiment:
       "training.warmup_steps": t.warmup_steps, "training.log_every": t.log_every,
       "training.checkpoint_every": t.checkpoint_every, "training.keep_every": t.keep_every,
       "training.sample_every": t.sample_every, "sampling.k": s.k,
+      "evaluation.reference_samples": self.evaluation.reference_samples,
     }  # fmt: skip
     for field, value in counts.items():
       if not value >= 0:
