@@ -27,13 +27,23 @@ HELD_OUT = 10  # every tenth image is kept back to measure the accuracy
 class Classifier:
   """network: images float32 [B, H, W, C] in [0, 1] → features [B, D] and logits [B, K].
 
-  `accuracy` is the share of held-out images that it classifies right; `digest` is the SHA-256 of
-  its weights.
+  Features are scaled to a mean square of 1 over the data set. `accuracy` is the share of held-out
+  images that it classifies right; `digest` is the SHA-256 of its weights.
   """
 
   network: keras.Model
   accuracy: float
   digest: str
+
+
+class Scale(keras.layers.Layer):
+  """Multiplies by one number, which is set after training."""
+
+  def build(self, input_shape):
+    self.factor = self.add_weight(shape=(), initializer="ones", trainable=False, name="factor")
+
+  def call(self, x):
+    return self.factor * x
 
 
 def build(shape, classes, seed=0):
@@ -56,9 +66,10 @@ def build(shape, classes, seed=0):
     x = convolve(x, channels, 2)
   x = convolve(x, channels, 1)
   features = keras.layers.GlobalAveragePooling2D()(x)
+  scaled = Scale(name="scale")(features)
   initial = keras.initializers.GlorotUniform(seed=seed * 100)
   logits = keras.layers.Dense(classes, kernel_initializer=initial)(features)
-  return keras.Model(images, [features, logits])
+  return keras.Model(images, [scaled, logits])
 
 
 def _train(source, seed, progress):
@@ -83,6 +94,9 @@ def _train(source, seed, progress):
 
   for k in tqdm.trange(STEPS, desc="training the classifier", disable=not progress):
     step(order[k * BATCH : (k + 1) * BATCH])
+  parts = np.array_split(np.flatnonzero(~held), -(-len(images) // 500))
+  squares = [np.square(network(source.floats(part))[0]).mean(1) for part in parts]
+  network.get_layer("scale").factor.assign(1 / np.sqrt(np.concatenate(squares).mean()))
   right = [
     np.argmax(network(source.floats(part))[1], 1) == labels[part]
     for part in np.array_split(np.flatnonzero(held), max(1, held.sum() // 500))
@@ -115,7 +129,9 @@ def get(source, seed=0, folder=None, progress=True):
       f"{source.name}: a classifier needs at least 2 classes and {2 * HELD_OUT} images, got {count} "
       f"and {len(source)}; take another feature_net, or one folder per class"
     )
-  path = (pathlib.Path(folder) if folder else cache_folder()) / f"classifier-{_key(source, seed)}.npz"
+  path = (
+    pathlib.Path(folder) if folder else cache_folder()
+  ) / f"classifier-{_key(source, seed)}.npz"
   network = None
   try:
     with np.load(path) as content:

@@ -10,6 +10,7 @@ from any feature network but TF-GAN's Inception is called FD[name], never FID: o
 network at one N compare.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -143,15 +144,15 @@ class Statistics:
     q = self.score[:-1] / self.count
     return float(np.exp(self.score[-1] / self.count - np.sum(q * np.log(np.maximum(q, 1e-300)))))
 
-  def state(self):
-    """All of it as arrays, for an npz."""
+  def state(self, merged=False):
+    """All of it as arrays, for an npz; `merged` joins the three parts, for a third of the space."""
     content = {"sizes": np.array([self.count, self.subset, self.seen])}
     if self._rows is not None:
       content["rows"] = self.rows
       content["waiting"] = np.concatenate([np.empty([0, self.dimension]), *self._waiting])
     if self.score is not None:
       content["score"] = self.score
-    for k, part in enumerate(self.parts):
+    for k, part in enumerate([self.moments] if merged else self.parts):
       if part.count:
         content[f"count_{k}"] = np.array(part.count)
         content[f"mean_{k}"], content[f"scatter_{k}"] = part.mean, part.scatter
@@ -291,7 +292,7 @@ class Reference:
   why_no_floor: str = ""
 
   def save(self, path):
-    content = self.statistics.state()
+    content = self.statistics.state(merged=True)
     about = {
       "conditions": self.conditions, "floor": self.floor, "why_no_floor": self.why_no_floor
     }  # fmt: skip
@@ -437,10 +438,23 @@ def kernel_distance(one, two):
   kid = _classifier_metrics().kernel_classifier_distance_and_std_from_activations
   one, two = (tf.constant(rows, tf.float64) for rows in (one, two))
   larger, smaller = max(len(one), len(two)), min(len(one), len(two))
-  value, error = kid(one, two, BLOCK)
-  if larger <= BLOCK:
-    error = kid(one, two, -(-larger // 8))[1] if smaller >= 16 else np.nan
+  with _quiet():
+    value, error = kid(one, two, BLOCK)
+    if larger <= BLOCK:
+      error = kid(one, two, -(-larger // 8))[1] if smaller >= 16 else np.nan
   return float(value), float(error)
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Without TensorFlow's warnings of what TF-GAN calls and a later version deprecates."""
+  logger = tf.get_logger()
+  before = logger.level
+  logger.setLevel("ERROR")
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,11 +575,10 @@ def with_reference(network, one, real, k=3, conditions=None):
 # --- A run --------------------------------------------------------------------------------------
 
 
-def run_conditions(run, options, count, first_seed=0):
+def run_conditions(experiment, step, options, count, first_seed=0):
   """What a run's numbers depend on, besides network and reference."""
   return {
-    "experiment": run.experiment.name, "experiment_digest": run.experiment.digest(),
-    "step": run.step, "ema_decay": run.experiment.training.ema_decay,
+    "experiment": experiment.name, "step": int(step), "ema_decay": experiment.training.ema_decay,
     "sampler": options.sampler, "nfe": options.steps, "grid": options.grid, "k": options.k,
     "denoise": options.denoise, "clip": options.clip,
     "samples": int(count), "first_seed": int(first_seed),
@@ -573,13 +586,13 @@ def run_conditions(run, options, count, first_seed=0):
 
 
 def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=None, progress=True,
-                 partial=None):  # fmt: skip
+                 partial=None, every=60.0):  # fmt: skip
   """`count` samples of a run, by its averaged weights, against a `Reference`.
 
   Args:
     first_seed: samples are of image seeds first_seed … first_seed + count − 1.
     keep: a list that batches of samples are put into; else none outlives its batch.
-    partial: see `measure`.
+    partial, every: see `measure`.
   """
   options = options or run.experiment.sampling
   e = run.experiment.evaluation
@@ -587,9 +600,9 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
   seeds = np.arange(first_seed, first_seed + count)
   statistics = measure(
     network, sample_batches(run, seeds, options, keep), count, e.subset,
-    "sampling" if progress else None, partial,
+    "sampling" if progress else None, partial, every,
   )  # fmt: skip
-  about = run_conditions(run, options, count, first_seed)
+  about = run_conditions(run.experiment, run.step, options, count, first_seed)
   about |= {"reference": real.conditions}
   return with_reference(network, statistics, real, e.neighbours, about)
 

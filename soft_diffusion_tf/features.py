@@ -154,9 +154,9 @@ def _entry(module, folder):
     specs = tf.nest.flatten((args, kwargs))
     if len(specs) == 1 and isinstance(specs[0], tf.TensorSpec):
       spec = specs[0]
-      if spec.shape.rank == 4 and spec.shape[3] in (1, 3, None):
-        if spec.dtype in (tf.float32, tf.uint8):
-          return function, spec
+      takes_images = spec.shape.rank == 4 and spec.shape[3] in (1, 3, None)
+      if takes_images and spec.dtype in (tf.float32, tf.uint8):
+        return function, spec
   inputs = "; ".join(str(tf.nest.flatten((a, k))) for _, a, k in found) or "nothing callable"
   raise ValueError(
     f"{folder}: takes {inputs}, not images float32 [B, H, W, 3]; take another feature network"
