@@ -19,13 +19,15 @@ class Moments:
 
   def update(self, rows):
     """Adds rows [n, ...] (any float dtype); returns self."""
-    rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
+    rows = np.asarray(rows, np.float64)
+    if not len(rows):
+      return self
+    rows = rows.reshape(len(rows), -1)
     if not np.all(np.isfinite(rows)):
       raise ValueError("cannot take moments: a value is not finite; look for NaN in the images")
-    if len(rows):
-      mean = rows.mean(axis=0)
-      centred = rows - mean
-      self._join(len(rows), mean, centred.T @ centred)
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    self._join(len(rows), mean, centred.T @ centred)
     return self
 
   def _join(self, count, mean, scatter):

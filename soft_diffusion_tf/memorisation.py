@@ -30,6 +30,7 @@ class Nearest:
   distances: np.ndarray
   indices: np.ndarray
   base: np.ndarray
+  held_out: bool = True  # False: base is of training images, each among the others
 
   @property
   def threshold(self):
@@ -44,8 +45,8 @@ class Nearest:
     return (
       f"{self.space}: {self.flagged.sum()} of {len(self.distances)} generated images "
       f"({self.flagged.mean():.1%}; expected {QUANTILE:.0%}) lie within {self.threshold:.4g} of a "
-      f"training image; median distance {np.median(self.distances):.4g}, held-out images "
-      f"{np.median(self.base):.4g}"
+      f"training image; median distance {np.median(self.distances):.4g}, of "
+      f"{'held-out' if self.held_out else 'training'} images {np.median(self.base):.4g}"
     )
 
   def record(self, names):
@@ -88,7 +89,8 @@ def report(network, generated, training, held_out=None, progress=None):
   for space, rows in (("pixels", _pixels), (network.name, _features(network))):
     distances, indices = _search(rows, queries, training, own, progress and f"{progress} ({space})")
     n = len(generated)
-    result.append(Nearest(space, distances[:n], indices[:n], distances[n:]))
+    base = distances[n:]
+    result.append(Nearest(space, distances[:n], indices[:n], base, held_out is not None))
   return result
 
 
@@ -129,10 +131,11 @@ def figure(path, generated, training, found, show=10):
     columns = [generated[index], *(training[n.indices[index]] for n in found)]
     return title, labels, np.stack(columns, 1) / 255.0
 
+  base = "held-out images" if found[0].held_out else "training images among themselves"
   first = np.arange(min(show, len(generated)))
   nearest = np.argsort(found[0].distances, kind="stable")[:show]
   plots.neighbours(
     path,
     [group("the first images", first), group("the ones nearest to training images", nearest)],
-    [(n.space, n.distances, n.base, n.threshold) for n in found],
+    [(n.space, {base: n.base, "generated images": n.distances}, n.threshold) for n in found],
   )

@@ -140,7 +140,7 @@ def neighbours(path, groups, histograms):
 
   Args:
     groups: (title, row labels, images [K, R, H, W, C]): K columns of R rows each.
-    histograms: (space, generated [N], held-out [B], threshold) for each axis below.
+    histograms: (space, {name: distances}, threshold) for each axis below.
   """
   figure = plt.figure(figsize=(11, 2.3 * len(groups) + 3.4), layout="constrained")
   cells = figure.add_gridspec(
@@ -158,10 +158,10 @@ def neighbours(path, groups, histograms):
     axis.tick_params(length=0)
     for side in axis.spines.values():
       side.set_visible(False)
-  for k, (space, generated, held_out, threshold) in enumerate(histograms):
+  for k, (space, sets, threshold) in enumerate(histograms):
     axis = figure.add_subplot(cells[len(groups), k])
-    bins = np.linspace(0, 1.02 * max(generated.max(), held_out.max()) or 1.0, 41)
-    for values, name in ((held_out, "held-out images"), (generated, "generated images")):
+    bins = np.linspace(0, 1.02 * max(v.max() for v in sets.values()) or 1.0, 41)
+    for name, values in sets.items():
       weights = np.full(len(values), 1 / len(values))
       axis.hist(values, bins, weights=weights, alpha=0.55, label=name)
     axis.axvline(threshold, color="tab:red", linestyle="--", linewidth=1, label="flagged below")

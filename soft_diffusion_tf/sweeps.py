@@ -70,6 +70,13 @@ def checkpoints(workdir, which="all"):
   return wanted
 
 
+def check_samplers(names):
+  """Raises the ValueError of a name that is no sampler's."""
+  for name in names:
+    if name not in samplers.SAMPLERS:
+      samplers.resolve(name)
+
+
 @contextlib.contextmanager
 def _lock(folder):
   folder.mkdir(parents=True, exist_ok=True)
@@ -106,9 +113,7 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
   folder = workdir / FOLDER
   experiment = Experiment.load(workdir)
   evaluation.check_count(count, float("inf"))
-  for name in names:
-    if name not in samplers.SAMPLERS:
-      samplers.resolve(name)
+  check_samplers(names)
   with _lock(folder):
     done = {_key(r): r for r in evaluation.read_records(folder / RESULTS)}
     run, cells = None, []

@@ -6,8 +6,8 @@
     --reference=cifar10_train_10000.npz
 
 The file says what it is of: data set, split, crop, image shape, feature network with its SHA-256,
-number of images, a digest of the images, and the distances of as many other real images (the floor).
-An evaluation that differs in any of these is refused.
+number of images, a digest of the images, and the distances of as many other real images (the
+floor). An evaluation that differs in any of these is refused.
 """
 
 import pathlib

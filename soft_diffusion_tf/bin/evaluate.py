@@ -224,6 +224,7 @@ def _sweep(job):
   evaluation.check_count(job.count, float("inf"))
   nfes = sweeps.parse_numbers(_NFE.value or sweeps.PAPER_NFE)
   names = _SAMPLERS.value or [_SAMPLER.value or job.experiment.sampling.sampler]
+  sweeps.check_samplers(names)
   steps = sweeps.checkpoints(job.workdir, _CHECKPOINTS.value)
   cells = sweeps.sweep(
     job.workdir, job.network, job.reference(), job.count,
