@@ -1,8 +1,8 @@
 """A small classifier of a data set's own labels, as a feature network that needs no download.
 
 It is trained once per data set in seconds to minutes, seeded, and kept in the user's cache
-(`$XDG_CACHE_HOME` or ~/.cache). Its features judge small sets such as the digits well; its distances
-compare with no others.
+(`$XDG_CACHE_HOME` or ~/.cache). Its features judge small sets such as the digits well; its
+distances compare with no others.
 """
 
 import dataclasses
@@ -126,8 +126,8 @@ def get(source, seed=0, folder=None, progress=True):
   count = len(np.unique(source.labels))
   if count < 2 or len(source) < 2 * HELD_OUT:
     raise ValueError(
-      f"{source.name}: a classifier needs at least 2 classes and {2 * HELD_OUT} images, got {count} "
-      f"and {len(source)}; take another feature_net, or one folder per class"
+      f"{source.name}: a classifier needs at least 2 classes and {2 * HELD_OUT} images, got "
+      f"{count} and {len(source)}; take another feature_net, or one folder per class"
     )
   path = (
     pathlib.Path(folder) if folder else cache_folder()

@@ -10,10 +10,10 @@ A network is named by one string (`feature_net` in configs and flags):
   FOLDER[#OUTPUT]     any SavedModel that takes images and gives OUTPUT, by default "pool_3"
 
 A SavedModel takes RGB float32 in [−1, 1] as TF-GAN's does, or uint8 in 0 … 255; it gives a
-dictionary with OUTPUT [B, ...] and perhaps "logits" [B, K]. Where its signature fixes a height and a
-width, images are brought to them by antialiased bilinear interpolation
-(`tf.image.resize(..., antialias=True)`), real and generated ones alike; where it leaves them open, it
-gets images as they are and resizes as it likes. TF-GAN's module gets 299×299.
+dictionary with OUTPUT [B, ...] and perhaps "logits" [B, K]. Where its signature fixes a height and
+a width, images are brought to them by antialiased bilinear interpolation
+(`tf.image.resize(..., antialias=True)`), real and generated ones alike; where it leaves them open,
+it gets images as they are and resizes as it likes. TF-GAN's module gets 299×299.
 """
 
 import contextlib
@@ -85,7 +85,8 @@ def feature_network(name, source=None, progress=True):
     if source is None:
       raise ValueError("feature_net = 'classifier' needs a data set with labels to be trained on")
     own = classifier.get(source, progress=progress)
-    call = tf.function(own.network, autograph=False, reduce_retracing=True)
+    spec = tf.TensorSpec([None, *source.images.shape[1:]], tf.float32)
+    call = tf.function(own.network, autograph=False, input_signature=[spec])
     note = f"right on {own.accuracy:.1%} of held-out images"
     return FeatureNetwork("classifier", call, own.digest, note)
   if kind == "tfgan":
@@ -124,8 +125,8 @@ def _fetch():
   except Exception as error:  # hub, urllib and TensorFlow each raise their own
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise ValueError(
-      f"cannot fetch {TFGAN_HANDLE} ({text}); download {TFGAN_HANDLE}?tf-hub-format=compressed on a "
-      "machine with network, unpack it, and give its folder by --feature_net=tfgan:FOLDER"
+      f"cannot fetch {TFGAN_HANDLE} ({text}); download {TFGAN_HANDLE}?tf-hub-format=compressed on "
+      "a machine with network, unpack it, and give its folder by --feature_net=tfgan:FOLDER"
     ) from None
   finally:
     socket.setdefaulttimeout(before)
@@ -135,8 +136,8 @@ def _tfgan(folder):
   call, digest, sizes = _saved_model(pathlib.Path(folder), OUTPUT, TFGAN_SIZE)
   if sizes != (TFGAN_FEATURES, TFGAN_CLASSES):
     raise ValueError(
-      f"{folder}: not TF-GAN's Inception, which gives {TFGAN_FEATURES} features and {TFGAN_CLASSES} "
-      f"logits, not {sizes[0]} and {sizes[1]}; give it as --feature_net={folder}"
+      f"{folder}: not TF-GAN's Inception, which gives {TFGAN_FEATURES} features and "
+      f"{TFGAN_CLASSES} logits, not {sizes[0]} and {sizes[1]}; give it as --feature_net={folder}"
     )
   return FeatureNetwork("tfgan", call, digest)
 
@@ -177,21 +178,23 @@ def _saved_model(folder, output, size=None):
     raise ValueError(f"{folder}: cannot be loaded ({text}); copy the SavedModel anew") from None
   entry, spec = _entry(module, folder)
   height, width = spec.shape[1] or size, spec.shape[2] or size
+  channels = spec.shape[3] or 3
 
-  def outputs(images):
-    if spec.shape[3] == 3 and images.shape[-1] == 1:
+  def fit(images):
+    if channels == 3 and images.shape[-1] == 1:
       images = tf.image.grayscale_to_rgb(images)
-    elif spec.shape[3] == 1 and images.shape[-1] == 3:
+    elif channels == 1 and images.shape[-1] == 3:
       images = tf.image.rgb_to_grayscale(images)
-    if height and width:
-      images = resize(images, height, width)
+    return resize(images, height, width) if height and width else images
+
+  @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, height, width, channels])])
+  def outputs(images):
     if spec.dtype == tf.uint8:
       out = entry(tf.cast(tf.round(255.0 * images), tf.uint8))
     else:
       out = entry(2.0 * images - 1.0)
     return out if isinstance(out, dict) else {OUTPUT: out} if tf.is_tensor(out) else {}
 
-  channels = spec.shape[3] or 3
   try:
     probe = outputs(tf.zeros([2, height or 32, width or 32, channels]))
   except Exception as error:  # whatever the network's own operations raise
@@ -209,10 +212,9 @@ def _saved_model(folder, output, size=None):
       "take another output"
     )
 
-  @tf.function(autograph=False, reduce_retracing=True)
   def function(images):
-    out = outputs(images)
-    return tf.reshape(out[output], [tf.shape(images)[0], -1]), out.get("logits")
+    out = outputs(fit(images))
+    return tf.reshape(out[output], [len(images), -1]), out.get("logits")
 
   logits = probe.get("logits")
   sizes = int(np.prod(probe[output].shape[1:])), None if logits is None else logits.shape[-1]

@@ -105,7 +105,9 @@ def test_folders_that_are_none(tmp_path):
 
 def test_fid_is_tfgans_inceptions_alone(tmp_path, monkeypatch):
   folder = network(SPEC, flat, tmp_path / "flat")
-  with pytest.raises(ValueError, match="not TF-GAN's Inception, which gives 2048 features and 1008"):
+  with pytest.raises(
+    ValueError, match="not TF-GAN's Inception, which gives 2048 features and 1008"
+  ):
     features.feature_network(f"tfgan:{folder}")
 
   def inception(x):

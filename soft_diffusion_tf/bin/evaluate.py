@@ -1,9 +1,9 @@
 """How near a model's samples, or a folder of images, are to real images.
 
-soft-diffusion-evaluate --workdir=runs/digits --samples=700          one sampler, one number of steps
-soft-diffusion-evaluate --workdir=runs/digits --sweep                the paper's protocol
-soft-diffusion-evaluate --workdir=runs/digits --memorisation         nearest training images
-soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL      images of any origin
+soft-diffusion-evaluate --workdir=runs/digits --samples=700       one sampler, one number of steps
+soft-diffusion-evaluate --workdir=runs/digits --sweep             the paper's protocol
+soft-diffusion-evaluate --workdir=runs/digits --memorisation      nearest training images
+soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL   images of any origin
 """
 
 import json
@@ -22,8 +22,8 @@ _SAMPLES = flags.DEFINE_integer(
 )
 _REFERENCE = flags.DEFINE_string(
   "reference", None,
-  "Real images: a .npz of tools/reference_stats.py, or a data set (TFDS name, digits, folder:PATH); "
-  "by default the run's own.",
+  "Real images: a .npz of tools/reference_stats.py, or a data set (TFDS name, digits, "
+  "folder:PATH); by default the run's own.",
 )  # fmt: skip
 _REFERENCE_SAMPLES = flags.DEFINE_integer(
   "reference_samples", None, "Real images in the reference; 0 (the default): as many as evaluated."
