@@ -62,6 +62,8 @@ def _classifier_metrics():
   try:
     return importlib.import_module(name)
   except Exception as error:  # whatever a later TensorFlow breaks inside it
+    for package in [n for n in sys.modules if n.split(".")[0] == "tensorflow_gan"]:
+      del sys.modules[package]
     raise ValueError(
       f"tensorflow_gan's classifier_metrics does not load under TensorFlow {tf.__version__} "
       f"({type(error).__name__}: {error}); install the versions of requirements.lock"

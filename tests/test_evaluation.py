@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -199,14 +200,16 @@ def test_few_images_are_warned_of(rng):
 
 
 def test_a_tfgan_that_does_not_load(monkeypatch):
-  name = "tensorflow_gan.python.eval.classifier_metrics"
-  monkeypatch.delitem(sys.modules, name, raising=False)
+  for name in [n for n in sys.modules if n.split(".")[0] == "tensorflow_gan"]:
+    monkeypatch.delitem(sys.modules, name)
 
   def broken(module):
     raise AttributeError("gone in this version")
 
   monkeypatch.setattr(evaluation.importlib, "import_module", broken)
   with pytest.raises(ValueError, match=r"does not load under TensorFlow .*gone in this version"):
+    evaluation._classifier_metrics()
+  with pytest.raises(ValueError, match="gone in this version"):  # and it says so every time
     evaluation._classifier_metrics()
 
 
@@ -292,7 +295,7 @@ def test_a_reference_is_stored_once(images, tmp_path, monkeypatch):
   assert again.floor == first.floor
   monkeypatch.setattr(evaluation, "measure", before)
   for changed in ({"count": 51}, {"split": "test"}, {"crop": "none"}):
-    evaluation.reference(PIXELS, images, conditions(50, **changed), folder=tmp_path, progress=False)
+    evaluation.reference(PIXELS, images, conditions(50) | changed, folder=tmp_path, progress=False)
   evaluation.reference(PIXELS, images ^ 1, conditions(50), folder=tmp_path, progress=False)
   assert len(list(tmp_path.iterdir())) == 5
 
@@ -306,7 +309,7 @@ def test_a_reference_of_something_else_names_the_field(field, value, images, tmp
   evaluation.reference(PIXELS, images, conditions(50), progress=False).save(tmp_path / "r.npz")
   real = evaluation.Reference.load(tmp_path / "r.npz")
   real.check("r.npz", **conditions(50))
-  with pytest.raises(ValueError, match=rf"r\.npz: its {field} is .*{value}.* is evaluated"):
+  with pytest.raises(ValueError, match=rf"r\.npz: its {field} is .*{re.escape(str(value))}"):
     real.check("r.npz", **(conditions(50) | {field: value}))
 
 
