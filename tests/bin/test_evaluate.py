@@ -146,7 +146,7 @@ def test_a_killed_sweep_goes_on(workdir):
   assert len(after) == 6
   assert "best: step 6" in out
   results.unlink()
-  code, again, err = evaluate(*flags)
+  code, _, err = evaluate(*flags)
   assert code == 0, err
   fresh = [json.loads(line)["value"] for line in results.read_text().splitlines()]
   assert fresh == [json.loads(line)["value"] for line in after]
