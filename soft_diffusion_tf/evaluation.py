@@ -32,9 +32,6 @@ PARTS = 3  # disjoint parts of one side, for the spread
 BLOCK = 1024  # features that are gathered before they enter the moments; also TF-GAN's KID block
 FEATURE_BATCH = 100
 SUBSET = 10_000
-REFERENCE_FIELDS = (
-  "data", "split", "image_shape", "crop", "feature_net", "feature_net_sha256", "count",
-)  # fmt: skip
 
 
 def _classifier_metrics():
@@ -254,13 +251,14 @@ def image_batches(images, order=None):
   return batches
 
 
-def sample_batches(run, seeds, options, keep=None):
+def sample_batches(run, seeds, options, keep=None, sampler=None):
   """Batches of a run's samples for image seeds [N], as 8-bit images like the real ones.
 
   Args:
     keep: a list that the batches are also put into, as floats.
+    sampler: the run's, where it is at hand: tracing one takes seconds.
   """
-  sampler, rows = run.sampler(options.clip), run.table(options)
+  sampler, rows = sampler or run.sampler(options.clip), run.table(options)
   size = min(options.batch_size, len(seeds))
 
   def batches(start):
@@ -284,8 +282,8 @@ def sample_batches(run, seeds, options, keep=None):
 class Reference:
   """Real images' statistics, with all that says what they are of.
 
-  `conditions` holds `REFERENCE_FIELDS` and "content", a digest of the images; `floor` is the
-  `Distance` of as many other real images to these, or None with the reason in `why_no_floor`.
+  `conditions` are those of `conditions_of` and "content", a digest of the images; `floor` holds the
+  numbers of as many other real images against these, or None with the reason in `why_no_floor`.
   """
 
   statistics: Statistics
@@ -588,12 +586,13 @@ def run_conditions(experiment, step, options, count, first_seed=0):
 
 
 def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=None, progress=True,
-                 partial=None, every=60.0):  # fmt: skip
+                 partial=None, every=60.0, sampler=None):  # fmt: skip
   """`count` samples of a run, by its averaged weights, against a `Reference`.
 
   Args:
     first_seed: samples are of image seeds first_seed … first_seed + count − 1.
     keep: a list that batches of samples are put into; else none outlives its batch.
+    sampler: see `sample_batches`.
     partial, every: see `measure`.
   """
   options = options or run.experiment.sampling
@@ -601,7 +600,7 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
   check_count(count, np.inf)
   seeds = np.arange(first_seed, first_seed + count)
   statistics = measure(
-    network, sample_batches(run, seeds, options, keep), count, e.subset,
+    network, sample_batches(run, seeds, options, keep, sampler), count, e.subset,
     "sampling" if progress else None, partial, every,
   )  # fmt: skip
   about = run_conditions(run.experiment, run.step, options, count, first_seed)
@@ -641,15 +640,13 @@ def read_records(path):
   return records
 
 
-def to_tensorboard(workdir, result):
-  """The numbers as scalars under the checkpoint's step."""
-  about = result.conditions
+def to_tensorboard(workdir, record):
+  """The numbers of a run's record as scalars under the checkpoint's step."""
   writer = tf.summary.create_file_writer(str(pathlib.Path(workdir) / "tensorboard"))
-  where = f"evaluation/{about['sampler']}_{about['nfe']}_N{about['samples']}"
-  values = result.numbers()
+  where = f"evaluation/{record['sampler']}_{record['nfe']}_N{record['samples']}"
   with writer.as_default():
-    tf.summary.scalar(f"{where}/{result.distance.label}", result.distance.value, about["step"])
+    tf.summary.scalar(f"{where}/{record['label']}", record["value"], record["step"])
     for name in ("exact", "kid", "inception_score", "precision", "recall"):
-      if values[name] is not None:
-        tf.summary.scalar(f"{where}/{name}", values[name], about["step"])
+      if record[name] is not None:
+        tf.summary.scalar(f"{where}/{name}", record[name], record["step"])
   writer.close()

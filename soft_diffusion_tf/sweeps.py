@@ -107,7 +107,7 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
 
   Returns:
     The records of all cells of this sweep, measured now or before. A cell that failed (samples that
-    are not finite) has "error" in place of numbers.
+    are not finite) has "error" in place of numbers, and is tried again the next time.
   """
   workdir = pathlib.Path(workdir)
   folder = workdir / FOLDER
@@ -116,7 +116,7 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
   check_samplers(names)
   with _lock(folder):
     done = {_key(r): r for r in evaluation.read_records(folder / RESULTS)}
-    run, cells = None, []
+    run, sampler, cells = None, None, []
     total = len(steps) * len(names) * len(nfes)
     for step in steps:
       for name in names:
@@ -131,26 +131,28 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
           if key not in done:
             if run is None or run.step != step:
               run = training.load(workdir, step)
+              sampler = run.sampler(options.clip)
             if progress:
               print(f"cell {len(cells) + 1} of {total}: step {step}, {name}, {nfe} NFE", flush=True)
             partial = folder / f"partial-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-            done[key] = _cell(run, network, real, count, options, about, first_seed, progress,
-                              partial, every)  # fmt: skip
-            evaluation.append_record(folder / RESULTS, done[key])
+            record = _cell(
+              run, network, real, count, options, about, first_seed=first_seed, progress=progress,
+              partial=partial, every=every, sampler=sampler,
+            )  # fmt: skip
+            done[key] = record
+            if "error" not in record:  # a cell that failed is tried again the next time
+              evaluation.append_record(folder / RESULTS, record)
+              evaluation.to_tensorboard(workdir, record)
           cells.append(done[key])
     _finish(workdir, cells)
   return cells
 
 
-def _cell(run, network, real, count, options, about, first_seed, progress, partial, every):
+def _cell(run, network, real, count, options, about, **rest):
   try:
-    result = evaluation.evaluate_run(
-      run, network, real, count, options,
-      first_seed=first_seed, progress=progress, partial=partial, every=every,
-    )  # fmt: skip
+    result = evaluation.evaluate_run(run, network, real, count, options, **rest)
   except ValueError as error:  # one cell's samples are not finite: the others may be
     return {**about, "error": str(error)}
-  evaluation.to_tensorboard(partial.parent.parent, result)
   return {**result.record(), **about}
 
 

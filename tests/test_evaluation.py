@@ -352,7 +352,7 @@ def test_evaluating_a_run(run, images, tmp_path):
   assert record["reference"]["count"] == 100
   other = evaluation.evaluate_run(run, PIXELS, real, 100, first_seed=100, progress=False)
   assert other.distance.value != result.distance.value
-  evaluation.to_tensorboard(tmp_path, result)
+  evaluation.to_tensorboard(tmp_path, record)
   (file,) = (tmp_path / "tensorboard").iterdir()
   tags = {
     value.tag: tf.make_ndarray(value.tensor)

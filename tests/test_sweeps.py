@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -23,6 +24,22 @@ def real():
   images = data.load("digits", "train").images
   about = evaluation.conditions_of(PIXELS, "digits", "train", (8, 8, 1), "auto", 40)
   return evaluation.reference(PIXELS, images, about, progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+  """Loading and tracing take seconds: one run per step, whatever sweep asks for it."""
+  with pytest.MonkeyPatch.context() as patch:
+    before = training.load
+
+    @functools.cache
+    def load(workdir, step):
+      run = before(workdir, step)
+      run.sampler = functools.cache(run.sampler)
+      return run
+
+    patch.setattr(training, "load", load)
+    yield
 
 
 @pytest.fixture
@@ -114,8 +131,8 @@ def test_a_cell_goes_on_from_its_partial_state(workdir, real, forget, monkeypatc
   drawn = []
   before = evaluation.sample_batches
 
-  def dying(run, seeds, options, keep=None):
-    inner = before(run, seeds, options, keep)
+  def dying(*args):
+    inner = before(*args)
 
     def batches(start):
       for images in inner(start):
@@ -150,6 +167,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(workdir, real, forget, monke
   assert [("error" in c) for c in cells] == [True, True, False, False]
   assert sweeps.best(workdir)["sampler"] == "momentum"
   assert "failed" in sweeps.tables(cells)
+  assert (workdir / "sweep" / sweeps.RESULTS).read_text().count("\n") == 2
   with pytest.raises(ValueError, match=r"no cell .* could be measured: image 3 holds NaN"):
     sweeps.sweep(workdir, PIXELS, real, 40, steps=[6], **GRID | {"names": ["naive"]})
 

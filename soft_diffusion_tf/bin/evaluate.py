@@ -192,7 +192,7 @@ def _evaluate(job):
     result = evaluation.evaluate_run(
       run, job.network, real, job.count, options, first_seed=_FIRST_SEED.value
     )
-    evaluation.to_tensorboard(job.workdir, result)
+    evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
     print_as = (
       f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}, "
@@ -251,6 +251,8 @@ def _memorisation(job):
   from soft_diffusion_tf import evaluation, memorisation
 
   d = job.experiment.data
+  if _SAMPLES.value is None:
+    job.count = min(job.count, memorisation.BASE)
   evaluation.check_count(job.count, float("inf"))
   if job.images is not None:
     generated = job.check_images()[: job.count]
