@@ -175,7 +175,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(workdir, real, forget, monke
 def test_refusals(workdir, real, tmp_path):
   with pytest.raises(ValueError, match="did you mean 'momentum'"):
     sweeps.sweep(workdir, PIXELS, real, 40, steps=[6], **GRID | {"names": ["momentun"]})
-  with pytest.raises(ValueError, match=r"no best\.json; make one by evaluate --sweep"):
+  with pytest.raises(ValueError, match=r"no best\.json in it; make one by evaluate --sweep"):
     sweeps.best(tmp_path)
   with (
     sweeps._lock(workdir / "sweep"),
