@@ -111,6 +111,7 @@ def test_bad_input_is_one_line(workdir, folders, tmp_path):
   assert not (workdir / "best.json").exists()
 
 
+@pytest.mark.slow
 def test_memorisation(workdir):
   code, out, err = evaluate(
     f"--workdir={workdir}", "--memorisation", "--samples=20", "--steps=2", "--feature_net=pixels:4"
