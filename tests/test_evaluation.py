@@ -152,6 +152,8 @@ def test_kid_and_its_error(count, blocks, rng):
   if blocks == 1:
     spread = kid_by_numpy(one[::-1], two[::-1], 8)[1]
   assert error == pytest.approx(spread, rel=1e-9)
+  all_pairs = evaluation.kernel_distance_of_all_pairs(one, two, block=130)
+  assert all_pairs == pytest.approx(kid_by_numpy(one, two, 1)[0], rel=1e-9)
 
 
 def test_kid_of_few_rows_has_no_error(rng):

@@ -26,7 +26,9 @@ _REFERENCE = flags.DEFINE_string(
   "folder:PATH); by default the run's own.",
 )  # fmt: skip
 _REFERENCE_SAMPLES = flags.DEFINE_integer(
-  "reference_samples", None, "Real images in the reference; 0 (the default): as many as evaluated."
+  "reference_samples",
+  None,
+  "Real images in the reference; 0 (the default): as many as evaluated, of a folder:PATH all.",
 )
 _SPLIT = flags.DEFINE_string(
   "split", None, "Split of the real images; by default the training one, of a folder all of it."
@@ -76,11 +78,20 @@ class _Job:
     asked = _REFERENCE_SAMPLES.value
     if asked is None:
       asked = self.options.reference_samples
-    self.reference_count = asked or self.count
+    self._asked = asked
     self._source = None
     feature_net = _FEATURE_NET.value or self.options.feature_net
     needs_data = feature_net == "classifier"
     self.network = features.feature_network(feature_net, self.train() if needs_data else None)
+
+  @property
+  def reference_count(self):
+    """Real images in the reference: of a folder that is compared with another, all."""
+    if (
+      not self._asked and self.images is not None and (_REFERENCE.value or "").startswith("folder:")
+    ):
+      return len(self.train())
+    return self._asked or self.count
 
   @property
   def _stored(self):

@@ -92,6 +92,16 @@ def test_a_folder_of_images_against_another(folders):
   assert record["exact"] == pytest.approx(want, rel=1e-6)
 
 
+def test_all_of_a_folder_is_the_reference_of_another(folders):
+  flags = (f"--images={folders}/two", f"--reference=folder:{folders}/one", "--feature_net=pixels:4")
+  code, out, err = evaluate(*flags)
+  assert code == 0, err
+  record = json.loads(out.splitlines()[-1])
+  assert (record["samples"], record["reference"]["count"]) == (140, 60)
+  assert record["floor"] is None
+  assert record["why_no_floor"] == "needs 140 more real images, 0 are left"
+
+
 def test_bad_input_is_one_line(workdir, folders, tmp_path):
   reference = f"--reference=folder:{folders}/two"
   assert "give --workdir=FOLDER, or --images" in error_of(f"--images={folders}/one")
