@@ -33,6 +33,7 @@ setuptools.setup(
     "pillow>=10",
     "tensorboard>=2.20,<2.22",
     "tqdm>=4.66",
+    "threadpoolctl>=3.5",
     "matplotlib>=3.9,<4",
   ],
   extras_require={

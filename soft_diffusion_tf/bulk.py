@@ -8,6 +8,7 @@ i mod batch_size. What stands beside it does not matter, except to an adaptive s
 its steps from the whole batch: there the batch of seed i is all the seeds with i's quotient.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -81,6 +82,19 @@ class Drawer:
     self.sampler = samplers.Sampler(diffusion, denoiser)
     self.evaluations = None  # of the denoiser, for the last images
     self._replicas = strategy.num_replicas_in_sync if strategy else 1
+
+  def with_options(self, options):
+    """The same with another sampler; what is traced is shared. Bounds of x̂_0 must stay."""
+    mine = self.options
+    if (options.clip, options.threshold) != (mine.clip, mine.threshold):
+      raise ValueError("another bound of x̂_0 takes a Drawer of its own")
+    if options == mine:
+      return self
+    _ = self._on_all  # made before the copy, so that both hold the same
+    other = copy.copy(self)
+    other.__dict__.pop("rows", None)
+    other.options = options
+    return other
 
   @property
   def adaptive(self):

@@ -169,6 +169,13 @@ class Sampling:
         "are they ascending?"
       )
 
+  @property
+  def evaluations(self) -> int | None:
+    """Of the network, for one image; None where the sampler chooses its own steps."""
+    if self.sampler == samplers.ADAPTIVE:
+      return None
+    return samplers.evaluations(self.sampler, len(self.times) - 1 if self.times else self.steps)
+
   def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:
     """The options with other values for what is not None; `nfe` picks the steps that take as many
     evaluations of the network.
@@ -186,10 +193,18 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Feature network (see `evaluation.feature_network`) and the number of images on each side."""
+  """What `evaluation` measures with.
 
-  feature_net: str = "pixels"
+  `feature_net` names a feature network (see `features`); `samples` is the number of images on each
+  side, and `reference_samples` another number of real ones (0: the same); KID and precision/recall
+  look at the first `subset` images of each side, the latter at their `neighbours`-th neighbours.
+  """
+
+  feature_net: str = "tfgan"
   samples: int = 50_000
+  reference_samples: int = 0
+  subset: int = 10_000
+  neighbours: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +230,8 @@ class Experiment:
       "training.learning_rate": t.learning_rate, "evaluation.samples": self.evaluation.samples,
       "training.clip_norm": t.clip_norm, "training.keep": t.keep,
       "training.steps_per_loop": t.steps_per_loop, "training.accumulate": t.accumulate,
+      "evaluation.subset": self.evaluation.subset,
+      "evaluation.neighbours": self.evaluation.neighbours,
     }  # fmt: skip
     for field, value in positive.items():
       if not value > 0:  # NaN as well
@@ -223,6 +240,7 @@ class Experiment:
       "training.warmup_steps": t.warmup_steps, "training.log_every": t.log_every,
       "training.checkpoint_every": t.checkpoint_every, "training.keep_every": t.keep_every,
       "training.sample_every": t.sample_every,
+      "evaluation.reference_samples": self.evaluation.reference_samples,
     }  # fmt: skip
     for field, value in counts.items():
       if not value >= 0:

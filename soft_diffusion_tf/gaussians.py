@@ -1,48 +1,60 @@
 """Gaussians fitted to point sets, and the distance between two of them, in float64."""
 
 import numpy as np
+import threadpoolctl
 
 
 class Moments:
   """Mean and covariance of rows that arrive in batches, accumulated in float64.
 
-  Rows are shifted by the first batch's mean before their squares are summed, so that a large
-  common offset does not cancel away the covariance.
+  What is kept is the count, the mean and the scatter Σ (x − mean)(x − mean)ᵀ; sets are joined by
+  Chan, Golub & LeVeque's formula (1983), which a large common offset does not harm. `a + b` are the
+  moments of both sets together.
   """
 
-  def __init__(self):
-    self.count = 0
-    self._shift = None
-    self._sum = None
-    self._outer = None
+  def __init__(self, count=0, mean=None, scatter=None):
+    self.count = count
+    self.mean = mean  # [d]
+    self.scatter = scatter  # [d, d]
 
   def update(self, rows):
-    """Adds rows [n, d] (any float dtype); returns self."""
-    rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
+    """Adds rows [n, ...] (any float dtype); returns self."""
+    rows = np.asarray(rows, np.float64)
+    if not len(rows):
+      return self
+    rows = rows.reshape(len(rows), -1)
     if not np.all(np.isfinite(rows)):
       raise ValueError("cannot take moments: a value is not finite; look for NaN in the images")
-    if self._shift is None:
-      self._shift = rows.mean(axis=0)
-      self._sum = np.zeros_like(self._shift)
-      self._outer = np.zeros([rows.shape[1]] * 2)
-    rows = rows - self._shift
-    self.count += len(rows)
-    self._sum += rows.sum(axis=0)
-    self._outer += rows.T @ rows
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    self._join(len(rows), mean, centred.T @ centred)
     return self
 
-  @property
-  def mean(self):
-    """[d]."""
-    return self._shift + self._sum / self.count
+  def _join(self, count, mean, scatter):
+    if self.count == 0:
+      self.count, self.mean, self.scatter = count, mean.copy(), scatter.copy()
+      return
+    if len(mean) != len(self.mean):
+      raise ValueError(f"cannot join moments of {len(self.mean)} and of {len(mean)} values a row")
+    total, gap = self.count + count, mean - self.mean
+    self.scatter += scatter
+    self.scatter += np.outer(gap * (self.count * count / total), gap)
+    self.mean += gap * (count / total)
+    self.count = total
+
+  def __add__(self, other):
+    result = Moments()
+    for part in (self, other):
+      if part.count:
+        result._join(part.count, part.mean, part.scatter)
+    return result
 
   @property
   def covariance(self):
     """[d, d], divided by count − 1."""
     if self.count < 2:
       raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
-    mean = self._sum / self.count
-    return (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+    return self.scatter / (self.count - 1)
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
@@ -51,11 +63,14 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
   By two symmetric eigendecompositions in float64, so singular covariances are no trouble; tiny
   negative eigenvalues (rounding) count as 0. Source: Dowson & Landau 1982; Heusel et al. 2017.
   """
-  values, vectors = np.linalg.eigh(np.asarray(covariance_1, np.float64))
-  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-  inner = np.linalg.eigvalsh(root @ np.asarray(covariance_2, np.float64) @ root)
-  trace = np.trace(covariance_1) + np.trace(covariance_2)
+  s_1, s_2 = np.asarray(covariance_1, np.float64), np.asarray(covariance_2, np.float64)
+  # BLAS threads wait for each other by spinning: beside other work they are slower than one.
+  with threadpoolctl.threadpool_limits(1, "blas"):
+    values, vectors = np.linalg.eigh(s_1)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ s_2 @ root)
   gap = np.asarray(mean_1, np.float64) - np.asarray(mean_2, np.float64)
+  trace = np.trace(s_1) + np.trace(s_2)
   return float(gap @ gap + trace - 2 * np.sum(np.sqrt(np.maximum(inner, 0))))
 
 

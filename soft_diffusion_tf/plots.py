@@ -68,18 +68,107 @@ def side_by_side(path, pairs, columns=10):
 
 
 def schedule(path, diffusion, level_name="level", curves=None):
-  """Level and σ against t (P Figure 8); `curves` is more {name: level schedule} to compare."""
+  """Level and σ against t (P Figure 8).
+
+  Args:
+    diffusion: one process, or {name: process} to compare.
+    curves: more {name: level schedule} for the left side.
+  """
   t = np.linspace(0, 1, 401, dtype=np.float32)
+  processes = diffusion if isinstance(diffusion, dict) else {"this run": diffusion}
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-  for name, level in {"this run": diffusion.level, **(curves or {})}.items():
+  levels = {name: process.level for name, process in processes.items()} | (curves or {})
+  for name, level in levels.items():
     left.plot(t, level(t).numpy(), label=name)
   left.set(xlabel="t", ylabel=level_name, title="corruption level")
-  if curves:
-    left.legend()
-  right.plot(t, diffusion.sigma(t).numpy(), color="tab:red")
+  one = len(processes) == 1
+  for k, (name, process) in enumerate(processes.items()):
+    color = "tab:red" if one else f"C{k}"
+    right.plot(t, process.sigma(t).numpy(), color=color, label=name)
   right.set(xlabel="t", ylabel="σ", title="noise", yscale="log")
-  for axis in (left, right):
+  for axis, several in ((left, len(levels) > 1), (right, not one)):
     axis.grid(alpha=0.3)
+    if several:
+      axis.legend()
+  _save(figure, path)
+
+
+def curves(path, lines, xlabel, ylabel, title="", floor=None):
+  """Lines through points, {name: [(x, y), ...]}, the lowest point of each marked (P Figure 3).
+
+  Args:
+    floor: a level to draw as a dashed line, what real images have.
+  """
+  figure, axis = plt.subplots(figsize=(6.4, 4.2))
+  values = [y for points in lines.values() for _, y in points]
+  for k, (name, points) in enumerate(lines.items()):
+    x, y = np.array(points, float).T
+    low = int(np.argmin(y))
+    axis.plot(x, y, marker="o", markersize=3, color=f"C{k}",
+              label=f"{name} (best {y[low]:.3g} at {x[low]:g})")  # fmt: skip
+    axis.plot(x[low], y[low], marker="*", markersize=11, color=f"C{k}")
+  if floor is not None:
+    axis.axhline(
+      floor, color="0.4", linestyle="--", linewidth=1, label=f"real images ({floor:.3g})"
+    )
+  if min(values) > 0 and max(values) > 5 * min(values):
+    axis.set_yscale("log")
+  axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+  axis.grid(alpha=0.3, which="both")
+  axis.legend()
+  _save(figure, path)
+
+
+def strips(path, columns, rows):
+  """Rows of images with a label at the left: columns are titles [T], rows (label, [T, H, W, C])."""
+  count, (height, width) = len(columns), rows[0][1].shape[1:3]
+  zoom = zoom_for(rows[0][1])
+  sheet = grid(np.concatenate([images for _, images in rows]), count, zoom=zoom)
+  figure, axis = plt.subplots(figsize=(0.9 * count + 1.2, 0.9 * len(rows) + 0.4))
+  axis.imshow(sheet, interpolation="nearest")
+  axis.set_xticks((np.arange(count) + 0.5) * (width + 1) * zoom, columns)
+  axis.set_yticks((np.arange(len(rows)) + 0.5) * (height + 1) * zoom, [label for label, _ in rows])
+  axis.xaxis.tick_top()
+  axis.tick_params(length=0)
+  for side in axis.spines.values():
+    side.set_visible(False)
+  _save(figure, path)
+
+
+def neighbours(path, groups, histograms):
+  """Images beside their nearest training images, and the distances' distributions (P Figure 12).
+
+  Args:
+    groups: (title, row labels, images [K, R, H, W, C]): K columns of R rows each.
+    histograms: (space, {name: distances}, threshold) for each axis below.
+  """
+  figure = plt.figure(figsize=(11, 2.3 * len(groups) + 3.4), layout="constrained")
+  cells = figure.add_gridspec(
+    len(groups) + 1, len(histograms), height_ratios=[2.3] * len(groups) + [3.0]
+  )
+  for k, (title, labels, images) in enumerate(groups):
+    axis = figure.add_subplot(cells[k, :])
+    count, rows, height = images.shape[:3]
+    zoom = zoom_for(images[:, 0])
+    flat = images.swapaxes(0, 1).reshape(-1, *images.shape[2:])
+    axis.imshow(grid(flat, count, zoom=zoom), interpolation="nearest")
+    axis.set_title(title, fontsize=11)
+    axis.set_xticks([])
+    axis.set_yticks((np.arange(rows) + 0.5) * (height + 1) * zoom, labels)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+      side.set_visible(False)
+  for k, (space, sets, threshold) in enumerate(histograms):
+    axis = figure.add_subplot(cells[len(groups), k])
+    bins = np.linspace(0, 1.02 * max(v.max() for v in sets.values()) or 1.0, 41)
+    for name, values in sets.items():
+      weights = np.full(len(values), 1 / len(values))
+      axis.hist(values, bins, weights=weights, alpha=0.55, label=name)
+    axis.axvline(threshold, color="tab:red", linestyle="--", linewidth=1, label="flagged below")
+    axis.set(
+      xlabel=f"distance to the nearest training image ({space})", ylabel="share of the images"
+    )
+    axis.legend(fontsize=8)
   _save(figure, path)
 
 

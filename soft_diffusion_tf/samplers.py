@@ -301,13 +301,18 @@ def steps_for(rule: str | Rule | Sequence[str | Rule], nfe: int) -> int:
   """
   if nfe < 1:
     raise ValueError(f"sampling takes at least 1 evaluation of the denoiser, got nfe = {nfe}")
+  steps = 1
+  while evaluations(rule, steps + 1) <= nfe:
+    steps += 1
+  return steps
+
+
+def evaluations(rule: str | Rule | Sequence[str | Rule], steps: int) -> int:
+  """How many evaluations of the denoiser that many steps into t = 0 take: the rows of `table`."""
   turns = parts(rule)
   each = [2 if turn in ("heun", heun) else 1 for turn in turns]
-  steps, spent = 0, 0  # of the steps before the last, which takes one evaluation whatever the rule
-  while spent + each[steps % len(turns)] <= nfe - 1:
-    spent += each[steps % len(turns)]
-    steps += 1
-  return steps + 1
+  # The last step takes one, whatever the rule.
+  return sum(each[n % len(turns)] for n in range(steps - 1)) + 1
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

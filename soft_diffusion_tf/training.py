@@ -112,7 +112,7 @@ class Run:
   experiment: Experiment
   model: SoftDiffusionModel
   step: int
-  _drawers: dict = dataclasses.field(default_factory=dict, repr=False)
+  _drawers: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def diffusion(self):
@@ -124,10 +124,11 @@ class Run:
 
   def drawer(self, options=None, strategy=None):
     """A `bulk.Drawer` on the averaged weights, by the experiment's sampler or other options."""
-    key = (options or self.experiment.sampling, id(strategy))
+    options = options or self.experiment.sampling
+    key = (options.clip, options.threshold, id(strategy))
     if key not in self._drawers:
-      self._drawers[key] = bulk.Drawer(self.diffusion, self.model.denoiser(), key[0], strategy)
-    return self._drawers[key]
+      self._drawers[key] = bulk.Drawer(self.diffusion, self.model.denoiser(), options, strategy)
+    return self._drawers[key].with_options(options)
 
   def images(self, seeds, options=None, progress=None):
     """Samples float32 [N, H, W, C] for image seeds [N]; see `bulk`."""

@@ -46,7 +46,7 @@ def ve_diffusion():
   return process.with_prior(priors.zero((8, 8, 1)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
   """An experiment that trains a few steps in seconds."""
   return Experiment(

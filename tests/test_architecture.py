@@ -11,11 +11,11 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "rng", "gaussians", "schedules", "sinkhorn", "corruptions",
+  "rng", "gaussians", "neighbours", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",
-  "evaluation",
+  "classifier", "features", "memorisation", "evaluation", "sweeps",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
 ]  # fmt: skip
 

@@ -41,10 +41,17 @@ def test_figures_are_not_blank_and_deterministic(tmp_path, blur_diffusion, rng):
     plots.side_by_side(folder / "a.png", [("one", frames[0]), ("two", frames[1])])
     plots.schedule(folder / "b.png", blur_diffusion, "std", {"same": blur_diffusion.level})
     plots.process(folder / "c.png", np.linspace(1, 0, 4), frames, frames[1:])
-    return [(folder / name).read_bytes() for name in ("a.png", "b.png", "c.png")]
+    plots.schedule(folder / "d.png", {"one": blur_diffusion, "two": blur_diffusion})
+    lines = {"naive": [(10, 9.0), (20, 7.0)], "momentum": [(10, 5.0), (20, 1.0), (30, 2.0)]}
+    plots.curves(folder / "e.png", lines, "NFE", "FD", floor=0.5)
+    plots.strips(folder / "f.png", ["a", "b", "c"], [("x", frames[0]), ("y", frames[1])])
+    sets = {"one": frames[0, :, 0, 0, 0], "two": frames[1, :, 0, 0, 0]}
+    groups = [("first", ["a", "b", "c", "d"], frames.swapaxes(0, 1))]
+    plots.neighbours(folder / "g.png", groups, [("pixels", sets, 0.3), ("more", sets, 0.2)])
+    return [(folder / f"{name}.png").read_bytes() for name in "abcdefg"]
 
   assert draw(tmp_path / "1") == draw(tmp_path / "2")
-  for name in ("a.png", "b.png", "c.png"):
-    picture = content(tmp_path / "1" / name)
+  for name in "abcdefg":
+    picture = content(tmp_path / "1" / f"{name}.png")
     assert picture.std() > 10
     assert min(picture.shape[:2]) > 60

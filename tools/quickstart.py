@@ -16,7 +16,7 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir.")
 def main():
   import numpy as np
 
-  from soft_diffusion_tf import data, evaluation, plots, schedules, scheduling, training
+  from soft_diffusion_tf import data, evaluation, features, plots, schedules, scheduling, training
   from soft_diffusion_tf.experiment import Experiment
 
   started = time.monotonic()
@@ -43,18 +43,21 @@ def main():
   plots.schedule(workdir / "schedule.png", run.diffusion, "blur std (pixels)")
 
   print("3/4  sampling with the Momentum Sampler, Fréchet distances", flush=True)
-  network = evaluation.feature_network(experiment.evaluation.feature_net)
+  network = features.feature_network(experiment.evaluation.feature_net, source)
   count = min(experiment.evaluation.samples, len(source) // 2)
-  trained = evaluation.evaluate(run, source.images, count, network)
+  about = evaluation.conditions_of(network, d.name, d.train_split, d.image_shape, d.crop, count)
+  reference = evaluation.reference(network, source.images, about, progress=False)
+  samples = []
+  trained = evaluation.evaluate_run(run, network, reference, count, keep=samples)
   fresh = training.Run(experiment, training.build(experiment, run.diffusion), 0)
-  untrained = evaluation.evaluate(fresh, source.images, count, network)
+  untrained = evaluation.evaluate_run(fresh, network, reference, count)
 
   print("4/4  pictures", flush=True)
   real = source.floats(np.random.default_rng(0).permutation(len(source))[:100])
   plots.side_by_side(
     workdir / "samples.png",
     [("real digits", real), (f"samples (Momentum, {run.experiment.sampling.steps} steps)",
-                             trained["samples"][:100])],
+                             np.concatenate(samples)[:100])],
   )  # fmt: skip
   rows = run.table()
   times, states, predictions = run.sampler().trajectory(rows, np.arange(10), 10)
@@ -72,10 +75,10 @@ def main():
   ):
     print(f"  {workdir}/{name:22} {what}")
   print()
-  print(f"Fréchet distance in pixels, N = {count}:")
-  print(f"  samples            {trained['distance']}")
-  print(f"  real against real  {trained['floor']}   (the floor)")
-  print(f"  untrained network  {untrained['distance']}")
+  print(f"Distances in {network.name}, N = {count}:")
+  print(f"  samples            {trained}")
+  print(f"  real against real  {trained.floor_line()}   (the floor)")
+  print(f"  untrained network  {untrained}")
   print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes. Next, fewer steps:")
   print(f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=two_step --steps=20 "
         f"--out={workdir}/two_step.png")  # fmt: skip

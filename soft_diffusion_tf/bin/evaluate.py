@@ -1,9 +1,11 @@
-"""Fréchet distance of a trained model's samples to real images, beside its floor.
+"""How near a model's samples, or a folder of images, are to real images.
 
-soft-diffusion-evaluate --workdir=runs/digits --samples=700
+soft-diffusion-evaluate --workdir=runs/digits --samples=700       one sampler, one number of steps
+soft-diffusion-evaluate --workdir=runs/digits --sweep             the paper's protocol
+soft-diffusion-evaluate --workdir=runs/digits --memorisation      nearest training images
+soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL   images of any origin
 """
 
-import dataclasses
 import json
 import pathlib
 
@@ -11,44 +13,304 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
-_SAMPLES = flags.DEFINE_integer("samples", None, "Images on each side, instead of the config's.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+_IMAGES = flags.DEFINE_string("images", None, "Folder of images to evaluate instead of samples.")
+_SAMPLES = flags.DEFINE_integer(
+  "samples",
+  None,
+  "Images to evaluate, instead of the config's number; with --images by default all.",
+)
+_REFERENCE = flags.DEFINE_string(
+  "reference", None,
+  "Real images: a .npz of tools/reference_stats.py, or a data set (TFDS name, digits, "
+  "folder:PATH); by default the run's own.",
+)  # fmt: skip
+_REFERENCE_SAMPLES = flags.DEFINE_integer(
+  "reference_samples",
+  None,
+  "Real images in the reference; 0 (the default): as many as evaluated, of a folder:PATH all.",
+)
 _SPLIT = flags.DEFINE_string(
-  "split", None, "Split of the real images; by default the training one."
+  "split", None, "Split of the real images; by default the training one, of a folder all of it."
 )
 _FEATURE_NET = flags.DEFINE_string(
-  "feature_net", None, "'pixels', 'tfgan' or a SavedModel folder, instead of the config's."
+  "feature_net", None,
+  "pixels, pixels:SIDE, classifier, tfgan, tfgan:FOLDER or the FOLDER of a SavedModel, instead of "
+  "the config's.",
+)  # fmt: skip
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Step of a kept checkpoint, or 'best' (of a sweep); by default the newest."
 )
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
+_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.")
+_SWEEP = flags.DEFINE_bool(
+  "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
+)
+_NFE = flags.DEFINE_string(
+  "nfe", None, "Numbers of steps of a sweep: FIRST-LAST:STEP or A,B,C (default: 200-1000:80)."
+)
+_SAMPLERS = flags.DEFINE_list("samplers", None, "Samplers of a sweep; by default the config's.")
+_CHECKPOINTS = flags.DEFINE_string(
+  "checkpoints", "all", "Checkpoints of a sweep: all, kept, newest, or steps A,B,C."
+)
+_MEMORISATION = flags.DEFINE_bool(
+  "memorisation", False, "Find the nearest training images of the samples, or of --images."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
 
 
-def main():
-  from soft_diffusion_tf import data, evaluation, training
+class _Job:
+  """What the flags ask for: the run's experiment, the network, the real images."""
 
-  run = training.load(_WORKDIR.value)
-  e = run.experiment
-  options = run.options(sampler=_SAMPLER.value, steps=_STEPS.value)
-  network = evaluation.feature_network(_FEATURE_NET.value or e.evaluation.feature_net)
-  source = data.load(
-    e.data.name, _SPLIT.value or e.data.train_split, e.data.image_shape, e.data.crop,
-    _DATA_DIR.value or e.data.data_dir or None,
-  )  # fmt: skip
-  count = e.evaluation.samples if _SAMPLES.value is None else _SAMPLES.value
-  result = evaluation.evaluate(run, source.images, count, network, options)
-  record = {
-    "step": run.step, "sampler": options.sampler, "steps": options.steps, "samples": count,
-    "feature_net": network.name, "feature_net_sha256": network.digest,
-    **dataclasses.asdict(result["distance"]),
-    "floor": result["floor"].value if result["floor"] else None,
-  }  # fmt: skip
-  with open(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl", "a") as file:
-    file.write(json.dumps(record) + "\n")
+  def __init__(self):
+    from soft_diffusion_tf import data, experiment, features
+
+    self.workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    self.experiment = experiment.Experiment.load(self.workdir) if self.workdir else None
+    self.options = self.experiment.evaluation if self.experiment else experiment.Evaluation()
+    self.images = None
+    if _IMAGES.value:
+      self.images = data.load(f"folder:{_IMAGES.value}", "all").images
+    self.count = _SAMPLES.value
+    if self.count is None:
+      self.count = self.options.samples if self.images is None else len(self.images)
+    asked = _REFERENCE_SAMPLES.value
+    if asked is None:
+      asked = self.options.reference_samples
+    self._asked = asked
+    self._source = None
+    feature_net = _FEATURE_NET.value or self.options.feature_net
+    needs_data = feature_net == "classifier"
+    self.network = features.feature_network(feature_net, self.train() if needs_data else None)
+
+  @property
+  def reference_count(self):
+    """Real images in the reference: of a folder that is compared with another, all."""
+    if (
+      not self._asked and self.images is not None and (_REFERENCE.value or "").startswith("folder:")
+    ):
+      return len(self.train())
+    return self._asked or self.count
+
+  @property
+  def _stored(self):
+    return bool(_REFERENCE.value) and _REFERENCE.value.endswith(".npz")
+
+  def _place(self):
+    """(data set, split, image shape, crop, data_dir) of the real images."""
+    d = self.experiment.data if self.experiment else None
+    if d is not None and (self._stored or not _REFERENCE.value):
+      return d.name, _SPLIT.value or d.train_split, d.image_shape, d.crop, d.data_dir
+    name = _REFERENCE.value
+    split = _SPLIT.value or ("all" if name.startswith("folder:") else "train")
+    shape = d.image_shape if d else self.images.shape[1:]
+    return name, split, shape, "auto", ""
+
+  def train(self, split=None):
+    """The real images, as a `data.Source`."""
+    from soft_diffusion_tf import data
+
+    if self._stored and not self.experiment:
+      raise ValueError("the classifier and --memorisation need images: give --reference=DATASET")
+    if split is None and self._source is not None:
+      return self._source
+    name, own, shape, crop, data_dir = self._place()
+    folder = _DATA_DIR.value or data_dir or None
+    source = data.load(name, split or own, shape, crop, folder)
+    if split is None:
+      self._source = source
+    return source
+
+  def check_images(self):
+    """The images to evaluate, refused if they are too few or of another shape."""
+    from soft_diffusion_tf import evaluation
+
+    evaluation.check_count(self.count, len(self.images), _IMAGES.value)
+    if self.experiment and self.images.shape[1:] != self.experiment.data.image_shape:
+      raise ValueError(
+        f"{_IMAGES.value}: images of shape {self.images.shape[1:]}, but the run's are "
+        f"{self.experiment.data.image_shape}; evaluate images of one shape"
+      )
+    return self.images
+
+  def reference(self):
+    """The `evaluation.Reference`, from its file, from the workdir's cache, or computed."""
+    from soft_diffusion_tf import evaluation
+
+    if self._stored:
+      real = evaluation.Reference.load(_REFERENCE.value)
+      expected = {
+        "feature_net": self.network.name, "feature_net_sha256": self.network.digest
+      }  # fmt: skip
+      if self.experiment:
+        name, split, shape, crop, _ = self._place()
+        expected |= {"data": name, "split": split, "image_shape": list(shape), "crop": crop}
+      else:
+        expected["image_shape"] = list(self.images.shape[1:])
+      return real.check(_REFERENCE.value, **expected, count=self.reference_count)
+    source = self.train()
+    name, split, shape, crop, _ = self._place()
+    about = evaluation.conditions_of(self.network, name, split, shape, crop, self.reference_count)
+    folder = self.workdir / "references" if self.workdir else None
+    return evaluation.reference(
+      self.network, source.images, about, self.options.subset, self.count, folder
+    )
+
+
+def _print(result, where):
+  about, d = result.conditions, result.distance
+  print(f"{where}: {result}")
+  print(f"floor (real against real): {result.floor_line()}")
+  reference = about["reference"]
+  weights = reference["feature_net_sha256"]
   print(
-    f"step {run.step}, {options.sampler}, {options.steps} steps, N = {count}: {result['distance']}"
+    f"network {reference['feature_net']}" + (f" (sha256 {weights[:12]})" if weights else "")
+    + f", {d.dimension} features; reference {reference['count']} of {reference['data']} "
+    f"{reference['split']}; KID, precision and recall on {result.subset} a side"
+  )  # fmt: skip
+  for line in result.warnings():
+    print(f"warning: {line}")
+
+
+def _evaluate(job):
+  import numpy as np
+
+  from soft_diffusion_tf import evaluation
+
+  if job.images is not None:
+    images = job.check_images()
+    real = job.reference()
+    order = np.random.default_rng(0).permutation(len(images))[: job.count]  # KID wants no order
+    statistics = evaluation.measure(
+      job.network,
+      evaluation.image_batches(images, order),
+      job.count,
+      job.options.subset,
+      "features",
+    )
+    about = {"images": _IMAGES.value, "samples": job.count, "reference": real.conditions}
+    result = evaluation.with_reference(job.network, statistics, real, job.options.neighbours, about)
+    print_as = f"{_IMAGES.value}, N = {job.count}"
+    if job.workdir is None:
+      _print(result, print_as)
+      print(json.dumps(result.record()))
+      return
+  else:
+    evaluation.check_count(job.count, float("inf"))
+    run, options = _run(job)
+    real = job.reference()
+    result = evaluation.evaluate_run(
+      run, job.network, real, job.count, options, first_seed=_FIRST_SEED.value
+    )
+    evaluation.to_tensorboard(job.workdir, result.record())
+    last = _FIRST_SEED.value + job.count - 1
+    print_as = (
+      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}, "
+      f"{options.steps} NFE, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
+    )
+  evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
+  _print(result, print_as)
+
+
+def _run(job):
+  """The run at --checkpoint, and its sampling options."""
+  from soft_diffusion_tf import sweeps, training
+
+  sampler, steps, step = _SAMPLER.value, _STEPS.value, None
+  if _CHECKPOINT.value == "best":
+    found = sweeps.best(job.workdir)
+    step, sampler, steps = found["step"], sampler or found["sampler"], steps or found["nfe"]
+  elif _CHECKPOINT.value is not None:
+    if not _CHECKPOINT.value.isdigit():
+      raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
+    step = int(_CHECKPOINT.value)
+  run = training.load(job.workdir, step)
+  return run, run.options(sampler=sampler, steps=steps)
+
+
+def _sweep(job):
+  from soft_diffusion_tf import evaluation, sweeps
+
+  evaluation.check_count(job.count, float("inf"))
+  nfes = sweeps.parse_numbers(_NFE.value or sweeps.PAPER_NFE)
+  names = _SAMPLERS.value or [_SAMPLER.value or job.experiment.sampling.sampler]
+  sweeps.check_samplers(names)
+  steps = sweeps.checkpoints(job.workdir, _CHECKPOINTS.value)
+  cells = sweeps.sweep(
+    job.workdir, job.network, job.reference(), job.count,
+    names=names, nfes=nfes, steps=steps, first_seed=_FIRST_SEED.value,
+  )  # fmt: skip
+  print(sweeps.tables(cells))
+  found = sweeps.best_of(cells)
+  print(f"floor (real against real): {found['floor']['value'] if found['floor'] else 'none'}")
+  for cell in cells:
+    if "error" in cell:
+      print(f"failed: step {cell['step']}, {cell['sampler']}, {cell['nfe']} NFE: {cell['error']}")
+  for line in found["warnings"]:
+    print(f"warning: {line}")
+  print(
+    f"best: step {found['step']}, {found['sampler']}, {found['nfe']} NFE: {found['label']} "
+    f"{found['value']:.4g}, named in {job.workdir / sweeps.BEST_FILE}; curves in "
+    f"{job.workdir / sweeps.FOLDER / sweeps.CURVES}"
   )
-  print(f"floor (real against real): {result['floor'] or 'needs more real images'}")
+
+
+def _memorisation(job):
+  import numpy as np
+
+  from soft_diffusion_tf import evaluation, memorisation
+
+  d = job.experiment.data
+  if _SAMPLES.value is None:
+    job.count = min(job.count, memorisation.BASE)
+  evaluation.check_count(job.count, float("inf"))
+  if job.images is not None:
+    generated = job.check_images()[: job.count]
+    names = list(range(len(generated)))
+    title = pathlib.Path(_IMAGES.value).name
+  else:
+    run, options = _run(job)
+    seeds = np.arange(_FIRST_SEED.value, _FIRST_SEED.value + job.count)
+    batches = evaluation.sample_batches(run, seeds, options)(0)
+    generated = np.concatenate([np.asarray(b) for b in batches])
+    if generated.dtype != np.uint8:
+      raise ValueError(
+        "some samples are not finite; lower the number of steps or look at the model"
+      )
+    names = seeds.tolist()
+    title = f"step{run.step}_{options.sampler}_{options.steps}"
+  train = job.train().images
+  held_out = None if d.test_split == d.train_split else job.train(d.test_split).images
+  found = memorisation.report(job.network, generated, train, held_out, "nearest images")
+  folder = job.workdir / "memorisation"
+  folder.mkdir(exist_ok=True)
+  path = folder / f"{title}.json"
+  held = "training images among themselves" if held_out is None else d.test_split
+  about = {"samples": len(generated), "data": d.name, "split": d.train_split, "held_out": held}
+  content = {**about, "spaces": [n.record(names) for n in found]}
+  path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+  memorisation.figure(path.with_suffix(".png"), generated, train, found)
+  for nearest in found:
+    print(nearest)
+  print(f"in {path} and {path.with_suffix('.png').name}")
+
+
+def main():
+  if not _WORKDIR.value and not (_IMAGES.value and _REFERENCE.value):
+    raise ValueError("give --workdir=FOLDER, or --images=FOLDER with --reference=REAL_IMAGES")
+  for flag, what in ((_SWEEP, "sweep"), (_MEMORISATION, "memorisation")):
+    if flag.value and not _WORKDIR.value:
+      raise ValueError(f"--{what} needs --workdir=FOLDER")
+  if _SWEEP.value and _IMAGES.value:
+    raise ValueError("--sweep samples by itself; leave --images out")
+  job = _Job()
+  if _SWEEP.value:
+    _sweep(job)
+  elif _MEMORISATION.value:
+    _memorisation(job)
+  else:
+    _evaluate(job)
 
 
 def run():

@@ -1,0 +1,235 @@
+"""P's protocol: distances over numbers of steps, samplers and kept checkpoints; the best is named.
+
+A workdir's `sweep/results.jsonl` has a line for every cell, with all its conditions, which are also
+its key: a cell that is there is not computed again, one that was cut short goes on where its last
+partial state was written. `best.json` in the workdir names the best cell of the last sweep.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import pathlib
+import re
+
+from soft_diffusion_tf import evaluation, plots, samplers, training
+from soft_diffusion_tf.experiment import Experiment
+
+FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
+PAPER_NFE = "200-1000:80"
+# Of a cell's conditions, what makes it another cell; the rest follows from these.
+_KEY = (
+  "step", "sampler", "nfe", "sampling", "samples", "first_seed", "ema_decay", "reference",
+  "subset_asked", "neighbours",
+)  # fmt: skip
+
+
+def parse_numbers(text):
+  """ "200-1000:80" → 200, 280, … ≤ 1000; "25,50" → 25, 50."""
+  span = re.fullmatch(r"(\d+)-(\d+):(\d+)", text)
+  if span:
+    first, last, step = map(int, span.groups())
+    numbers = list(range(first, last + 1, step)) if step else []
+  else:
+    numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
+  if not numbers or min(numbers) < 1:
+    raise ValueError(
+      f"{text!r}: give positive numbers as a list (25,50,100) or as a range FIRST-LAST:STEP, such "
+      f"as {PAPER_NFE}"
+    )
+  return list(dict.fromkeys(numbers))
+
+
+def checkpoints(workdir, which="all"):
+  """Steps whose checkpoints a workdir keeps, rising.
+
+  Args:
+    which: "all", "kept" (those of `training.keep_every`), "newest", or numbers for
+      `parse_numbers`. Step 0 is left out unless it is all there is or named.
+  """
+  folder = pathlib.Path(workdir) / "checkpoints"
+  found = {
+    part.name: sorted(int(f.stem.split("-")[1]) for f in part.glob("ckpt-*.index"))
+    for part in (folder, folder / "kept")
+  }
+  steps = sorted({*found["checkpoints"], *found["kept"]})
+  if not steps:
+    raise ValueError(f"{workdir}: no checkpoint in it; train first")
+  if which == "newest":
+    return steps[-1:]
+  if which in ("all", "kept"):
+    steps = [s for s in (steps if which == "all" else found["kept"]) if s] or steps[-1:]
+    return steps
+  if not which[:1].isdigit():
+    raise ValueError(f"checkpoints = {which!r}: give all, kept, newest or steps such as 600,1200")
+  wanted = parse_numbers(which)
+  missing = [s for s in wanted if s not in steps]
+  if missing:
+    raise ValueError(f"{workdir}: no checkpoint of step {missing[0]}; it keeps {steps}")
+  return wanted
+
+
+def check_samplers(names):
+  """Raises the ValueError of a name that is no sampler's."""
+  for name in names:
+    samplers.parts(name)
+
+
+@contextlib.contextmanager
+def _lock(folder):
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise ValueError(
+        f"{folder}: another sweep is at work in it; wait for it or end it, nothing will be lost"
+      ) from None
+    yield
+
+
+def _key(record):
+  return json.dumps({name: record.get(name) for name in _KEY}, sort_keys=True)
+
+
+def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, progress=True,
+          every=60.0):  # fmt: skip
+  """Measures every (checkpoint, sampler, NFE) that has not been measured yet.
+
+  Args:
+    workdir: of a training run.
+    real: an `evaluation.Reference`.
+    count: samples for every cell.
+    names: samplers; nfes: evaluations of the network; steps: checkpoints.
+    every: seconds between writes of a cell's partial state.
+
+  Returns:
+    The records of all cells of this sweep, measured now or before. A cell that failed (samples that
+    are not finite) has "error" in place of numbers, and is tried again the next time.
+  """
+  workdir = pathlib.Path(workdir)
+  folder = workdir / FOLDER
+  experiment = Experiment.load(workdir)
+  evaluation.check_count(count, float("inf"))
+  check_samplers(names)
+  with _lock(folder):
+    done = {_key(r): r for r in evaluation.read_records(folder / RESULTS)}
+    run, cells = None, []
+    total = len(steps) * len(names) * len(nfes)
+    for step in steps:
+      for name in names:
+        for nfe in nfes:
+          options = experiment.sampling.changed(sampler=name, nfe=nfe)
+          about = {
+            **evaluation.run_conditions(experiment, step, options, count, first_seed),
+            "reference": real.conditions, "subset_asked": experiment.evaluation.subset,
+            "neighbours": experiment.evaluation.neighbours,
+          }  # fmt: skip
+          key = _key(about)
+          if key not in done:
+            if run is None or run.step != step:
+              run = training.load(workdir, step)
+            if progress:
+              print(f"cell {len(cells) + 1} of {total}: step {step}, {name}, {nfe} NFE", flush=True)
+            partial = folder / f"partial-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+            record = _cell(
+              run, network, real, count, options, about, first_seed=first_seed, progress=progress,
+              partial=partial, every=every,
+            )  # fmt: skip
+            done[key] = record
+            if "error" not in record:  # a cell that failed is tried again the next time
+              evaluation.append_record(folder / RESULTS, record)
+              evaluation.to_tensorboard(workdir, record)
+          cells.append(done[key])
+    _finish(workdir, cells)
+  return cells
+
+
+def _cell(run, network, real, count, options, about, **rest):
+  try:
+    result = evaluation.evaluate_run(run, network, real, count, options, **rest)
+  except ValueError as error:  # one cell's samples are not finite: the others may be
+    return {**about, "error": str(error)}
+  return {**result.record(), **about}
+
+
+def _finish(workdir, cells):
+  """best.json and the curves."""
+  found = best_of(cells)
+  if found is None:
+    raise ValueError(f"no cell of the sweep could be measured: {cells[0]['error']}")
+  names = (
+    "step",
+    "sampler",
+    "nfe",
+    "label",
+    "value",
+    "exact",
+    "samples",
+    "first_seed",
+    "reference",
+  )
+  path = workdir / BEST_FILE
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps({n: found[n] for n in names}, indent=1) + "\n", encoding="utf-8")
+  partial.replace(path)
+  plot(workdir / FOLDER / CURVES, cells)
+
+
+def best_of(cells):
+  """The cell of the smallest distance; None if none was measured."""
+  return min((c for c in cells if "error" not in c), key=lambda c: c["value"], default=None)
+
+
+def best(workdir):
+  """The content of a workdir's best.json."""
+  path = pathlib.Path(workdir) / BEST_FILE
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    raise ValueError(f"{workdir}: no {BEST_FILE} in it; make one by evaluate --sweep") from None
+
+
+def last_sweep(workdir):
+  """All cells that compare with the workdir's best: same N, seeds and reference."""
+  found = best(workdir)
+  return [
+    r for r in evaluation.read_records(pathlib.Path(workdir) / FOLDER / RESULTS)
+    if all(r.get(n) == found[n] for n in ("samples", "first_seed", "reference"))
+  ]  # fmt: skip
+
+
+def plot(path, cells):
+  """Distance against NFE for each sampler (P Figure 3), at the best cell's checkpoint."""
+  found = best_of(cells)
+  lines = {}
+  for c in sorted(cells, key=lambda c: c["nfe"]):
+    if c["step"] == found["step"] and "error" not in c:
+      lines.setdefault(c["sampler"], []).append((c["nfe"], c["value"]))
+  floor = found["floor"]["value"] if found["floor"] else None
+  title = f"step {found['step']}, N = {found['samples']}"
+  plots.curves(path, lines, "function evaluations (NFE)", found["label"], title, floor)
+
+
+def tables(cells):
+  """The rows of P's Tables 2 (best of every sampler) and 3-5 (by NFE), as text."""
+  found = best_of(cells)
+  names = list(dict.fromkeys(c["sampler"] for c in cells))
+  label, width = found["label"], max(12, len(found["label"]))
+  lines = [f"best of every sampler (as P Table 2), N = {found['samples']}:"]
+  lines.append(f"  {'sampler':<20} {label:>{width}} {'NFE':>6} {'step':>9}")
+  for name in names:
+    c = best_of([c for c in cells if c["sampler"] == name])
+    row = f"{c['value']:>{width}.4g} {c['nfe']:>6} {c['step']:>9}" if c else f"{'failed':>{width}}"
+    lines.append(f"  {name:<20} {row}")
+  for step in dict.fromkeys(c["step"] for c in cells):
+    lines.append(f"{label} by NFE (as P Tables 3-5), step {step}:")
+    lines.append(f"  {'NFE':>6} " + " ".join(f"{n:>{max(12, len(n))}}" for n in names))
+    table = {(c["nfe"], c["sampler"]): c.get("value") for c in cells if c["step"] == step}
+    for nfe in sorted({n for n, _ in table}):
+      row = [table.get((nfe, n)) for n in names]
+      row = [
+        f"{'-' if v is None else format(v, '.4g'):>{max(12, len(n))}}" for v, n in zip(row, names)
+      ]
+      lines.append(f"  {nfe:>6} " + " ".join(row))
+  return "\n".join(lines)

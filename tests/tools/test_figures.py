@@ -1,0 +1,75 @@
+"""Every figure from a small run: there, not blank, the same twice."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from soft_diffusion_tf import data, evaluation, features, sweeps, training
+
+ROOT = pathlib.Path(__file__).parents[2]
+ALL = ("2", "3", "6", "7", "8", "9", "12")
+
+
+def figures(*flags):
+  return subprocess.run(
+    [sys.executable, "tools/figures.py", *map(str, flags)], cwd=ROOT, capture_output=True,
+    text=True, check=False,
+    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "tiny"
+  training.train(tiny.replace(evaluation={"feature_net": "pixels"}), folder, progress=False)
+  network = features.feature_network("pixels")
+  images = data.load("digits", "train").images
+  about = evaluation.conditions_of(network, "digits", "train", (8, 8, 1), "auto", 30)
+  real = evaluation.reference(network, images, about, progress=False)
+  sweeps.sweep(folder, network, real, 30, names=["naive", "momentum"], nfes=[2, 4], steps=[6],
+               progress=False)  # fmt: skip
+  return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(workdir, tmp_path_factory):
+  out = tmp_path_factory.mktemp("figures") / "a"
+  done = figures(f"--workdir={workdir}", "--count=16", "--neighbours=16", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  return out
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_figure_is_there_and_not_blank(name, drawn):
+  picture = np.asarray(Image.open(drawn / f"figure_{name}.png").convert("RGB"))
+  assert picture.std() > 10
+  assert min(picture.shape[:2]) > 200
+
+
+def test_naive_and_momentum_differ(drawn):
+  six = np.asarray(Image.open(drawn / "figure_6.png").convert("L")).astype(int)
+  half = six.shape[1] // 2
+  assert np.abs(six[:, :half] - six[:, -half:]).mean() > 1
+
+
+def test_nothing_is_overwritten(workdir, drawn):
+  before = (drawn / "figure_8.png").read_bytes()
+  refused = figures(f"--workdir={workdir}", f"--out={drawn}", "--figures=8")
+  assert refused.returncode == 2
+  assert "is there already" in refused.stderr
+  assert (drawn / "figure_8.png").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_same_run_gives_the_same_figures(workdir, drawn, tmp_path):
+  flags = (f"--workdir={workdir}", "--count=16", "--neighbours=16", f"--out={tmp_path}")
+  done = figures(*flags)
+  assert done.returncode == 0, done.stderr
+  for name in ALL:
+    one, two = ((folder / f"figure_{name}.png").read_bytes() for folder in (drawn, tmp_path))
+    assert one == two, name

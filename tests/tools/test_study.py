@@ -1,0 +1,128 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tools import study
+
+
+def record(model, seed, sampler, nfe, value, prior="own"):
+  return {
+    "model": model, "seed": seed, "sampler": sampler, "prior": prior, "nfe": nfe,
+    "fd": {"train": value}, "floor": {"train": 0.5}, "step": 10, "samples": 64,
+    "judge": "FD[pixels]",
+  }  # fmt: skip
+
+
+def test_verdicts():
+  assert study.verdict([(1.0, 2.0), (1.1, 2.1), (0.9, 2.2)]) == "reproduced"
+  assert study.verdict([(2.0, 1.0), (2.1, 1.1), (2.2, 0.9)]) == "not reproduced"
+  assert study.verdict([(1.0, 2.0), (2.0, 1.0), (0.9, 2.2)]) == "undecided"  # seeds disagree
+  assert study.verdict([(1.0, 1.01), (1.0, 2.0), (1.0, 1.02)]) == "undecided"  # within the spread
+  assert study.verdict([(1.0, 1.05)]) == "undecided"  # one seed, a small gap
+  assert study.verdict([(1.0, 1.5)]) == "reproduced"
+  assert study.verdict([(10.0, math.inf), (25.0, math.inf)]) == "reproduced"  # never reached
+  assert study.verdict([(math.inf, 10.0)]) == "not reproduced"
+  assert study.verdict([(math.inf, math.inf)]) == "undecided"
+  assert study.verdict([(25, 25), (50, 50)]) == "undecided"
+
+
+@pytest.fixture
+def records():
+  """Made-up distances in which the claims' truth is known."""
+  rows = []
+  curves = {
+    ("blur", "momentum"): {10: 5.0, 25: 2.0, 50: 1.0, 100: 1.2},
+    ("blur", "naive"): {50: 9.0, 100: 9.5},
+    ("blur", "ddim"): {10: 3.0, 25: 1.5, 50: 1.4, 100: 1.4},
+    ("blur", "probability_flow"): {10: 4.0, 25: 1.6, 50: 1.1, 100: 1.1},
+    ("blur", "predictor_corrector"): {50: 1.2, 100: 1.0},
+    ("blur", "two_step"): {10: 1.3, 25: 1.0, 50: 1.0},
+    ("ve", "momentum"): {25: 8.0, 50: 4.0, 100: 1.0},
+    ("mask", "momentum"): {25: 8.0, 50: 4.0, 100: 2.0},
+    ("unfiltered", "momentum"): {50: 0.8, 100: 0.7},
+  }
+  for seed in (0, 1):
+    for (model, sampler), curve in curves.items():
+      rows += [record(model, seed, sampler, n, v * (1 + 0.01 * seed)) for n, v in curve.items()]
+  return rows
+
+
+def test_the_scoreboard_says_what_the_values_say(records):
+  words = {
+    claim.name.split()[0]: word
+    for claim, _, word in study.scoreboard(study.Results(records, "train"))
+  }
+  assert words["1."] == "reproduced"
+  assert words["2."] == "not reproduced"
+  assert words["3a."] == "not measured"
+  assert words["4."] == "reproduced"  # 50 against 100 evaluations
+  assert words["5a."] == words["5b."] == words["5c."] == "reproduced"
+  assert words["6a."] == words["6b."] == "reproduced"
+  assert words["7."] == "reproduced"
+  assert words["9."] == "reproduced"
+  assert words["10."] == "undecided"  # exactly half of 50: neither side is smaller
+  assert words["11a."] == "not measured"
+
+
+def test_results_know_best_and_reach(records):
+  results = study.Results(records, "train")
+  assert results.best(0) == (1.0, 50)
+  assert results.nfe_for(0, 2.0) == 25
+  assert results.nfe_for(0, 0.5) == math.inf
+  assert results.curve(0, "blur", "naive") == {50: 9.0, 100: 9.5}
+
+
+def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
+  for row in records:
+    study.append(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
+  with open(tmp_path / "results" / "blur-0.jsonl", "a") as file:
+    file.write('{"model": "blur", "se')  # a kill while writing
+  some = study.Study("digits", {}, {}, (0, 1), 64, "pixels")
+  text = study.report(some, tmp_path)
+  assert all(claim.name in text for claim in study.CLAIMS)
+  assert "| blur, momentum, own | 5.03 (0.035) | 2.01 (0.014) |" in text
+  from PIL import Image
+
+  assert np.asarray(Image.open(tmp_path / "fd_against_nfe.png").convert("L")).std() > 10
+  with pytest.raises(ValueError, match="nothing is measured yet"):
+    study.report(some, tmp_path / "other")
+
+
+def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
+  digits = study.open_study("digits", tmp_path)
+  base = digits.models["blur"]
+  assert set(digits.sweeps) == set(digits.models)
+  assert len(digits.seeds) >= 3
+  for name, groups in {
+    "unfiltered": {"training"}, "mse": {"level"}, "sigma_005": {"sigma"}, "sigma_0025": {"sigma"},
+    "noise_throughout": {"sigma"}, "mask": {"corruption", "level"},
+    "ve": {"corruption", "level", "sigma", "prior"},
+  }.items():  # fmt: skip
+    differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
+    assert differs == groups, name
+  again = study.open_study("digits", tmp_path)  # read, not worked out again
+  assert again.models == digits.models
+  with pytest.raises(ValueError, match="holds the study 'digits'"):
+    study.open_study("cifar", tmp_path)
+  with pytest.raises(ValueError, match="unknown study 'x'; choose one of digits, cifar"):
+    study.open_study("x", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_resumes_value_by_value(tiny, tmp_path):
+  sweeps = {"blur": {("momentum", "own"): (2, 4), ("two_step", "colour"): (2,)}}
+  some = study.Study("tiny", {"blur": tiny}, sweeps, (0,), 64, "pixels", ("train",), 32)
+  study.job(some, "blur", 0, tmp_path)
+  path = tmp_path / "results" / "blur-0.jsonl"
+  whole = study.read(path)
+  assert [(r["sampler"], r["prior"], r["nfe"]) for r in whole] == [
+    ("momentum", "own", 2), ("momentum", "own", 4), ("two_step", "colour", 2)
+  ]  # fmt: skip
+  assert all(r["fd"]["train"] > 0 for r in whole)
+  path.write_text(json.dumps(whole[0]) + "\n")
+  study.job(some, "blur", 0, tmp_path)
+  again = study.read(path)
+  assert [r["fd"] for r in again] == [r["fd"] for r in whole]
+  assert (tmp_path / "done" / "blur-0").exists()

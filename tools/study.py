@@ -1,0 +1,626 @@
+"""The paper's claims as orderings, at a size that one machine can carry.
+
+  python tools/study.py --study=digits --out=runs/study_digits
+
+A study trains every model of a claim with several seeds, samples each with several samplers and
+numbers of network evaluations (NFE), and writes a scoreboard: a row per claim with the values of
+every seed and a verdict. All models share one set of hyper-parameters; only what the claim is about
+differs. What is done is on disk, model by model and value by value: the same command goes on after
+a kill. Results are in OUT/results/*.jsonl, tables in OUT/report.md, plots beside it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import flags
+
+from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf.bin import cli
+from soft_diffusion_tf.experiment import Data, Experiment, Network, Training, from_file
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAIN = "blur"
+MODELS_FILE = "models.json"
+PRIORS = ("blurred_colour", "subspace", "colour")
+
+if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
+  _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits or cifar.")
+  _OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
+  _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.")
+  _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
+  _FEATURE_NET = flags.DEFINE_string("feature_net", "", "Feature network instead of the study's.")
+  _JOB = flags.DEFINE_string("job", None, "Do this one job only (what a worker does).")
+  _REPORT = flags.DEFINE_bool("report", False, "Only write the report of what is done so far.")
+
+
+# --- What is studied ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Models by name, what each is sampled with, and what judges the samples.
+
+  Attributes:
+    models: name → `Experiment`; the training seed comes from `seeds`.
+    sweeps: name → {(sampler, prior): NFEs}.
+    splits: real images to compare with; the first is the one that claims are judged by.
+    samples: images per value, the same for all; `batch` of them side by side.
+  """
+
+  name: str
+  models: dict
+  sweeps: dict
+  seeds: tuple
+  samples: int
+  feature_net: str
+  splits: tuple = ("train",)
+  batch: int = 128
+
+
+def open_study(name, out):
+  """The study by name; its models are worked out once and then read from OUT/models.json.
+
+  Raises:
+    ValueError: an unknown name, or a folder that holds another study.
+  """
+  if name not in STUDIES:
+    raise ValueError(f"unknown study {name!r}; choose one of {', '.join(STUDIES)}")
+  path = out / MODELS_FILE
+  if path.exists():
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["study"] != name:
+      raise ValueError(f"{out} holds the study {content['study']!r}; give another --out")
+    models = {k: Experiment.from_config(v) for k, v in content["models"].items()}
+    return STUDIES[name](models)
+  study = STUDIES[name]()
+  content = {"study": name, "models": {k: e.to_dict() for k, e in study.models.items()}}
+  out.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+  partial.replace(path)
+  return study
+
+
+def _ve(base, stop):
+  return base.replace(
+    corruption=corruptions.Identity(), level=schedules.Constant(0.0),
+    sigma=schedules.Geometric(0.01, stop), prior={"kind": "zero"},
+  )  # fmt: skip
+
+
+def _sigma(start, stop):
+  return schedules.Staged(schedules.Geometric(start, stop), 0.0, 0.2)
+
+
+def variants(base, mse_levels, mask, mask_levels, ve_stop):
+  """The models of the claims, as changes of one experiment with P's blur process."""
+  last = schedules.ends(base.sigma)[1]
+  models = {
+    MAIN: base,
+    "unfiltered": base.replace(training={"filtered": False}),
+    "mse": base.replace(level=schedules.Staged(mse_levels, 0.2, 1.0)),
+    "ve": _ve(base, ve_stop),
+    "sigma_005": base.replace(sigma=_sigma(0.01, last / 2)),
+    "sigma_0025": base.replace(sigma=_sigma(0.01, last / 4)),
+    "noise_throughout": base.replace(sigma=schedules.Geometric(0.01, last)),
+  }
+  if mask is not None:
+    level = schedules.Staged(mask_levels, 0.2, 1.0)
+    models["mask"] = base.replace(corruption=mask, level=level)
+  return models
+
+
+def digits(models=None):
+  """8×8 digits, every claim, three training seeds, within the hour on two cores."""
+  quick = from_file(ROOT / "configs" / "digits_blur.py")
+  base = quick.replace(
+    name="study_digits", network={"nf": 16},
+    training={"sample_every": 0, "checkpoint_every": 800, "keep": 1, "log_every": 100},
+    prior={"kind": "blurred_colour"},
+  )  # fmt: skip
+  if models is None:
+    mask = corruptions.Mask()
+    mse, found = _found_levels(base, mask)
+    models = variants(base, mse, mask, found, _largest_distance(base))
+  nfes = (5, 10, 25, 50, 100, 200)
+  few = (25, 50, 100, 200)
+  sweeps = {name: {("momentum", "own"): few} for name in models}
+  sweeps[MAIN] = {
+    ("naive", "own"): few,
+    ("momentum", "own"): nfes,
+    ("probability_flow", "own"): nfes,
+    ("ddim", "own"): nfes,
+    ("predictor_corrector", "own"): few,
+    ("two_step", "own"): nfes,
+    ("momentum", "subspace"): (50, 100),
+    ("momentum", "colour"): (50, 100),
+  }
+  return Study("digits", models, sweeps, (0, 1, 2), 512, "classifier", ("all",))
+
+
+def cifar(models=None):
+  """Real CIFAR-10 at 16×16 with a reduced NCSN++; hours.
+
+  At 32×32 the same network costs four times as much: eight models of equal training would have a
+  quarter of the steps, and none of them would be good enough for its ordering to mean anything.
+  """
+  blur = corruptions.GaussianBlur(half_size=32)
+  base = Experiment(
+    name="study_cifar",
+    corruption=blur,
+    level=schedules.Staged(schedules.Geometric(0.01, 9.0), 0.2, 1.0),
+    sigma=_sigma(0.01, 0.1),
+    data=Data(name="cifar10", image_shape=(16, 16, 3)),
+    network=Network(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,)),
+    training=Training(
+      batch_size=64, steps=24_000, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.999,
+      log_every=200, checkpoint_every=1000, keep=1, keep_every=0, sample_every=8000,
+    ),
+  )  # fmt: skip
+  if models is None:
+    mse, _ = _found_levels(base, None)
+    base = base.replace(level=schedules.Staged(_transport_levels(base), 0.2, 1.0))
+    models = variants(base, mse, None, None, _largest_distance(base))
+  nfes = (10, 25, 50, 100, 200)
+  few = (25, 50, 100)
+  sweeps = {name: {("momentum", "own"): few} for name in models}
+  sweeps["ve"] = {("momentum", "own"): (25, 50, 100, 200)}
+  sweeps[MAIN] = {
+    ("naive", "own"): (50, 100),
+    ("momentum", "own"): nfes,
+    ("probability_flow", "own"): few,
+    ("ddim", "own"): nfes,
+    ("predictor_corrector", "own"): few,
+    ("two_step", "own"): (10, 25, 50, 100),
+    ("momentum", "subspace"): (50,),
+    ("momentum", "colour"): (50,),
+  }
+  return Study("cifar", models, sweeps, (0,), 5000, "efficientnet_lite0", ("train", "test"), 250)
+
+
+def _images(experiment, count=2000):
+  from soft_diffusion_tf import data
+
+  d = experiment.data
+  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, False)
+  return source.floats(slice(0, count))
+
+
+def _largest_distance(experiment):
+  """σ_max of the VE process: the largest distance between two images (Song and Ermon 2020)."""
+  images = _images(experiment)[:1000].reshape(-1, math.prod(experiment.data.image_shape))
+  squares = np.sum(images**2, axis=1)
+  gaps = squares[:, None] + squares[None, :] - 2 * images @ images.T
+  return float(np.round(np.sqrt(gaps.max()), 1))
+
+
+def _transport_levels(experiment, nodes=32):
+  from soft_diffusion_tf import scheduling
+
+  first, last = schedules.ends(experiment.level)
+  path, _ = scheduling.find(
+    experiment.corruption, _images(experiment), first, last, count=128, nodes=nodes
+  )
+  return schedules.piecewise(path.levels)
+
+
+def _found_levels(experiment, mask, nodes=32):
+  """Levels of Eq. 55 for the blur, and transport levels of the mask."""
+  from soft_diffusion_tf import scheduling
+
+  images = _images(experiment)
+  first, last = schedules.ends(experiment.level)
+  ve = schedules.Geometric(0.01, _largest_distance(experiment))
+  mse = scheduling.mse_matched(
+    experiment.corruption, images, first, last, experiment.sigma, ve, nodes
+  )
+  if mask is None:
+    return schedules.piecewise(mse), None
+  path, _ = scheduling.find(mask, images, *mask.level_range, count=128, nodes=nodes)
+  return schedules.piecewise(mse), schedules.piecewise(path.levels)
+
+
+# --- One job: a model and a seed ------------------------------------------------------------------
+
+
+def job(study, name, seed, out):
+  """Trains the model with the seed and measures what is not yet measured."""
+  from soft_diffusion_tf import data, evaluation, features, priors, samplers, training
+
+  workdir = out / "models" / f"{name}-{seed}"
+  experiment = study.models[name].replace(seed=seed, name=f"{study.name}_{name}")
+  run = training.train(experiment, workdir, progress=False)
+  d = experiment.data
+
+  def load(split):
+    return data.load(d.name, split, d.image_shape, d.crop, d.data_dir or None, False)
+
+  source = load(d.train_split)
+  network = features.feature_network(study.feature_net, source, progress=False)
+  real = {}
+  for split in study.splits:
+    about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, study.samples)
+    images = source.images if split == d.train_split else load(split).images
+    real[split] = evaluation.reference(
+      network, images, about, folder=out / "references", progress=False
+    )
+  own = run.diffusion
+  processes = {"own": own}
+  for kind in PRIORS:
+    prior = priors.fit(kind, source.floats(slice(0, training.PRIOR_IMAGES)), own, 16)
+    processes[kind] = own.with_prior(prior)
+  path = out / "results" / f"{name}-{seed}.jsonl"
+  done = {(r["sampler"], r["prior"], r["nfe"]) for r in read(path)}
+  sampler = samplers.Sampler(own, run.model.denoiser())
+  # Other seeds than any other model's: the samples of two models are then independent.
+  first = 1_000_000 * (1 + seed) + 10_000_000 * sorted(study.models).index(name)
+  for (rule, prior), nfes in study.sweeps[name].items():
+    for nfe in nfes:
+      if (rule, prior, nfe) in done:
+        continue
+      begin = time.process_time()
+      times = samplers.time_grid(samplers.steps_for(rule, nfe), "uniform", own)
+      rows = samplers.table(rule, times, own)
+
+      def batches(start, rows=rows, process=processes[prior]):
+        for k in range(start, study.samples, study.batch):
+          seeds = np.arange(first + k, first + k + study.batch)
+          yield np.clip(sampler(rows, seeds, process.draw_prior(seeds)).numpy(), 0.0, 1.0)
+
+      found = evaluation.measure(network, _rounded(batches), study.samples)
+      values = {
+        split: evaluation.frechet(network.label, found.moments, reference.statistics.moments).exact
+        for split, reference in real.items()
+      }
+      record = {
+        "model": name, "seed": seed, "sampler": rule, "prior": prior, "nfe": nfe, "fd": values,
+        "floor": {s: (r.floor or {}).get("fd_exact") for s, r in real.items()},
+        "step": run.step, "samples": study.samples, "judge": network.label,
+        "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
+      }  # fmt: skip
+      append(path, record)
+  (out / "done").mkdir(exist_ok=True)
+  (out / "done" / f"{name}-{seed}").touch()
+
+
+def _rounded(batches):
+  """As 8-bit images, like the real ones."""
+  return lambda start: (np.rint(images * 255).astype(np.uint8) for images in batches(start))
+
+
+def append(path, record):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "a", encoding="utf-8") as file:
+    file.write(json.dumps(record) + "\n")
+
+
+def read(path):
+  """The records of a file; a line torn by a kill is left out."""
+  records = []
+  if path.exists():
+    for line in path.read_text(encoding="utf-8").splitlines():
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        continue
+  return records
+
+
+# --- All jobs -------------------------------------------------------------------------------------
+
+
+def work(study, out, workers, passed):
+  """Runs every job that is not done in processes of their own, the main model's first."""
+  jobs = [f"{name}-{seed}" for seed in study.seeds for name in study.models]
+  todo = [j for j in jobs if not (out / "done" / j).exists()]
+  begin, finished, running = time.monotonic(), 0, {}
+  (out / "logs").mkdir(parents=True, exist_ok=True)
+  try:
+    while todo or running:
+      while todo and len(running) < workers:
+        name = todo.pop(0)
+        with open(out / "logs" / f"{name}.txt", "a") as log:
+          command = [sys.executable, __file__, *passed, f"--job={name}"]
+          running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+      time.sleep(0.2)
+      for name, process in list(running.items()):
+        if process.poll() is None:
+          continue
+        del running[name]
+        if process.returncode:
+          tail = (out / "logs" / f"{name}.txt").read_text().strip().splitlines()[-1:]
+          raise ValueError(
+            f"{name} ended with code {process.returncode} ({' '.join(tail)}); its log is in "
+            f"{out / 'logs'}: start the same command again to go on"
+          )
+        finished += 1
+        spent = time.monotonic() - begin
+        left = spent / finished * (len(todo) + len(running))
+        print(
+          f"{name} done; {len(todo) + len(running)} of {len(jobs)} jobs left, "
+          f"{spent / 60:.0f} min so far, about {left / 60:.0f} min to go",
+          flush=True,
+        )
+  finally:
+    for process in running.values():
+      process.terminate()
+
+
+# --- Claims ---------------------------------------------------------------------------------------
+
+
+class Results:
+  """Fréchet distances by model, seed, sampler, prior and NFE, on the study's first split."""
+
+  def __init__(self, records, split):
+    self._values = {}
+    for r in records:
+      key = (r["model"], r["seed"], r["sampler"], r["prior"])
+      self._values.setdefault(key, {})[r["nfe"]] = r["fd"][split]
+    self.seeds = sorted({r["seed"] for r in records})
+
+  def curve(self, seed, model=MAIN, sampler="momentum", prior="own"):
+    """{NFE: distance}, in rising NFE."""
+    return dict(sorted(self._values.get((model, seed, sampler, prior), {}).items()))
+
+  def best(self, seed, *which):
+    """(distance, NFE) at the best number of evaluations."""
+    return min((value, nfe) for nfe, value in self.curve(seed, *which).items())
+
+  def nfe_for(self, seed, quality, *which):
+    """The smallest NFE at which the distance is at most `quality`, or infinity."""
+    return min((n for n, v in self.curve(seed, *which).items() if v <= quality), default=math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """ "left is smaller than right": `sides` gives both for a seed, or None if not measured."""
+
+  name: str
+  paper: str
+  sides: object
+
+
+def _best(model=MAIN, sampler="momentum", prior="own"):
+  return lambda r, seed: r.best(seed, model, sampler, prior)[0]
+
+
+def _less(left, right):
+  return lambda r, seed: (left(r, seed), right(r, seed))
+
+
+def _same_quality(slow, fast=MAIN, slack=1.1):
+  """NFE of both models for the quality that the worse of the two can reach."""
+
+  def sides(r, seed):
+    quality = slack * max(r.best(seed, slow)[0], r.best(seed, fast)[0])
+    return r.nfe_for(seed, quality, fast), r.nfe_for(seed, quality, slow)
+
+  return sides
+
+
+def _near_own_best(model):
+  return lambda r, seed: r.nfe_for(seed, 1.1 * r.best(seed, model)[0], model)
+
+
+def _at(nfe, sampler):
+  return lambda r, seed: r.curve(seed, MAIN, sampler)[nfe]
+
+
+def _rise(sampler):
+  """How much worse the most evaluations are than the best number."""
+  return lambda r, seed: (
+    list(r.curve(seed, MAIN, sampler).values())[-1] / r.best(seed, MAIN, sampler)[0]
+  )
+
+
+def _half(r, seed):
+  """Twice the NFE at which the two-step sampler is as good as P's best, against P's best's NFE."""
+  quality, nfe = min(
+    r.best(seed, MAIN, s) for s in ("momentum", "probability_flow", "ddim", "predictor_corrector")
+  )
+  return 2 * r.nfe_for(seed, 1.05 * quality, MAIN, "two_step"), nfe
+
+
+def _between(r, seed):
+  """The larger of the two defects of lying between the parts, over the common NFE; 1 is none."""
+  both, parts = r.curve(seed, MAIN, "predictor_corrector"), []
+  for sampler in ("ddim", "probability_flow"):
+    parts.append(r.curve(seed, MAIN, sampler))
+  worst = max(v / max(p[n] for p in parts) for n, v in both.items() if n in parts[0])
+  return worst, 1.0
+
+
+CLAIMS = (
+  Claim("1. Momentum is better than Naive", "1.85 < 27.82",
+        _less(_best(), _best(sampler="naive"))),
+  Claim("2. Soft Score Matching is better than the unfiltered loss", "1.85 < 5.91",
+        _less(_best(), _best("unfiltered"))),
+  Claim("3a. Transport levels are better than MSE-matched ones", "1.85 < 8.35",
+        _less(_best(), _best("mse"))),
+  Claim("3b. … and need fewer evaluations for the same quality", "yes", _same_quality("mse")),
+  Claim("4. Blur needs fewer evaluations than VE for the same quality", "yes", _same_quality("ve")),
+  Claim("5a. DDIM is better than Momentum at 25 evaluations", "yes",
+        _less(_at(25, "ddim"), _at(25, "momentum"))),
+  Claim("5b. Momentum is better than DDIM at the optimum", "yes",
+        _less(_best(), _best(sampler="ddim"))),
+  Claim("5c. Momentum gets worse again after its optimum, more than DDIM", "yes",
+        _less(_rise("ddim"), _rise("momentum"))),
+  Claim("6a. Momentum is better than probability flow at the optimum", "yes",
+        _less(_best(), _best(sampler="probability_flow"))),
+  Claim("6b. Probability flow is flatter beyond its optimum", "yes",
+        _less(_rise("probability_flow"), _rise("momentum"))),
+  Claim("7. Predictor-corrector is no worse than the worse of its parts", "yes", _between),
+  Claim("8a. σ_max 0.1 is better than 0.05", "yes", _less(_best(), _best("sigma_005"))),
+  Claim("8b. σ_max 0.05 is better than 0.025", "yes",
+        _less(_best("sigma_005"), _best("sigma_0025"))),
+  Claim("8c. Noise that stops early is better than noise throughout", "1.85 < 4.31",
+        _less(_best(), _best("noise_throughout"))),
+  Claim("9. Masking needs more evaluations than blur to come near its own best", "yes",
+        _less(_near_own_best(MAIN), _near_own_best("mask"))),
+  Claim("10. Two-step reaches P's best quality with half of its evaluations", "ours", _half),
+  Claim("11a. The C₁·colour prior is better than the colour prior", "ours",
+        _less(_best(), _best(prior="colour"))),
+  Claim("11b. The subspace prior is better than the colour prior", "ours",
+        _less(_best(prior="subspace"), _best(prior="colour"))),
+)  # fmt: skip
+
+
+def verdict(pairs):
+  """What seeds' pairs (left, right) say of left < right.
+
+  With several seeds: decided if all of them agree, and the mean of log(left/right) is more than two
+  standard errors from 0; with one, only a gap of 10 % decides.
+  """
+  pairs = [(a, b) for a, b in pairs if not (math.isinf(a) and math.isinf(b))]
+  if not pairs:
+    return "undecided"
+  logs = np.array([
+    math.copysign(math.inf, a - b) if math.isinf(a) or math.isinf(b) else math.log(a / b)
+    for a, b in pairs
+  ])  # fmt: skip
+  if np.all(logs == 0):
+    return "undecided"
+  if not np.all(np.isfinite(logs)):
+    sure = np.all(logs < 0) or np.all(logs > 0)
+  elif len(logs) == 1:
+    sure = abs(logs[0]) > math.log(1.1)
+  else:
+    error = logs.std(ddof=1) / math.sqrt(len(logs))
+    sure = (np.all(logs < 0) or np.all(logs > 0)) and abs(logs.mean()) > 2 * error
+  if not sure:
+    return "undecided"
+  return "reproduced" if logs[0] < 0 else "not reproduced"
+
+
+def scoreboard(results):
+  """[(claim, pairs of all seeds, verdict)]; pairs are empty where something is not measured."""
+  rows = []
+  for claim in CLAIMS:
+    pairs = []
+    for seed in results.seeds:
+      try:
+        pairs.append(claim.sides(results, seed))
+      except (KeyError, ValueError, IndexError):
+        continue
+    rows.append((claim, pairs, verdict(pairs) if pairs else "not measured"))
+  return rows
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def _number(value):
+  return "never" if math.isinf(value) else f"{value:.3g}"
+
+
+def report(study, out):
+  """Writes OUT/report.md and OUT/fd_against_nfe.png from what is measured so far."""
+  records = [r for file in sorted((out / "results").glob("*.jsonl")) for r in read(file)]
+  if not records:
+    raise ValueError(f"{out}: nothing is measured yet; run the study without --report first")
+  split, judge = study.splits[0], records[0]["judge"]
+  results = Results(records, split)
+  floor = records[0]["floor"][split]
+  lines = [
+    f"{judge} at N = {records[0]['samples']} against the {split} images, floor (real against real) "
+    f"{'not to be had' if floor is None else f'{floor:.3g}'}; training seeds "
+    f"{', '.join(map(str, results.seeds))}; {records[0]['step']} steps.", "",
+    "| claim | paper | left (per seed) | right (per seed) | verdict |", "|---|---|---|---|---|",
+  ]  # fmt: skip
+  for claim, pairs, word in scoreboard(results):
+    left, right = (", ".join(_number(p[k]) for p in pairs) or "–" for k in range(2))
+    lines.append(f"| {claim.name} | {claim.paper} | {left} | {right} | {word} |")
+  lines += ["", "Means over the seeds (standard deviation in brackets):", ""]
+  nfes = sorted({r["nfe"] for r in records})
+  for one in study.splits:
+    lines += [f"| {one}: model, sampler, prior | " + " | ".join(map(str, nfes)) + " |",
+              "|---|" + "---|" * len(nfes)]  # fmt: skip
+    for key in sorted({(r["model"], r["sampler"], r["prior"]) for r in records}):
+      cells = []
+      for nfe in nfes:
+        values = [
+          r["fd"][one] for r in records
+          if (r["model"], r["sampler"], r["prior"], r["nfe"]) == (*key, nfe)
+        ]  # fmt: skip
+        spread = f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.3g}{spread}" if values else "")
+      lines.append(f"| {', '.join(key)} | " + " | ".join(cells) + " |")
+    lines.append("")
+  (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
+  _plot(records, split, judge, floor, out / "fd_against_nfe.png")
+  return "\n".join(lines)
+
+
+def _plot(records, split, judge, floor, path):
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+  groups = {
+    left: ("samplers, model blur", [
+      (s, MAIN, s) for s in ("naive", "momentum", "probability_flow", "ddim",
+                             "predictor_corrector", "two_step")
+    ]),
+    right: (
+      "models, Momentum", [(m, m, "momentum") for m in sorted({r["model"] for r in records})]
+    ),
+  }  # fmt: skip
+  for axis, (title, curves) in groups.items():
+    for label, model, sampler in curves:
+      points = {}
+      for r in records:
+        if (r["model"], r["sampler"], r["prior"]) == (model, sampler, "own"):
+          points.setdefault(r["nfe"], []).append(r["fd"][split])
+      if points:
+        nfes = sorted(points)
+        means = [np.mean(points[n]) for n in nfes]
+        spans = [np.ptp(points[n]) / 2 for n in nfes]
+        axis.errorbar(nfes, means, spans, marker="o", ms=3, capsize=2, label=label)
+    if floor is not None:
+      axis.axhline(floor, color="grey", ls=":", label="floor")
+    axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE)", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+  left.set_ylabel(judge)
+  figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+  plt.close(figure)
+
+
+STUDIES = {"digits": digits, "cifar": cifar}
+
+
+def main():
+  out = pathlib.Path(_OUT.value)
+  if _JOB.value is not None:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+  if _DATA_DIR.value:
+    os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
+  study = open_study(_STUDY.value, out)
+  if _FEATURE_NET.value:
+    study = dataclasses.replace(study, feature_net=_FEATURE_NET.value)
+  if _JOB.value is not None:
+    name, seed = _JOB.value.rsplit("-", 1)
+    job(study, name, int(seed), out)
+    return
+  if not _REPORT.value:
+    passed = [a for a in sys.argv[1:] if not a.startswith("--workers")]
+    work(study, out, _WORKERS.value, passed)
+  print(report(study, out))
+  print(f"written: {out / 'report.md'}, {out / 'fd_against_nfe.png'}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
