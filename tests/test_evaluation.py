@@ -377,12 +377,11 @@ def test_the_floor_of_another_count_is_left_out(run, images):
 def test_a_sample_that_is_not_finite_is_named(run, images, monkeypatch):
   real = evaluation.reference(PIXELS, images, conditions(50), progress=False)
 
-  def sampler(clip):
-    return lambda rows, seeds: tf.where(
-      tf.reshape(seeds, [-1, 1, 1, 1]) == 37, np.nan, tf.zeros([len(seeds), 8, 8, 1])
-    )
+  class Broken:
+    def images(self, seeds):
+      return np.where(np.reshape(seeds, [-1, 1, 1, 1]) == 37, np.nan, np.zeros([1, 8, 8, 1]))
 
-  monkeypatch.setattr(run, "sampler", sampler, raising=False)
+  monkeypatch.setattr(run, "drawer", lambda options: Broken(), raising=False)
   with pytest.raises(ValueError, match="image 37 holds NaN"):
     evaluation.evaluate_run(run, PIXELS, real, 50, progress=False)
 

@@ -316,8 +316,8 @@ def test_the_velocity_is_the_rate_of_a_ddim_step(rising):
   rows = samplers.table("ddim", [0.6, 0.6 - h], rising)
   moved = samplers.Sampler(rising, denoiser)(rows, SEEDS, x)
   rate = samplers.velocity(rising, denoiser, x, tf.constant(0.6))
-  # float32 differences over h, and a first-order error in h
-  np.testing.assert_allclose((x - moved) / h, rate, atol=5e-3, rtol=2e-2)
+  # Rounding (1e-5, from the oracle's softmax of large numbers) over h, and an error of order h.
+  np.testing.assert_allclose((x - moved) / h, rate, atol=2e-2, rtol=2e-2)
 
 
 def test_the_adaptive_sampler_agrees_with_small_steps(rising):
