@@ -110,14 +110,17 @@ def curves(axis, lines, floor=None, title="", ylabel=""):
     axis.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="floor")
   axis.set(xscale="log", yscale="log", xlabel="evaluations of the denoiser", title=title)
   axis.set_ylabel(ylabel)
-  axis.grid(alpha=0.3, which="both", linewidth=0.4)
+  ticks = sorted({x for points in lines.values() for x, _ in points if x % 5 == 0})
+  axis.set_xticks(ticks, [str(x) for x in ticks])
+  axis.minorticks_off()
+  axis.grid(alpha=0.3, linewidth=0.4)
 
 
 def save(figure, path):
   import matplotlib.pyplot as plt
 
   figure.tight_layout()
-  figure.savefig(path, dpi=95, metadata={"Software": None})
+  figure.savefig(path, dpi=85, metadata={"Software": None})
   plt.close(figure)
 
 
@@ -355,6 +358,8 @@ def section_order(book, out):
       axis.plot(steps, values, marker="o", markersize=3, color=COLOURS[rule],
                 label=rule.replace("_", " "))  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="steps", title=title)
+    axis.set_xticks(steps, [str(n) for n in steps])
+    axis.minorticks_off()
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
     slopes = {}
     for rule, values in errors.items():
@@ -447,7 +452,8 @@ def section_grids(book, labs, out):
       if grid == "level" and setting[0] == "ve":
         continue  # no level: the uniform grid
       line = grades_of(book, labs, setting, "two_step", nfes, grid=grid)
-      axis.plot(*zip(*line), marker="o", markersize=3, label=grid)
+      axis.plot(*zip(*line), marker="o", markersize=3, label=grid,
+                color=f"C{samplers.GRIDS.index(grid)}")  # fmt: skip
       rows.append([title, grid, *(number(v) for _, v in line)])
     axis.axhline(floor, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yscale="log", title=title, xlabel="evaluations")
