@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -31,6 +32,12 @@ CONFIG_FILE = "config.json"
 PREDICTIONS = ("residual", "score", "noise")
 CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), choices, 1, cutoff=0)[0]
+    raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +133,62 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """See `samplers.table` and `samplers.time_grid`; `clip` bounds x̂_0 to [0, 1] in every step."""
+  """See `samplers.table` and `samplers.time_grid`.
+
+  `sampler` is one of `samplers.SAMPLERS`, a pair such as "ddim+momentum", or `samplers.ADAPTIVE`,
+  whose relative and absolute error per step is `tolerance`. `times`, when given, are the grid, from
+  1 down to 0, in place of `steps` and `grid`. `clip` bounds x̂_0 to [0, 1] in every step;
+  `threshold` does so dynamically, by that percentile (0: not). `batch_size` images are computed
+  side by side, always: kernels round by it, so it is part of what an image is (`bulk`).
+  """
 
   sampler: str = "momentum"
   steps: int = 280
   grid: str = "uniform"
+  times: tuple[float, ...] = ()
   k: float = 0.0
+  noise: float = 1.0
   denoise: bool = True
   clip: bool = False
+  threshold: float = 0.0
+  tolerance: float = 1e-4
   batch_size: int = 64
+
+  def __post_init__(self) -> None:
+    samplers.check(self.sampler)
+    _choice("sampling.grid", self.grid, samplers.GRIDS)
+    if self.steps < 1:
+      raise ValueError(f"sampling.steps: sampling takes at least 1 step, got {self.steps}")
+    for field in ("batch_size", "tolerance"):
+      if not getattr(self, field) > 0:  # NaN as well
+        raise ValueError(f"sampling.{field} must be positive, got {getattr(self, field)}")
+    for field in ("k", "noise"):
+      if not getattr(self, field) >= 0:
+        raise ValueError(f"sampling.{field} must not be negative, got {getattr(self, field)}")
+    if not 0 <= self.threshold <= 100:
+      raise ValueError(f"sampling.threshold is a percentile up to 100, got {self.threshold}")
+    if self.times and not (
+      len(self.times) > 1 and self.times[0] == 1 and self.times[-1] >= 0
+      and all(s < t for t, s in itertools.pairwise(self.times))
+    ):  # fmt: skip
+      raise ValueError(
+        f"sampling.times must descend from 1 to 0, got {self.times[0]:g} … {self.times[-1]:g}; "
+        "are they ascending?"
+      )
+
+  def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:
+    """The options with other values for what is not None; `nfe` picks the steps that take as many
+    evaluations of the network.
+    """
+    options = dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+    if nfe is None:
+      return options
+    if options.sampler == samplers.ADAPTIVE or changes.get("steps") or changes.get("times"):
+      raise ValueError(
+        f"nfe = {nfe} chooses the number of steps: leave out steps and times, and take a sampler "
+        f"other than {samplers.ADAPTIVE}, whose number follows from its tolerance"
+      )
+    return dataclasses.replace(options, steps=samplers.steps_for(options.sampler, nfe), times=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +216,10 @@ class Experiment:
   evaluation: Evaluation = Evaluation()
 
   def __post_init__(self) -> None:
-    t, s = self.training, self.sampling
+    t = self.training
     positive = {
       "training.batch_size": t.batch_size, "training.steps": t.steps,
-      "training.learning_rate": t.learning_rate, "sampling.steps": s.steps,
-      "sampling.batch_size": s.batch_size, "evaluation.samples": self.evaluation.samples,
+      "training.learning_rate": t.learning_rate, "evaluation.samples": self.evaluation.samples,
       "training.clip_norm": t.clip_norm, "training.keep": t.keep,
       "training.steps_per_loop": t.steps_per_loop, "training.accumulate": t.accumulate,
     }  # fmt: skip
@@ -176,7 +229,7 @@ class Experiment:
     counts = {
       "training.warmup_steps": t.warmup_steps, "training.log_every": t.log_every,
       "training.checkpoint_every": t.checkpoint_every, "training.keep_every": t.keep_every,
-      "training.sample_every": t.sample_every, "sampling.k": s.k,
+      "training.sample_every": t.sample_every,
     }  # fmt: skip
     for field, value in counts.items():
       if not value >= 0:
@@ -195,8 +248,6 @@ class Experiment:
           f"{type(self.corruption).__name__}; use 'residual'"
         )
     _choice("prior.kind", self.prior.kind, priors.KINDS)
-    _choice("sampling.sampler", s.sampler, samplers.SAMPLERS)
-    _choice("sampling.grid", s.grid, samplers.GRIDS)
 
   # --- Parts --------------------------------------------------------------------------------------
 
@@ -436,12 +487,6 @@ def _known(prefix: str, name: str, fields: set[str]) -> None:
   if name not in fields:
     near = difflib.get_close_matches(name, sorted(fields), 1, cutoff=0)[0]
     raise ValueError(f"the config has no field {prefix}{name!s}; did you mean {prefix}{near}?")
-
-
-def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-  if value not in choices:
-    near = difflib.get_close_matches(str(value), choices, 1, cutoff=0)[0]
-    raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
 
 
 def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:

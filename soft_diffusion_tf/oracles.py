@@ -139,18 +139,60 @@ def _full(mixture, diffusion):
   return denoise
 
 
-def noisy(denoise, diffusion, size, seed=0):
-  """A denoiser with a known error: E[x_0|x_t] plus size · (fixed smooth random field of x_t).
+ERRORS = ("field", "smooth", "rough")
 
-  The error is a fixed random linear map of x_t of operator norm about 1, the same at every call,
-  as an imperfect network's error would be. For studies of what errors do to samplers.
+
+def noisy(denoise, diffusion, size, seed=0, kind="field"):
+  """A denoiser with a known error: E[x_0|x_t] plus what an imperfect network might add to it.
+
+  Each error is a fixed function of (x_t, t), the same at every call, as a network's would be:
+  "field", size · F (x_t − ½) with a random matrix F of operator norm about 1: smooth in x_t;
+  "smooth", the share `size` of x̂_0's detail (what a 3×3 mean takes away) is missing: a network
+  errs to the side of too little detail;
+  "rough", size · √2 sin(ω F (x_t − ½) + phase), RMS `size` a pixel, with ω so large that the error
+  is another one after the smallest step: what the weights' own noise adds.
   """
+  if kind not in ERRORS:
+    raise ValueError(f"unknown error {kind!r}; choose one of {', '.join(ERRORS)}")
   n = int(np.prod(diffusion.image_shape))
   field = rng.normal(tf.constant([seed, 7]), 0, n, (n,)) / (2.0 * float(n) ** 0.5)
+  phase = 6.2831853 * rng.uniform(tf.constant([seed, 8]), 0, n)
+  frequency = 1000.0
 
   def wrong(x_t, t):
     x_0 = denoise(x_t, t)
-    flat = tf.reshape(x_t - tf.reduce_mean(x_t, axis=0, keepdims=True), [-1, n])
-    return x_0 + size * tf.reshape(tf.matmul(flat, field), tf.shape(x_0))
+    if kind == "smooth":
+      mean = tf.nn.avg_pool2d(x_0, 3, 1, "SAME")
+      return x_0 - size * (x_0 - mean)
+    mapped = tf.matmul(tf.reshape(x_t - 0.5, [-1, n]), field)
+    if kind == "rough":
+      mapped = 2.0**0.5 * tf.sin(frequency * mapped + phase)
+    return x_0 + size * tf.reshape(mapped, tf.shape(x_0))
 
   return wrong
+
+
+def moments(mixture):
+  """Mean float64 [D] and covariance [D, D] of a mixture, exactly."""
+  weights = np.exp(mixture.log_weights.astype(np.float64))
+  weights /= weights.sum()
+  means = mixture.means.reshape(len(weights), -1).astype(np.float64)
+  mean = weights @ means
+  gaps = (means - mean) * np.sqrt(weights)[:, None]
+  if mixture.covariances is None:
+    within = mixture.std**2 * np.eye(means.shape[1])
+  else:
+    within = np.einsum("k,kij->ij", weights, mixture.covariances)
+  return mean, gaps.T @ gaps + within
+
+
+def corrupted_moments(mixture, diffusion, t):
+  """Mean [D] and covariance [D, D] of q_t, the distribution of x_t = C_t x_0 + σ_t η, exactly."""
+  mean, covariance = moments(mixture)
+  values, vectors = np.linalg.eigh(covariance)
+  root = (vectors * np.sqrt(np.maximum(values, 0))).T
+  rows = np.concatenate([mean[None], root]).reshape(-1, *diffusion.image_shape)
+  rows = diffusion.corrupt(rows.astype(np.float32), np.float32(t)).numpy().astype(np.float64)
+  rows = rows.reshape(len(rows), -1)
+  noise = float(diffusion.sigma(np.float32(t))) ** 2
+  return rows[0], rows[1:].T @ rows[1:] + noise * np.eye(len(mean))

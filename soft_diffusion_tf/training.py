@@ -14,9 +14,8 @@ import threading
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
-from soft_diffusion_tf import data, plots, priors, rng, samplers
+from soft_diffusion_tf import bulk, data, plots, priors, rng
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -113,49 +112,34 @@ class Run:
   experiment: Experiment
   model: SoftDiffusionModel
   step: int
+  _drawers: dict = dataclasses.field(default_factory=dict, repr=False)
 
   @property
   def diffusion(self):
     return self.model.diffusion
 
-  def sampler(self, clip=False):
-    """A `samplers.Sampler` on the averaged weights; clip bounds x̂_0 to [0, 1]."""
-    denoise = self.model.denoiser()
-    if not clip:
-      return samplers.Sampler(self.diffusion, denoise)
-    return samplers.Sampler(
-      self.diffusion, lambda x_t, t: tf.clip_by_value(denoise(x_t, t), 0.0, 1.0)
-    )
-
   def options(self, **changes):
-    """The experiment's `Sampling` with other values for what is not None; refuses bad names."""
-    changes = {name: value for name, value in changes.items() if value is not None}
-    options = dataclasses.replace(self.experiment.sampling, **changes)
-    if options.sampler not in samplers.SAMPLERS:
-      samplers.resolve(options.sampler)
-    return options
+    """The experiment's `Sampling` with other values for what is not None (`Sampling.changed`)."""
+    return self.experiment.sampling.changed(**changes)
+
+  def drawer(self, options=None, strategy=None):
+    """A `bulk.Drawer` on the averaged weights, by the experiment's sampler or other options."""
+    key = (options or self.experiment.sampling, id(strategy))
+    if key not in self._drawers:
+      self._drawers[key] = bulk.Drawer(self.diffusion, self.model.denoiser(), key[0], strategy)
+    return self._drawers[key]
 
   def images(self, seeds, options=None, progress=None):
-    """Samples float32 [N, H, W, C] for image seeds [N], in batches of one size.
+    """Samples float32 [N, H, W, C] for image seeds [N]; see `bulk`."""
+    return self.drawer(options).images(seeds, progress)
 
-    The last batch is filled up, so that an image is computed alike wherever it stands.
-    """
-    options = options or self.experiment.sampling
-    sampler, rows = self.sampler(options.clip), self.table(options)
-    seeds = np.asarray(seeds)
-    size = min(options.batch_size, len(seeds))
-    parts = []
-    for start in tqdm.tqdm(range(0, len(seeds), size), progress or "", disable=progress is None):
-      batch = seeds[start : start + size]
-      filled = np.pad(batch, (0, size - len(batch)), mode="edge")
-      parts.append(sampler(rows, filled).numpy()[: len(batch)])
-    return np.concatenate(parts)
+  def sampler(self, options=None):
+    """The `samplers.Sampler` of `drawer`."""
+    return self.drawer(options).sampler
 
   def table(self, options=None):
     """The rows of the experiment's sampler, or of other `experiment.Sampling` options."""
-    o = options or self.experiment.sampling
-    times = samplers.time_grid(o.steps, o.grid, self.diffusion)
-    return samplers.table(o.sampler, times, self.diffusion, k=o.k, denoise=o.denoise)
+    return self.drawer(options).rows
 
 
 def load(workdir, step=None):

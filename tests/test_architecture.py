@@ -13,8 +13,8 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 LAYERS = [
   "rng", "gaussians", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
-  "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data",
-  "experiment", "model", "checkpoints", "plots", "monitoring", "training", "evaluation",
+  "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
+  "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training", "evaluation",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
 ]  # fmt: skip
 

@@ -1,6 +1,10 @@
-"""Draws samples of a trained model, as one picture or as a folder of PNG files.
+"""Draws samples of a trained model: one picture, or a folder of any size.
 
 soft-diffusion-sample --workdir=runs/digits --seeds=0-63 --out=samples.png
+soft-diffusion-sample --workdir=runs/cifar10 --seeds=0-49999 --out=DIR --shard=1/2
+
+The image of a seed depends on the checkpoint, the sampler and the seed alone. A folder that was
+not finished is gone on with by the same command; several processes share it by --shard.
 """
 
 import pathlib
@@ -12,14 +16,32 @@ from soft_diffusion_tf.bin import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _OUT = flags.DEFINE_string(
-  "out", None, "A .png file for one grid, or a folder for one PNG per seed.", required=True
+  "out", None, "A .png file for one grid, or a folder for samples by --format.", required=True
 )
 _SEEDS = flags.DEFINE_string(
   "seeds", "0-63", "Image seeds: a range A-B (B included) or a list A,B,C."
 )
-_SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
+_STEP = flags.DEFINE_integer("step", None, "The checkpoint of this step instead of the newest.")
+_SAMPLER = flags.DEFINE_string(
+  "sampler", None, "Sampler instead of the config's, or a pair such as ddim+momentum."
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
-_FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
+_NFE = flags.DEFINE_integer("nfe", None, "Evaluations of the network, in place of --steps.")
+_GRID = flags.DEFINE_string(
+  "grid", None, "Time grid: uniform, quadratic, level, transport or relative."
+)
+_TIMES = flags.DEFINE_string("times", None, "Your own times 1,…,0 in place of --steps and --grid.")
+_K = flags.DEFINE_float("k", None, "Fresh noise of a ddim step (P Eq. 52).")
+_NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step exchanges.")
+_CLIP = flags.DEFINE_bool("clip", None, "Bound the predicted image to [0, 1] in every step.")
+_THRESHOLD = flags.DEFINE_float("threshold", None, "The same dynamically, by this percentile.")
+_TOLERANCE = flags.DEFINE_float("tolerance", None, "Error per step of dormand_prince.")
+_FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "What a folder is filled with.")
+_SHARD = flags.DEFINE_string("shard", "1/1", "k/n: this is the k-th of n processes.")
+_STRATEGY = flags.DEFINE_enum(
+  "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
+)
+_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
 
 
 def parse_seeds(text):
@@ -32,25 +54,54 @@ def parse_seeds(text):
   raise ValueError(f"--seeds={text}: give a rising range such as 0-63 or a list such as 1,5,9")
 
 
+def parse_shard(text):
+  """ "2/8" → (2, 8)."""
+  if not re.fullmatch(r"\d+/\d+", text):
+    raise ValueError(f"--shard={text}: give k/n with k from 1 to n, such as 1/4")
+  return tuple(int(part) for part in text.split("/"))
+
+
+def parse_times(text):
+  """ "1,0.5,0" → (1.0, 0.5, 0.0); None → None."""
+  try:
+    return None if text is None else tuple(float(part) for part in text.split(","))
+  except ValueError:
+    raise ValueError(f"--times={text}: give descending numbers such as 1,0.5,0") from None
+
+
 def main():
-  import numpy as np
+  from soft_diffusion_tf import bulk, experiment, plots, training
 
-  from soft_diffusion_tf import plots, training
-
-  seeds = np.array(parse_seeds(_SEEDS.value))
+  seeds = parse_seeds(_SEEDS.value)
+  shard = parse_shard(_SHARD.value)
+  times = parse_times(_TIMES.value)
   out = pathlib.Path(_OUT.value)
-  if out.exists() and not _FORCE.value and (out.suffix == ".png" or any(out.iterdir())):
+  picture = out.suffix == ".png"
+  if picture and out.exists() and not _FORCE.value:
     raise ValueError(f"{out} is there already; give another --out or --force")
-  run = training.load(_WORKDIR.value)
-  options = run.options(sampler=_SAMPLER.value, steps=_STEPS.value)
-  images = run.images(seeds, options, "sampling")
-  if out.suffix == ".png":
+  strategy = experiment.make_strategy(_STRATEGY.value)
+  with strategy.scope():
+    run = training.load(_WORKDIR.value, _STEP.value)
+  options = run.options(
+    sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
+    k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
+    tolerance=_TOLERANCE.value,
+  )  # fmt: skip
+  drawer = run.drawer(options, strategy)
+  if picture:
+    images = drawer.images(seeds, "sampling")
     plots.save_png(out, plots.grid(images, zoom=plots.zoom_for(images)))
+    print(f"{len(images)} samples ({options.sampler}, {drawer.evaluations} evaluations) in {out}")
   else:
-    out.mkdir(parents=True, exist_ok=True)
-    for seed, image in zip(seeds, plots.to_uint8(images)):
-      plots.save_png(out / f"{seed:06d}.png", image)
-  print(f"{len(images)} samples ({options.sampler}, {options.steps} steps) in {out}")
+    nfe = None if drawer.adaptive else int(drawer.rows.shape[0])
+    settings = bulk.settings_of(run.experiment, run.step, options, nfe)
+    total, there = bulk.write(
+      drawer, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
+    )
+    evaluations = f"{drawer.evaluations or nfe} evaluations"
+    print(
+      f"{total} samples ({options.sampler}, {evaluations}) in {out}; {there} were there already"
+    )
   print(f"next: soft-diffusion-evaluate --workdir={_WORKDIR.value}")
 
 

@@ -1,0 +1,334 @@
+"""Sampling in bulk: images that depend on their seeds alone, and folders of them.
+
+Noise is a pure function of an image's seed (`rng`), but kernels round by the size of a batch, and
+for some sizes by an image's place in it: the rows that are left over when a kernel has taken its
+blocks go another way. So batches have one size, `experiment.Sampling.batch_size`, which is part of
+what an image is like the sampler is; and the image of seed i always stands at place
+i mod batch_size. What stands beside it does not matter, except to an adaptive sampler, which takes
+its steps from the whole batch: there the batch of seed i is all the seeds with i's quotient.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import queue
+import threading
+import zipfile
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+from PIL import Image, PngImagePlugin
+
+import soft_diffusion_tf
+from soft_diffusion_tf import plots, rng, samplers
+from soft_diffusion_tf.experiment import Sampling
+
+SETTINGS_FILE = "samples.json"
+FORMATS = ("npz", "png")
+_BATCHES_PER_FILE = 8  # an .npz file holds this many batches: what a kill may cost
+_PILOT = ("two_step", 20)  # the images that a grid in transport length measures by
+
+
+def batches(seeds, size, company=False):
+  """Distinct seeds, packed so that seed i stands at place i mod size.
+
+  Args:
+    seeds: integers [N].
+    company: a batch holds all the seeds of one quotient i // size, and no other.
+
+  Returns:
+    Seeds to draw [batches, size], and for each the index in `seeds` that asked for it, or −1.
+  """
+  seeds = np.asarray(seeds, np.int64)
+  place = seeds % size
+  if company:
+    blocks, batch = np.unique(seeds // size, return_inverse=True)
+    drawn = blocks[:, None] * size + np.arange(size)
+  else:
+    order = np.argsort(place, kind="stable")
+    begin = np.searchsorted(place[order], np.arange(size))
+    batch = np.empty(len(seeds), int)
+    batch[order] = np.arange(len(seeds)) - begin[place[order]]
+    drawn = np.tile(np.arange(size), (batch.max() + 1, 1))
+    drawn[batch, place] = seeds
+  wanted = np.full(drawn.shape, -1)
+  wanted[batch, place] = np.arange(len(seeds))
+  return drawn, wanted
+
+
+class Drawer:
+  """A sampler with its options, on one device or several: image seeds → images.
+
+  Args:
+    diffusion: with a prior.
+    denoiser: (x_t, t [B]) → x̂_0.
+    options: `experiment.Sampling`.
+    strategy: every replica draws batches of its own; the denoiser's variables must live in its
+      scope. By default the current one, on which nothing is distributed.
+  """
+
+  def __init__(self, diffusion, denoiser, options: Sampling, strategy=None):
+    self.options = options
+    self.strategy = strategy
+    self.diffusion = diffusion
+    if options.threshold:
+      denoiser = samplers.thresholded(denoiser, options.threshold)
+    elif options.clip:
+      denoiser = samplers.clipped(denoiser)
+    self.sampler = samplers.Sampler(diffusion, denoiser)
+    self.evaluations = None  # of the denoiser, for the last images
+    self._replicas = strategy.num_replicas_in_sync if strategy else 1
+
+  @property
+  def adaptive(self):
+    """Whether the sampler chooses its own steps and has no rows."""
+    return self.options.sampler == samplers.ADAPTIVE
+
+  @functools.cached_property
+  def rows(self):
+    """The sampler's table; a ValueError for the adaptive one, which has none."""
+    o = self.options
+    if o.times:
+      times = o.times
+    else:
+      measured = o.grid in ("transport", "relative")
+      times = samplers.time_grid(
+        o.steps, o.grid, self.diffusion, images=self._pilot() if measured else None
+      )
+    return samplers.table(
+      o.sampler, times, self.diffusion, k=o.k, noise=o.noise, denoise=o.denoise
+    )  # fmt: skip
+
+  def _pilot(self):
+    name, steps = _PILOT
+    rows = samplers.table(name, samplers.time_grid(steps), self.diffusion)
+    return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
+
+  @functools.cached_property
+  def _on_all(self):
+    def one(seeds, rows):
+      x = self.diffusion.draw_prior(seeds)
+      return samplers.sample(self.diffusion, self.sampler.denoiser, rows, seeds, x).x
+
+    def every(seeds, rows):
+      return self.strategy.run(one, args=(seeds, rows))
+
+    return tf.function(every, autograph=False)
+
+  def _draw(self, drawn):
+    """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""
+    if self.adaptive:
+      parts = [self.sampler.adaptive(d, rtol=self.options.tolerance, atol=self.options.tolerance)
+               for d in drawn]  # fmt: skip
+      self.evaluations = max(n for _, n in parts)
+      return np.stack([x.numpy() for x, _ in parts])
+    self.evaluations = int(self.rows.shape[0])
+    if self._replicas == 1:
+      return np.stack([self.sampler(self.rows, d).numpy() for d in drawn])
+    filled = np.resize(drawn, (self._replicas, drawn.shape[1]))
+    seeds = self.strategy.experimental_distribute_values_from_function(
+      lambda context: rng.image_seeds(filled[context.replica_id_in_sync_group])
+    )
+    parts = self.strategy.experimental_local_results(self._on_all(seeds, self.rows))
+    return np.stack([part.numpy() for part in parts[: len(drawn)]])
+
+  def parts(self, seeds):
+    """Draws distinct seeds [N] part by part: yields (indices into seeds, images)."""
+    drawn, wanted = batches(seeds, self.options.batch_size, company=self.adaptive)
+    for k in range(0, len(drawn), self._replicas):
+      images = self._draw(drawn[k : k + self._replicas])
+      index = wanted[k : k + self._replicas]
+      yield index[index >= 0], images[index >= 0]
+
+  def images(self, seeds, progress=None):
+    """Images float32 [N, H, W, C] for image seeds [N]; `progress` is the text of a bar."""
+    distinct, back = np.unique(rng.image_seeds(seeds).numpy(), return_inverse=True)
+    if not len(distinct):
+      raise ValueError("there are no seeds to draw images for")
+    images = np.empty([len(distinct), *self.diffusion.image_shape], np.float32)
+    with tqdm.tqdm(total=len(distinct), desc=progress, disable=progress is None) as bar:
+      for index, part in self.parts(distinct):
+        images[index] = part
+        bar.update(len(index))
+    return images[back]
+
+
+# --- Folders of samples ---------------------------------------------------------------------------
+
+
+class _Writer:
+  """Does one job after the other in a thread of its own; the first error comes out of `put`."""
+
+  def __init__(self):
+    self._jobs = queue.Queue(maxsize=4)
+    self._error = None
+    self._thread = threading.Thread(target=self._work, daemon=True)
+
+  def _work(self):
+    while (job := self._jobs.get()) is not None:
+      if self._error is None:
+        try:
+          job()
+        except Exception as error:  # handed over to the drawing thread
+          self._error = error
+
+  def put(self, function, *args):
+    self._raise()
+    self._jobs.put(functools.partial(function, *args))
+
+  def _raise(self):
+    if self._error is not None:
+      raise self._error
+
+  def __enter__(self):
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind, *_):
+    self._jobs.put(None)
+    self._thread.join()
+    if kind is None:
+      self._raise()
+
+
+def _save(path, content):
+  """Writes a file whole or not at all."""
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+def _save_npz(path, images, seeds, settings):
+  """Adds images (uint8) to an .npz file, in the order of their seeds."""
+  have = _read_npz(path)
+  if have is not None:
+    images, seeds = np.concatenate([have[0], images]), np.concatenate([have[1], seeds])
+  order = np.argsort(seeds)
+  content = io.BytesIO()
+  metadata = json.dumps({**settings, "seeds": [int(seeds.min()), int(seeds.max())]})
+  np.savez(content, images=images[order], seeds=seeds[order], metadata=np.array(metadata))
+  _save(path, content.getvalue())
+
+
+def _read_npz(path):
+  """Images and seeds of a file of samples; None when there is none, or none that can be read."""
+  try:
+    with np.load(path, allow_pickle=False) as content:
+      return content["images"], content["seeds"]
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    return None
+
+
+def _save_png(folder, images, seeds, settings):
+  for image, seed in zip(images, seeds):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("soft_diffusion_tf", json.dumps({**settings, "seed": int(seed)}))
+    content = io.BytesIO()
+    picture = image[..., 0] if image.shape[-1] == 1 else image
+    Image.fromarray(picture).save(content, format="PNG", pnginfo=notes)
+    _save(folder / _png_name(seed), content.getvalue())
+
+
+def _png_name(seed):
+  return f"{seed:06d}.png"
+
+
+def settings_of(experiment, step, options, nfe):
+  """What decides the images of a folder, besides their seeds; ready for JSON."""
+  return {
+    "config": experiment.digest(), "name": experiment.name, "checkpoint": step,
+    "sampler": options.sampler, "nfe": nfe, "sampling": dataclasses.asdict(options),
+    "version": soft_diffusion_tf.__version__,
+  }  # fmt: skip
+
+
+def _claim(out, settings, force):
+  """Makes a folder of samples of these settings, or checks that it is one."""
+  path = out / SETTINGS_FILE
+  mine = json.loads(json.dumps(settings))
+  theirs = None
+  if path.exists():
+    try:
+      theirs = json.loads(path.read_text())
+    except ValueError:
+      theirs = {}
+  elif out.exists() and any(out.iterdir()) and not force:
+    raise ValueError(f"{out} holds other files; give a new folder as --out, or --force")
+  if theirs not in (None, mine) and not force:
+    changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    raise ValueError(
+      f"{out} holds samples that differ in {', '.join(changed)}; give another --out, "
+      "or --force to replace them"
+    )
+  if theirs not in (None, mine) or (theirs is None and force and out.exists()):
+    for old in (*out.glob("samples-*.npz"), *out.glob("[0-9]*.png")):
+      old.unlink()
+  out.mkdir(parents=True, exist_ok=True)
+  if theirs != mine:
+    _save(path, (json.dumps(mine, indent=1) + "\n").encode())
+
+
+def write(drawer, seeds, out, settings, *, form="npz", shard=(1, 1), force=False, progress=True):
+  """Draws seeds into a folder, going on where an earlier call was stopped, even by kill -9.
+
+  Files appear whole or not at all; those that are there are kept and not drawn again. Drawing and
+  writing run side by side. Several processes (machines) share the work by `shard`.
+
+  Args:
+    seeds: distinct integers, not negative.
+    out: "png": a file per seed. "npz": files of up to 8 batches with `images` uint8 [n, H, W, C],
+      `seeds` int64 [n] and `metadata`, JSON of the settings and the range of seeds.
+    settings: see `settings_of`; written to samples.json and into every file.
+    shard: (k, n): this is the k-th of n processes, 1 ≤ k ≤ n.
+    force: replace samples of other settings.
+
+  Returns:
+    How many images this process was to draw, and how many of them were there already.
+
+  Raises:
+    ValueError: the folder holds something else, or a file cannot be written.
+  """
+  k, n = shard
+  if not 1 <= k <= n:
+    raise ValueError(f"shard {k}/{n}: give k/n with k from 1 to n, such as 1/{max(n, 1)}")
+  if form not in FORMATS:
+    raise ValueError(f"unknown format {form!r}; choose one of {', '.join(FORMATS)}")
+  out = pathlib.Path(out)
+  seeds = np.unique(np.asarray(seeds, np.int64))
+  _claim(out, {**settings, "format": form}, force)
+  size = drawer.options.batch_size * _BATCHES_PER_FILE
+  files = np.unique(seeds // size)
+  mine = {file: seeds[seeds // size == file] for file in files[k - 1 :: n]}
+  path_of = lambda file: out / f"samples-{file * size:06d}-{(file + 1) * size - 1:06d}.npz"
+  missing = {}
+  for file, wanted in mine.items():
+    if form == "png":
+      missing[file] = np.array([s for s in wanted if not (out / _png_name(s)).exists()], np.int64)
+    else:
+      have = _read_npz(path_of(file))
+      missing[file] = wanted if have is None else np.setdiff1d(wanted, have[1])
+  total, left = (sum(map(len, part.values())) for part in (mine, missing))
+  bar = tqdm.tqdm(
+    total=total, initial=total - left, desc="sampling", unit="image", disable=not progress
+  )
+  try:
+    with bar, _Writer() as writer:
+      for file, wanted in missing.items():
+        done, drawn = [], []
+        for index, images in drawer.parts(wanted) if len(wanted) else ():
+          done.append(wanted[index])
+          drawn.append(plots.to_uint8(images))
+          note = {**settings, "nfe": drawer.evaluations}
+          if form == "png":
+            writer.put(_save_png, out, drawn.pop(), done.pop(), note)
+          bar.update(len(index))
+        if drawn:
+          writer.put(_save_npz, path_of(file), np.concatenate(drawn), np.concatenate(done), note)
+  except OSError as error:
+    raise ValueError(
+      f"{out}: cannot write ({error}); what is there is whole: free some space and start again"
+    ) from None
+  return total, total - left

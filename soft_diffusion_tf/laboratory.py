@@ -1,0 +1,389 @@
+"""The exact laboratory: samplers, schedules, priors and corruptions graded without training.
+
+Data is a mixture of Gaussians around real images, so E[x_0|x_t] is known (`oracles`) and so are the
+moments of the data and of every q_t. What is left of a sampler's error is its own: discretisation,
+the prior, or an error put into x̂_0 on purpose.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import scipy.cluster.vq
+import scipy.fft
+import tensorflow as tf
+
+from soft_diffusion_tf import (
+  corruptions,
+  data,
+  gaussians,
+  oracles,
+  priors,
+  rng,
+  samplers,
+  schedules,
+  scheduling,
+  sinkhorn,
+)
+from soft_diffusion_tf.diffusion import Diffusion
+
+DATA = ("digits", "patches8", "patches16")
+COMPONENTS = ("image", "class")
+SCHEDULES = ("transport", "linear", "geometric")
+NFES = (5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 226, 320, 453, 640, 1000)
+_FLOORS = 8  # fresh draws behind a floor
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def load(name, count=450, data_dir=None):
+  """Images float32 [N, H, W, C] in [0, 1] and labels [N] to build a mixture around.
+
+  Args:
+    name: "digits" (8×8×1), or "patches8" or "patches16": random patches of CIFAR-10.
+    count: how many; evenly spaced digits, or one patch of each of as many images.
+  """
+  if name not in DATA:
+    raise ValueError(f"unknown data {name!r}; choose one of {', '.join(DATA)}")
+  if count < 2:
+    raise ValueError(f"a laboratory takes at least 2 images, got {count}")
+  source = data.load(*(("digits", "all") if name == "digits" else ("cifar10", "train")),
+                     data_dir=data_dir, progress=False)  # fmt: skip
+  picked = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+  images = source.floats(picked)
+  if name != "digits":
+    size = int(name.removeprefix("patches"))
+    corners = np.random.default_rng(0).integers(0, images.shape[1] - size + 1, [len(images), 2])
+    images = np.stack([i[y : y + size, x : x + size] for i, (y, x) in zip(images, corners)])
+  return images, source.labels[picked]
+
+
+def mixture_of(images, labels, components="image", std=0.05):
+  """A mixture around images: a narrow Gaussian on each, or one full Gaussian a class.
+
+  Patches cut at random have no class that shows in them, so clusters (10, by k-means) stand for
+  classes wherever a label has fewer images than twice the dimension.
+  """
+  if components not in COMPONENTS:
+    raise ValueError(f"unknown components {components!r}; choose one of {', '.join(COMPONENTS)}")
+  if components == "image":
+    return oracles.GaussianMixture(images, std)
+  if np.bincount(labels).min() < 2 * images[0].size:
+    rows = images.reshape(len(images), -1).astype(np.float64)
+    labels = scipy.cluster.vq.kmeans2(rows, 10, seed=0, minit="++")[1]
+    labels = np.where(np.bincount(labels, minlength=10)[labels] > 1, labels, labels.max())
+  return oracles.GaussianMixture.per_class(images, labels, ridge=std**2)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def strongest(corruption, size):
+  """A finite last level: the range's end, or for an endless one ¾ of the image's side."""
+  stop = corruption.level_range[1]
+  return stop if np.isfinite(stop) else 0.75 * size
+
+
+def level_schedule(kind, corruption, first, last, images, nodes=32):
+  """A level schedule: "linear", "geometric", or "transport", P's: the shortest path in W₂.
+
+  Where the closed form of W₂ does not hold, "transport" takes levels evenly spaced in the length of
+  the path, which is what the shortest path would come to.
+
+  Returns:
+    The schedule and a note on how it was found.
+  """
+  if kind == "linear":
+    return schedules.Linear(first, last), "linear in t"
+  if kind == "geometric":
+    return schedules.Geometric(first, last), "geometric in t"
+  if kind != "transport":
+    raise ValueError(f"unknown schedule {kind!r}; choose one of {', '.join(SCHEDULES)}")
+  try:
+    path, _ = scheduling.find(corruption, images, first, last, count=128, nodes=nodes)
+    levels, note = path.levels, f"shortest path in W₂, {len(path.levels)} levels"
+  except scheduling.NotClosedForm:
+    levels = scheduling.candidate_levels(corruption, first, last, nodes, "transport", images)
+    note = f"{len(levels)} levels even in transport length (no closed form of W₂)"
+  return schedules.piecewise(levels), note
+
+
+def two_stage(corruption, level, image_shape):
+  """P's process: noise from 0.01 to 0.1 while t < 0.2, then the corruption (P App. D)."""
+  return Diffusion(
+    image_shape, corruption, schedules.Staged(level, 0.2, 1.0),
+    schedules.Staged(schedules.Geometric(0.01, 0.1), 0.0, 0.2),
+  )  # fmt: skip
+
+
+# --- Grades ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+  """How far a set of samples is from the data.
+
+  Attributes:
+    nfe: evaluations of the denoiser.
+    frechet: squared Fréchet distance in pixels to the exact moments of the data.
+    sliced: squared W₂ to fresh draws, mean over 64 directions.
+    frequency: RMS over 2-D cosine frequencies of (variance / exact variance − 1).
+    sinkhorn: Sinkhorn divergence to fresh draws; None when not asked for.
+  """
+
+  nfe: int
+  frechet: float
+  sliced: float
+  frequency: float
+  sinkhorn: float | None = None
+
+
+class Laboratory:
+  """A mixture under a process, ready to grade samplers.
+
+  Args:
+    mixture: `oracles.GaussianMixture`.
+    diffusion: its process; a prior of `prior` is fitted to `images`.
+    images: clean images that the prior and the grids in transport length are fitted to.
+    prior, rank: see `priors.fit`.
+    count: samples per grade.
+    error: (kind, size) of an error put into x̂_0 (`oracles.noisy`).
+  """
+
+  def __init__(self, mixture, diffusion, images, prior="subspace", rank=32, count=2000,
+               error=None):  # fmt: skip
+    if count < 2:
+      raise ValueError(f"a grade takes at least 2 samples, got {count}")
+    self.mixture, self.images, self.count = mixture, images, count
+    self.diffusion = diffusion.with_prior(priors.fit(prior, images, diffusion, rank))
+    denoiser = oracles.denoiser(mixture, self.diffusion)
+    if error is not None:
+      denoiser = oracles.noisy(denoiser, self.diffusion, error[1], kind=error[0])
+    self.sampler = samplers.Sampler(self.diffusion, denoiser)
+    self.mean, self.covariance = oracles.moments(mixture)
+    size = int(np.prod(diffusion.image_shape))
+    directions = np.random.default_rng(2).standard_normal([size, 64])
+    self._directions = directions / np.linalg.norm(directions, axis=0)
+    basis = np.eye(size).reshape(-1, *diffusion.image_shape)
+    dct = scipy.fft.dctn(basis, axes=(1, 2), norm="ortho").reshape(size, size)
+    self._dct = dct
+    self._variance = np.einsum("ij,ik,kj->j", dct, self.covariance, dct)
+
+  def draw(self, seed):
+    """Fresh draws of the data, float64 [count, D]."""
+    return self.mixture.draw(self.count, seed=seed).reshape(self.count, -1).astype(np.float64)
+
+  @functools.cached_property
+  def _fresh(self):
+    return self.draw(1)
+
+  def grade_images(self, images, nfe=0, full=False):
+    """The `Grade` of a set of images [count, ...]."""
+    rows = np.asarray(images, np.float64).reshape(len(images), -1)
+    if not np.all(np.isfinite(rows)):
+      return Grade(nfe, *3 * [float("inf")])
+    own = gaussians.Moments().update(rows)
+    sorted_1, sorted_2 = (np.sort(v @ self._directions, axis=0) for v in (rows, self._fresh))
+    cosines = np.var(rows @ self._dct, axis=0, ddof=1)
+    divergence = None
+    if full:
+      one, two = (v[:1000].astype(np.float32) for v in (rows, self._fresh))
+      divergence = float(sinkhorn.sinkhorn_divergence(one, two).divergence)
+    return Grade(
+      nfe,
+      gaussians.frechet_distance(own.mean, own.covariance, self.mean, self.covariance),
+      float(np.mean((sorted_1 - sorted_2) ** 2)),
+      float(np.sqrt(np.mean((cosines / self._variance - 1) ** 2))),
+      divergence,
+    )
+
+  @functools.cached_property
+  def floors(self):
+    """Grades of fresh draws: what `count` perfect samples get."""
+    return [self.grade_images(self.draw(seed), full=seed == 2) for seed in range(2, 2 + _FLOORS)]
+
+  @functools.cached_property
+  def floor(self):
+    """The mean of `floors`."""
+    mean = lambda name: float(np.mean([getattr(g, name) for g in self.floors]))
+    return Grade(0, mean("frechet"), mean("sliced"), mean("frequency"), self.floors[0].sinkhorn)
+
+  def bound(self, share=0.1):
+    """The Fréchet distance that counts as converged: the floor and `share` of it, and two standard
+    deviations of one fresh draw's distance.
+    """
+    spread = np.std([g.frechet for g in self.floors], ddof=1)
+    return (1 + share) * self.floor.frechet + 2 * float(spread)
+
+  def rows(self, rule, nfe, grid="uniform", **options):
+    """The table of a sampler for at most `nfe` evaluations."""
+    times = samplers.time_grid(
+      samplers.steps_for(rule, nfe), grid, self.diffusion, images=self.images
+    )
+    return samplers.table(rule, times, self.diffusion, **options)
+
+  def grade(self, rule, nfe, grid="uniform", full=False, **options):
+    """The `Grade` of a sampler; `options` go to `samplers.table`, or for the adaptive one
+    `tolerance` decides and nfe does not count.
+    """
+    seeds = np.arange(self.count)
+    if rule == samplers.ADAPTIVE:
+      tolerance = options.get("tolerance", 1e-4)
+      images, nfe = self.sampler.adaptive(seeds, rtol=tolerance, atol=tolerance)
+      return self.grade_images(images, nfe, full)
+    rows = self.rows(rule, nfe, grid, **options)
+    return self.grade_images(self.sampler(rows, seeds), int(rows.shape[0]), full)
+
+  def drift(self, rule, nfe, frames=10, grid="uniform", **options):
+    """Where an error arises: (t, squared Fréchet distance of the sampler's x_t to q_t, its floor).
+
+    Against the exact moments of q_t; the floor is that of forward draws of the same number.
+    """
+    rows = self.rows(rule, nfe, grid, **options)
+    times, states, _ = self.sampler.trajectory(rows, np.arange(self.count), frames)
+    clean = self._fresh.reshape(states[0].shape)
+    result = []
+    for k, (t, x) in enumerate(zip(times, states)):
+      if t == 0:  # the finished image is x̂_0: without the noise σ_0
+        grade = self.grade_images(x)
+        result.append((0.0, grade.frechet, self.floor.frechet))
+        continue
+      q_t = oracles.corrupted_moments(self.mixture, self.diffusion, t)
+      eta = rng.normal(tf.constant([k, 9]), 0, self.count, self.diffusion.image_shape)
+      forward = self.diffusion.forward(clean, np.float32(t), eta).numpy()
+      own, fresh = (gaussians.Moments().update(v) for v in (x, forward))
+      result.append((float(t), gaussians.frechet_distance(own.mean, own.covariance, *q_t),
+                     gaussians.frechet_distance(fresh.mean, fresh.covariance, *q_t)))  # fmt: skip
+    return result
+
+  def needed(self, rule, nfes=NFES, share=0.1, grid="uniform", grade=None, **options):
+    """The fewest evaluations from which on a sampler's distance stays within `bound`.
+
+    Goes up the ladder `nfes` until two rungs in a row are within it.
+
+    Returns:
+      The number or None, and the grades on the way.
+    """
+    grade = grade or self.grade
+    grades, first = [], None
+    for nfe in nfes:
+      grades.append(grade(rule, nfe, grid=grid, **options))
+      inside = grades[-1].frechet <= self.bound(share)
+      if inside and first is not None:
+        return first, grades
+      first = grades[-1].nfe if inside else None
+    return first, grades
+
+
+# --- A corruption of one's own --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """What one schedule asks of each sampler: rule → evaluations needed (None: not reached)."""
+
+  schedule: str
+  note: str
+  floor: float
+  bound: float
+  needed: dict[str, int | None]
+  best: dict[str, float]  # the smallest distance seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+  """The verdict on a corruption, before any training.
+
+  Attributes:
+    verdict: `corruptions.Verdict`.
+    smooth: None, or why it is not differentiable in t.
+    kept: share of the data's variance that C_1 lets through.
+    prior_gaps: prior → its squared Fréchet distance to q_1, and "floor".
+    prior: the simplest one within twice the floor, else the best.
+    trials: a `Trial` for each schedule.
+  """
+
+  verdict: corruptions.Verdict
+  smooth: str | None
+  kept: float
+  prior_gaps: dict[str, float]
+  prior: str
+  trials: list[Trial]
+
+  @property
+  def well_posed(self):
+    return self.verdict.ok and any(
+      n is not None for trial in self.trials for n in trial.needed.values()
+    )
+
+  def __str__(self):
+    lines = [str(self.verdict)]
+    if not self.verdict.ok:
+      return "\n".join([*lines, "not well-posed: mend this first; nothing was sampled"])
+    lines.append(f"in t: {self.smooth or 'smooth'}")
+    gaps = ", ".join(f"{k} {v:.3g}" for k, v in self.prior_gaps.items())
+    lines.append(f"C_1 lets {self.kept:.2%} of the variance through; priors, distance to q_1: "
+                 f"{gaps}; taken: {self.prior}")  # fmt: skip
+    for trial in self.trials:
+      lines.append(f"schedule {trial.schedule} ({trial.note}), floor {trial.floor:.3g}:")
+      for rule, nfe in trial.needed.items():
+        said = f"{nfe} evaluations" if nfe else f"not reached (best {trial.best[rule]:.3g})"
+        lines.append(f"  {rule}: {said}")
+    if not self.well_posed:
+      lines.append("not well-posed: no sampler comes to the data within the evaluations tried")
+      return "\n".join(lines)
+    nfe, rule, schedule = min(
+      (n, rule, trial.schedule)
+      for trial in self.trials for rule, n in trial.needed.items() if n
+    )  # fmt: skip
+    lines.append(f"well-posed; take {rule} with {nfe} evaluations and the schedule {schedule}")
+    return "\n".join(lines)
+
+
+def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
+            rules=("momentum", "ddim", "two_step", "stochastic_two_step"), nfes=NFES[:13],
+            count=1000):  # fmt: skip
+  """Whether a corruption is well-posed, which schedule it wants and how many steps: `Examination`.
+
+  Under P's two stages: noise 0.01 → 0.1, then the corruption.
+  """
+  shape = images.shape[1:]
+  first, last = corruption.level_range[0], strongest(corruption, shape[0])
+  verdict = corruptions.check_corruption(
+    corruption, shape if images[0].size <= 256 else (6, 4, shape[2]),
+    first + (last - first) * np.array([0.0, 0.05, 0.3, 0.7, 1.0]),
+  )  # fmt: skip
+  if not verdict.ok:
+    return Examination(verdict, None, float("nan"), {}, "", [])
+  linear = two_stage(corruption, schedules.Linear(first, last), shape)
+  try:
+    samplers.check_smooth(linear)
+    smooth = None
+  except ValueError:
+    smooth = "jumps: no flow carries the data across a jump, so samplers may end elsewhere"
+  clean = images.reshape(len(images), -1)
+  gone = priors.corrupt_all(images, linear, 1.0).reshape(clean.shape)
+  kept = float(gone.var(axis=0).sum() / clean.var(axis=0).sum())
+  gaps = {}
+  for kind in priors.KINDS:
+    result = priors.grade(linear.with_prior(priors.fit(kind, images, linear, 32)), images)
+    gaps[kind] = result["frechet"]
+    gaps["floor"] = result["frechet_floor"]
+  simple = [k for k in ("zero", "blurred_colour", "subspace") if gaps[k] < 2 * gaps["floor"]]
+  prior = simple[0] if simple else min(priors.KINDS, key=gaps.get)
+  trials = []
+  for kind in kinds:
+    if kind == "geometric" and not (first > 0 and last > 0):
+      continue
+    level, note = level_schedule(kind, corruption, first, last, images)
+    lab = Laboratory(mixture, two_stage(corruption, level, shape), images, prior, count=count)
+    runs = {rule: lab.needed(rule, nfes) for rule in rules}
+    trials.append(
+      Trial(
+        kind, note, lab.floor.frechet, lab.bound(),
+        {rule: nfe for rule, (nfe, _) in runs.items()},
+        {rule: min(g.frechet for g in grades) for rule, (_, grades) in runs.items()},
+      )
+    )  # fmt: skip
+  return Examination(verdict, smooth, kept, gaps, prior, trials)
