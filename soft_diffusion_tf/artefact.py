@@ -57,11 +57,11 @@ UNSTATED = "not stated; the terms of the training data apply"
 # --- The graph ------------------------------------------------------------------------------------
 
 
-def _in_batches(one, seeds, size):
+def _in_batches(one, shapes, seeds, size):
   """A function of `size` image seeds for any seeds [N], as `bulk.batches` lays them out.
 
   Args:
-    one: int64 [size] → tensors with `size` as their first axis.
+    one: int64 [size] → float32 tensors [size, *shape], one for each of `shapes`.
 
   Returns:
     What `one` gives, with N as the first axis.
@@ -78,17 +78,16 @@ def _in_batches(one, seeds, size):
   index = batch * size + place
   filling = tf.tile(tf.range(size, dtype=tf.int64), [count])
   drawn = tf.tensor_scatter_nd_update(filling, index[:, tf.newaxis], seeds)
-  some = tf.TensorSpec([None], tf.int64)
-  specs = tf.function(one).get_concrete_function(some).structured_outputs
-  arrays = [tf.TensorArray(s.dtype, count, element_shape=s.shape) for s in specs]
+  arrays = [tf.TensorArray(tf.float32, count, element_shape=[None, *s]) for s in shapes]
 
   def body(k, arrays):
-    return k + 1, [a.write(k, part) for a, part in zip(arrays, one(drawn[k * size : (k + 1) * size]))]
+    parts = one(drawn[k * size : (k + 1) * size])
+    return k + 1, [array.write(k, part) for array, part in zip(arrays, parts)]
 
   arrays = tf.while_loop(
     lambda k, _: k < count, body, (tf.constant(0), arrays), parallel_iterations=1
   )[1]
-  return [tf.gather(a.concat(), index) for a in arrays]
+  return [tf.gather(array.concat(), index) for array in arrays]
 
 
 def _uint8(images):
@@ -196,7 +195,7 @@ class _Exported(tf.Module):
 def _drawing(drawer):
   """The functions of one sampler: of a number and a seed, of seeds, and the process of seeds."""
   diffusion, denoiser = drawer.diffusion, drawer.sampler.denoiser
-  rows, size = drawer.rows, drawer.options.batch_size
+  rows, size, shape = drawer.rows, drawer.options.batch_size, diffusion.image_shape
 
   def images_of(seeds):
     x = diffusion.draw_prior(seeds)
@@ -231,11 +230,12 @@ def _drawing(drawer):
 
   def draw(seeds):
     _check_seeds(seeds)
-    return _both(_in_batches(images_of, seeds, size)[0])
+    return _both(_in_batches(images_of, [shape], seeds, size)[0])
 
   def process(seeds):
     _check_seeds(seeds)
-    x_t, x0_hat = _in_batches(frames_of, seeds, size)
+    shapes = [(frames + 1, *shape), (frames, *shape)]
+    x_t, x0_hat = _in_batches(frames_of, shapes, seeds, size)
     return {"times": tf.constant(times), "x_t": x_t, "x0_hat": x0_hat}
 
   return sample, draw, process

@@ -47,8 +47,14 @@ def ve_diffusion():
 
 
 @pytest.fixture
-def tiny():
+def tiny(tiny_experiment):
   """An experiment that trains a few steps in seconds."""
+  return tiny_experiment
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment():
+  """The same for fixtures that live longer than a test."""
   return Experiment(
     name="tiny",
     corruption=corruptions.GaussianBlur(half_size=8),
