@@ -392,6 +392,17 @@ def digest_of(run):
   return total.hexdigest()
 
 
+def _about(run, dtype, licence):
+  """Where a model comes from; ready for JSON."""
+  e = run.experiment
+  return {
+    "format": FORMAT, "name": e.name, "version": soft_diffusion_tf.__version__, "step": run.step,
+    "config": e.digest(), "weights_sha256": digest_of(run),
+    "parameters": int(run.model.ema_network.count_params()), "dtype": dtype, "licence": licence,
+    "data": {"name": e.data.name, "split": e.data.train_split},
+  }  # fmt: skip
+
+
 def _manifest(run, by_name, exported, dtype, restoring, licence):
   describe = lambda spec: {"shape": list(spec.shape), "dtype": spec.dtype.name}
   signatures = {}
@@ -401,24 +412,13 @@ def _manifest(run, by_name, exported, dtype, restoring, licence):
       "inputs": {spec.name: describe(spec) for spec in function.input_signature},
       "outputs": {k: describe(v) for k, v in concrete.structured_outputs.items()},
     }
-  e = run.experiment
   return {
-    "format": FORMAT,
-    "name": e.name,
-    "version": soft_diffusion_tf.__version__,
+    **_about(run, dtype, licence),
     "tensorflow": tf.__version__,
-    "step": run.step,
-    "config": e.digest(),
-    "weights_sha256": digest_of(run),
-    "parameters": int(run.model.ema_network.count_params()),
-    "dtype": dtype,
-    "licence": licence,
-    "data": {"name": e.data.name, "split": e.data.train_split},
     "image_shape": list(run.diffusion.image_shape),
-    "corruption": e.corruption.get_config(),
+    "times": [float(t) for t in SHOWN_TIMES],
     "level": [float(v) for v in run.diffusion.level(SHOWN_TIMES).numpy()],
     "sigma": [float(v) for v in run.diffusion.sigma(SHOWN_TIMES).numpy()],
-    "times": [float(t) for t in SHOWN_TIMES],
     "samplers": {
       name: {"evaluations": exported.evaluations[name], **dataclasses.asdict(o)}
       for name, o in by_name.items()
@@ -436,8 +436,9 @@ def _manifest(run, by_name, exported, dtype, restoring, licence):
 def card(run, manifest, evaluations=()):
   """The model card, Markdown: what the model is, how it was made, what was measured."""
   e, d = run.experiment, run.diffusion
-  level = f"{manifest['level'][0]:.4g} to {manifest['level'][-1]:.4g}"
-  sigma = f"{manifest['sigma'][0]:.4g} to {manifest['sigma'][-1]:.4g}"
+  level, sigma = (
+    "{:.4g} to {:.4g}".format(*schedule([0.0, 1.0]).numpy()) for schedule in (d.level, d.sigma)
+  )
   size = " × ".join(map(str, d.image_shape))
   lines = [
     f"# {e.name}", "",
@@ -453,7 +454,7 @@ def card(run, manifest, evaluations=()):
     f"{e.training.batch_size} images, seed {e.seed} |",
     f"| config digest | {manifest['config']} |",
     f"| weights, SHA-256 | {manifest['weights_sha256']} |",
-    f"| computes in | {manifest['dtype']} |",
+    f"| {manifest.get('dtype_of', 'computes in')} | {manifest['dtype']} |",
     f"| licence of the weights | {manifest['licence']} |", "",
     "## Measured", "",
   ]  # fmt: skip
@@ -557,30 +558,34 @@ def signature(model, name):
 # --- One file -------------------------------------------------------------------------------------
 
 
-def pack(run, out, *, dtype="float16", licence=UNSTATED, force=False):
+def pack(run, out, *, dtype="float16", evaluations=(), licence=UNSTATED, force=False):
   """Writes config, prior and averaged weights as one .npz, in float16 or float32.
+
+  Beside NAME.npz stands NAME.md, the model card (see `export` for `evaluations` and `licence`).
 
   Raises:
     ValueError: `out` is there already, or a weight is beyond float16.
   """
   out = pathlib.Path(out)
-  refuse_to_overwrite(out, force)
+  if out.suffix != ".npz":
+    raise ValueError(f"{out}: a packed model is a file that ends in .npz")
+  for file in (out, out.with_suffix(".md")):
+    refuse_to_overwrite(file, force)
   weights = [w.astype(dtype) for w in run.model.ema_network.get_weights()]
   if not all(np.all(np.isfinite(w)) for w in weights):
     raise ValueError(f"a weight is not finite in {dtype}; take float32")
-  about = {
-    "format": FORMAT, "step": run.step, "version": soft_diffusion_tf.__version__,
-    "licence": licence, "experiment": run.experiment.to_dict(),
-  }  # fmt: skip
+  about = _about(run, dtype, licence) | {"dtype_of": "weights stored in"}
   prior = run.diffusion.prior
   partial = out.with_name(f".{out.name}.partial.npz")
   partial.parent.mkdir(parents=True, exist_ok=True)
   np.savez_compressed(
-    partial, about=np.array(json.dumps(about)), prior_kind=np.array(prior.kind),
+    partial, about=np.array(json.dumps(about | {"experiment": run.experiment.to_dict()})),
+    prior_kind=np.array(prior.kind),
     prior_mean=prior.mean, prior_factors=prior.factors,
     **{f"weight_{k:04d}": w for k, w in enumerate(weights)},
   )  # fmt: skip
   partial.replace(out)
+  out.with_suffix(".md").write_text(card(run, about, evaluations), encoding="utf-8")
 
 
 def unpack(path):

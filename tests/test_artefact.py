@@ -96,13 +96,15 @@ def test_denoise_score_and_corrupt(exported, model, digits):
   x_t = model.signatures["corrupt"](x_0=x, t=t, seed=tf.constant(9, tf.int64))["x_t"]
   want = restoration.corrupt(run.diffusion, x, t, seeds)
   np.testing.assert_allclose(x_t, want, atol=1e-6)
-  x0_hat = run.model.denoiser()(x_t, t)
-  np.testing.assert_allclose(model.signatures["denoise"](x_t=x_t, t=t)["x0_hat"], x0_hat, atol=1e-5)
-  np.testing.assert_allclose(
-    model.signatures["score"](x_t=x_t, t=t)["score"], run.diffusion.score(x_t, t, x0_hat), atol=2e-2
-  )  # divided by σ² = 1e-4 at t = 0
+  x0_hat = model.signatures["denoise"](x_t=x_t, t=t)["x0_hat"]
+  # Other kernels run eagerly, and round otherwise; the network's output is of the order of 1.
+  np.testing.assert_allclose(x0_hat, run.model.denoiser()(x_t, t), atol=2e-4)
+  score = model.signatures["score"](x_t=x_t, t=t)["score"]
+  np.testing.assert_allclose(score, run.diffusion.score(x_t, t, x0_hat), rtol=1e-3, atol=0.1)
+  assert np.max(np.abs(score)) > 100  # divided by σ² = 1e-4 at t = 0, hence the 0.1 above
   one = model.signatures["denoise"](x_t=x_t, t=tf.constant([0.5]))["x0_hat"]  # one t for all
-  np.testing.assert_allclose(one, run.model.denoiser()(x_t, tf.fill([4], 0.5)), atol=1e-5)
+  each = model.signatures["denoise"](x_t=x_t, t=tf.fill([4], 0.5))["x0_hat"]
+  np.testing.assert_array_equal(one, each)
 
 
 def test_restorations_equal_the_python_ones(exported, model, digits):

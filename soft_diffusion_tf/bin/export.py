@@ -63,7 +63,13 @@ def main():
     raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
   artefact.refuse_to_overwrite(out, _FORCE.value)
   run = training.load(_WORKDIR.value, _STEP.value)
-  options = {"force": _FORCE.value, "dtype": dtype, "licence": _LICENCE.value or artefact.UNSTATED}
+  evaluations = read_evaluations(_WORKDIR.value)
+  options = {
+    "evaluations": evaluations,
+    "force": _FORCE.value,
+    "dtype": dtype,
+    "licence": _LICENCE.value or artefact.UNSTATED,
+  }
   if packed:
     artefact.pack(run, out, **options)
     print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
@@ -72,9 +78,7 @@ def main():
   if pairs is None:
     pairs = [(run.options().sampler, run.options().steps), ("two_step", 25)]
   asked = [run.options(sampler=s, steps=n, batch_size=_BATCH_SIZE.value) for s, n in pairs]
-  manifest = artefact.export(
-    run, out, asked, evaluations=read_evaluations(_WORKDIR.value), **options
-  )
+  manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")
   print(f"signatures: {', '.join(sorted(manifest['signatures']))}")

@@ -6,8 +6,8 @@ soft-diffusion-restore --workdir=runs/digits --images=photos/ --corrupt_level=2.
 With --t or --level the images are corrupted already, by so much; with --corrupt_level they are
 clean and corrupted first; with none of the three t is estimated for each image. Images larger than
 the network's are restored in overlapping tiles. For every image --out gets NAME-input.png,
-NAME-mean.png, NAME-uncertainty.png, NAME-sample-K.png, and all in restored.npz; picture.png shows
-the first ones.
+NAME-expected.png (the least mean square error), NAME-sample-K.png, their NAME-mean.png and
+NAME-uncertainty.png, and all in restored.npz; picture.png shows the first ones.
 """
 
 import json
@@ -120,14 +120,17 @@ def _write(out, results, times, plots):
     arrays = {}
     for name, (y, restored) in results.items():
       spread = restored.uncertainty[0] if restored.samples.shape[1] > 1 else None
-      pictures = {"input": y, "mean": restored.mean[0]}
+      pictures = {"input": y, "mean": restored.mean[0], "expected": restored.expected[0]}
       if spread is not None:
         pictures["uncertainty"] = spread / max(float(spread.max()), 1e-6)
         arrays[f"{name}/uncertainty"] = spread
       pictures |= {f"sample-{k}": x for k, x in enumerate(restored.samples[0])}
       for kind, picture in pictures.items():
         plots.save_png(folder / f"{name}-{kind}.png", plots.to_uint8(picture))
-      arrays |= {f"{name}/input": y, f"{name}/samples": restored.samples[0]}
+      arrays |= {
+        f"{name}/input": y, f"{name}/samples": restored.samples[0],
+        f"{name}/expected": restored.expected[0],
+      }  # fmt: skip
     np.savez(folder / "restored.npz", **arrays)
     (folder / "times.json").write_text(json.dumps(times, indent=1) + "\n")
     _picture(folder / "picture.png", list(results.values())[:_SHOWN], plots)
