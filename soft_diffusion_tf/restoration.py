@@ -4,10 +4,13 @@ A corrupted image y = C_t x_0 + σ_t η is the process' own x_t. So the sampler 
 that matches its corruption, instead of from the prior at 1, and runs down to 0. That keeps y's
 large features; what comes between is the model's.
 
-Nothing in a sampler ties its end to y, and where σ stands still (P's blur stage) a deterministic
-one gives a single answer to a question that has many. So the default sampler is stochastic, and
-every prediction x̂_0 on the way is moved to the nearest image that explains y:
-‖C_t x̂_0 − y‖ ≤ σ_t √n (`consistent`). The spread of several samples is the uncertainty.
+Where σ stands still (P's blur stage) a deterministic sampler gives a single answer to a question
+that has many, and P's momentum sampler is deterministic there. So the default is stochastic: with
+the exact denoiser of a mixture its samples are as far from the clean image, and from each other, as
+those of p(x_0 | y) are (docs/restoration.md). The spread of several samples is the uncertainty.
+
+With `explain` every prediction x̂_0 on the way is moved to the nearest image that explains y:
+‖C_t x̂_0 − y‖ ≲ σ_t √n (`consistent`).
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ import tqdm
 from soft_diffusion_tf import rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 
-DEFAULT = Sampling(sampler="stochastic_two_step", steps=40, noise=8.0)
+DEFAULT = Sampling(sampler="stochastic_two_step", steps=30, noise=5.0)
 
 _NOISE = -3  # salt of the noise that `corrupt` adds; the prior's are −1 and −2
 _HALVINGS = 24  # of the interval of log λ
@@ -102,10 +105,11 @@ def estimate_times(diffusion, y, clean):
 def consistent(denoiser, diffusion, y, t):
   """The denoiser with x̂_0 moved to the nearest image that explains y.
 
-  That is the nearest one with ‖C_t x − y‖ ≤ σ_t √n, found exactly in the singular basis of C_t: the
-  minimum of ‖x − x̂_0‖² + λ ‖C_t x − y‖² with the smallest λ that reaches the bound. λ stays below
-  1/σ_t², the weight of y against a prior of standard deviation 1: what C_t wipes out below the
-  noise cannot be asked back.
+  That is the nearest one with ‖C_t x − y‖² ≤ σ_t² (n + 2 √(2n)), which the clean image itself keeps
+  with probability 0.98, found exactly in the singular basis of C_t: the minimum of
+  ‖x − x̂_0‖² + λ ‖C_t x − y‖² with the smallest λ that reaches the bound. λ stays below 1/σ_t², the
+  weight of y against a prior of standard deviation 1: what C_t wipes out below the noise cannot be
+  asked back. A bound at σ_t² n itself would make half of the images explain noise.
 
   Args:
     y: float32 [B, H, W, C]; the denoiser must be called on the same batch.
@@ -115,7 +119,8 @@ def consistent(denoiser, diffusion, y, t):
   svd = diffusion.corruption.svd(diffusion.level(t), diffusion.image_shape)
   gains = tf.broadcast_to(svd.values, diffusion.image_shape)
   target = svd.to_left(y)
-  bound = float(np.prod(diffusion.image_shape)) * sigma**2
+  size = float(np.prod(diffusion.image_shape))
+  bound = (size + 2.0 * np.sqrt(2.0 * size)) * sigma**2
 
   def explained(x_t, times):
     x = denoiser(x_t, times)
@@ -215,7 +220,7 @@ def rows(diffusion, t, options=DEFAULT):
   )
 
 
-def restore(diffusion, denoiser, rows, seeds, y, explain=True):
+def restore(diffusion, denoiser, rows, seeds, y, explain=False):
   """One sample of the clean image for each y, as graph operations.
 
   Args:
@@ -273,7 +278,7 @@ class Restorer:
     overlap: of tiles, for images that are larger than the network's (`tiled`).
   """
 
-  def __init__(self, diffusion, denoiser, options=DEFAULT, explain=True, overlap=0.5):
+  def __init__(self, diffusion, denoiser, options=DEFAULT, explain=False, overlap=0.5):
     self.diffusion = diffusion
     self.options = options
     self._explain, self._overlap = explain, overlap

@@ -35,7 +35,7 @@ _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the default.
 _STEPS = flags.DEFINE_integer("steps", None, "Steps from t to 0, instead of the default.")
 _NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step exchanges.")
 _EXPLAIN = flags.DEFINE_bool(
-  "explain", True, "Hold the samples to the image given: ‖C x − y‖ ≤ σ √n."
+  "explain", False, "Hold the samples to the image given: ‖C x − y‖ ≲ σ √n."
 )
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
 
