@@ -1,6 +1,7 @@
 """Exported models: one folder or file that holds everything, and equals the Python sampler."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -321,3 +322,27 @@ def test_a_packed_model_comes_back(exported, tmp_path):
     artefact.from_pretrained(broken)
   with pytest.raises(ValueError, match="no such model comes with the package"):
     artefact.from_pretrained("digitz")
+
+
+@pytest.mark.parametrize("name", artefact.pretrained())
+def test_models_that_come_with_the_package(name, digits):
+  folder = pathlib.Path(artefact.__file__).parent / "pretrained"
+  assert (folder / f"{name}.npz").stat().st_size < 2_000_000
+  run = artefact.from_pretrained(name)
+  card = (folder / f"{name}.md").read_text()
+  assert run.experiment.digest() in card
+  stored = [w.astype(np.float16) for w in run.model.ema_network.get_weights()]
+  for one, other in zip(stored, run.model.ema_network.get_weights()):
+    np.testing.assert_array_equal(one, other)  # nothing but float16 is in it
+  images = run.images(range(64), run.options(sampler="two_step", steps=10))
+  flat, real = (x.reshape(len(x), -1) for x in (images, digits))
+  # Of 64 other real digits the mean is 0.5 from that of all; that of noise is far off.
+  assert np.linalg.norm(flat.mean(0) - real.mean(0)) < 1.0
+  nearest = np.linalg.norm(flat[:, None] - real[None], axis=2).min(1)
+  assert np.median(nearest) < 2.0  # two real digits of one class are about 2 apart
+
+
+def test_a_damaged_model_of_the_package_is_refused(monkeypatch):
+  monkeypatch.setattr(artefact, "pretrained", lambda: {"digits": "0" * 64})
+  with pytest.raises(ValueError, match="damaged"):
+    artefact.from_pretrained("digits")
