@@ -620,12 +620,19 @@ def from_pretrained(name):
   """A `training.Run` by name or path, ready to sample from and to train on.
 
   Args:
-    name: a model that comes with the package ("digits"); an exported folder; a packed .npz file;
-      or the workdir of a training run.
+    name: a model that comes with the package ("digits"; a folder of that name is "./digits"); an
+      exported folder; a packed .npz file; or the workdir of a training run.
 
   Raises:
     ValueError: none of these, or damaged.
   """
+  known = pretrained()
+  if str(name) in known:
+    file = importlib.resources.files(soft_diffusion_tf) / "pretrained" / f"{name}.npz"
+    with importlib.resources.as_file(file) as path:
+      if hashlib.sha256(path.read_bytes()).hexdigest() != known[str(name)]:
+        raise ValueError(f"{path}: damaged (its SHA-256 is another); install the package again")
+      return unpack(path)
   path = pathlib.Path(name)
   if (path / EXTRA).is_dir():
     return load(path)
@@ -633,14 +640,7 @@ def from_pretrained(name):
     return training.load(path)
   if path.is_file():
     return unpack(path)
-  known = pretrained()
-  if str(name) not in known:
-    raise ValueError(
-      f"{name}: no such model comes with the package, and no such file or folder is there; "
-      f"the package has {', '.join(sorted(known))}"
-    )
-  file = importlib.resources.files(soft_diffusion_tf) / "pretrained" / f"{name}.npz"
-  with importlib.resources.as_file(file) as path:
-    if hashlib.sha256(path.read_bytes()).hexdigest() != known[str(name)]:
-      raise ValueError(f"{path}: damaged (its SHA-256 is another); install the package again")
-    return unpack(path)
+  raise ValueError(
+    f"{name}: no such model comes with the package, and no such file or folder is there; "
+    f"the package has {', '.join(sorted(known))}"
+  )
