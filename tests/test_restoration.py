@@ -54,9 +54,9 @@ def test_levels_that_tell_no_time(blur_diffusion, ve_diffusion):
     restoration.time_of_level(ve_diffusion, 0.0)
 
 
-def test_an_estimated_time_is_near(blur_diffusion, clean, digits):
-  for t in (0.1, 0.45, 0.6, 0.8):
-    y = restoration.corrupt(blur_diffusion, clean, t, np.arange(24)).numpy()
+def test_an_estimated_time_is_near(blur_diffusion, digits):
+  for t in (0.05, 0.5, 0.8):
+    y = restoration.corrupt(blur_diffusion, digits[:24], t, np.arange(24)).numpy()
     found = restoration.estimate_times(blur_diffusion, y, digits[200:712])
     assert np.median(np.abs(found - t)) < 0.06
   with pytest.raises(ValueError, match="at least 16"):
@@ -77,7 +77,7 @@ def test_predictions_are_moved_no_further_than_they_must(corruption, digits):
   )  # fmt: skip
   t = tf.constant(0.6)
   y = restoration.corrupt(process, digits[:6], t, np.arange(6))
-  wrong = tf.constant(digits[100:106])
+  wrong = tf.constant(1.0 - digits[:6])
   explained = restoration.consistent(lambda x_t, t: wrong, process, y, t)(y, tf.fill([6], t))
   gap = rms(process.corrupt(explained, t) - y, axis=(1, 2, 3))
   before = rms(process.corrupt(wrong, t) - y, axis=(1, 2, 3))
