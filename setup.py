@@ -15,6 +15,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["soft_diffusion_tf", "soft_diffusion_tf.*"]),
+  package_data={"soft_diffusion_tf": ["pretrained/*"]},
   install_requires=[
     "tensorflow>=2.20,<2.22",
     "keras>=3.10,<3.16",  # model.py overrides one private optimizer hook; a test holds it
@@ -39,6 +40,7 @@ setuptools.setup(
   extras_require={
     "plots": [],  # matplotlib is needed by every run's pictures, so it is no longer optional
     "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12", "mypy>=1.15"],
+    "restoration": ["scikit-image>=0.24"],  # tools/measure_restoration.py, for its baselines alone
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },
   entry_points={
@@ -46,6 +48,8 @@ setuptools.setup(
       "soft-diffusion-train=soft_diffusion_tf.bin.train:run",
       "soft-diffusion-sample=soft_diffusion_tf.bin.sample:run",
       "soft-diffusion-evaluate=soft_diffusion_tf.bin.evaluate:run",
+      "soft-diffusion-export=soft_diffusion_tf.bin.export:run",
+      "soft-diffusion-restore=soft_diffusion_tf.bin.restore:run",
     ],
   },
   classifiers=[

@@ -7,13 +7,13 @@ images. Times are scalars or [B], images float32 [B, H, W, C].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import rng
+from soft_diffusion_tf import corruptions, rng, schedules
 from soft_diffusion_tf.corruptions import Corruption
 from soft_diffusion_tf.priors import Prior
 from soft_diffusion_tf.schedules import Schedule
@@ -120,6 +120,28 @@ class Diffusion:
     seeds = rng.image_seeds(seeds)
     eta = rng.normal_per_image(seeds, _PRIOR_NOISE, self.image_shape)
     return self.prior.draw(seeds) + self.sigma(1.0) * eta
+
+  def get_config(self) -> dict[str, Any]:
+    """Everything that it is made of, ready for JSON."""
+    return {
+      "image_shape": list(self.image_shape),
+      "corruption": self.corruption.get_config(),
+      "level": self.level.get_config(),
+      "sigma": self.sigma_schedule.get_config(),
+      "prior": None if self.prior is None else self.prior.get_config(),
+    }
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> Diffusion:
+    """The process that `get_config` described."""
+    prior = config["prior"]
+    return cls(
+      tuple(config["image_shape"]),
+      corruptions.from_config(config["corruption"]),
+      schedules.from_config(config["level"]),
+      schedules.from_config(config["sigma"]),
+      None if prior is None else Prior.from_config(prior),
+    )
 
   def with_prior(self, prior: Prior) -> Diffusion:
     """The same process starting its samples from `prior`."""

@@ -417,6 +417,11 @@ def _known(prefix: str, name: str, fields: set[str]) -> None:
     raise ValueError(f"the config has no field {prefix}{name!s}; did you mean {prefix}{near}?")
 
 
+def options_from_config(kind: Any, values: Mapping[str, Any]) -> Any:
+  """One of the option classes above (`Training`, …) from plain values, checked."""
+  return _typed(kind, values, f"{kind.__name__.lower()}.")
+
+
 def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
   """A dataclass from a mapping, every field checked against the default's type."""
   if not isinstance(values, Mapping):

@@ -1,15 +1,18 @@
 """The Keras model: a network that predicts the residual, and the training step of P Eq. 12."""
 
+import dataclasses
 import math
 
 import keras
 import tensorflow as tf
 
-from soft_diffusion_tf import losses, rng
+from soft_diffusion_tf import diffusion as diffusions
+from soft_diffusion_tf import experiment, losses, rng
 
 _TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
 
 
+@keras.saving.register_keras_serializable(package="soft_diffusion_tf")
 class PreReducedAdam(keras.optimizers.Adam):
   """Adam whose gradients are already summed over the replicas, by TensorFlow's fused operation.
 
@@ -56,11 +59,13 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     return {"rate": self.rate, "steps": self.steps}
 
 
+@keras.saving.register_keras_serializable(package="soft_diffusion_tf")
 class SoftDiffusionModel(keras.Model):
   """Soft Score Matching around a network φ: x̂_0 = φ(x_t, cond(t)) + x_t (P Eq. 10).
 
-  `update` is one training step, for any strategy; `train_step` is its face to `fit`. The averaged
-  weights live in a second network, so exactly what is sampled from can be saved and called.
+  `update` is one training step, for any strategy; `train_step` gives it to `fit`, on one device.
+  The averaged weights live in a second network, so exactly what is sampled from can be saved and
+  called. `save` and `keras.models.load_model` carry all of it, the optimizer's state included.
 
   Args:
     network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
@@ -97,9 +102,44 @@ class SoftDiffusionModel(keras.Model):
     self.training_options = training
     self.network_options = options
     self.seed = seed
+    self.built = True
 
   def build(self, input_shape=None):
     self.built = True
+
+  def get_config(self):
+    """Everything that the constructor takes, ready for JSON."""
+    return {
+      "network": keras.saving.serialize_keras_object(self.network),
+      "diffusion": self.diffusion.get_config(),
+      "training": dataclasses.asdict(self.training_options),
+      "options": dataclasses.asdict(self.network_options),
+      "seed": self.seed,
+    }
+
+  @classmethod
+  def from_config(cls, config, custom_objects=None):
+    """The model that `get_config` described, its weights fresh."""
+    return cls(
+      keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
+      diffusions.Diffusion.from_config(config["diffusion"]),
+      training=experiment.options_from_config(experiment.Training, config["training"]),
+      options=experiment.options_from_config(experiment.Network, config["options"]),
+      seed=config["seed"],
+    )
+
+  def compile(self, optimizer=None, jit_compile=False, **kwargs):
+    """Makes the model ready for `fit`; by default with the paper's optimizer and without XLA."""
+    super().compile(
+      optimizer=self.make_optimizer() if optimizer is None else optimizer,
+      jit_compile=jit_compile, **kwargs,
+    )  # fmt: skip
+
+  def compile_from_config(self, config):
+    """Compiles a loaded model as it was, with room for the optimizer's state."""
+    optimizer = keras.saving.deserialize_keras_object(config["optimizer"])
+    self.compile(optimizer=optimizer, jit_compile=config.get("jit_compile", False))
+    self.optimizer.build(self.network.trainable_variables)
 
   def cond(self, t):
     """The network's conditioning value at times t."""

@@ -11,6 +11,7 @@ They differ in what they are fitted to:
 - "zero": the zero image (masks hide everything; VE and VP start from noise alone).
 """
 
+import base64
 import dataclasses
 import pathlib
 import zipfile
@@ -60,6 +61,22 @@ class Prior:
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, kind=np.array(self.kind), mean=self.mean, factors=self.factors)
     partial.replace(path)
+
+  def get_config(self):
+    """The same as text, ready for JSON: float32 arrays in base64."""
+    encode = lambda a: base64.b64encode(np.asarray(a, "<f4").tobytes()).decode()
+    return {
+      "kind": self.kind, "shape": list(self.mean.shape), "mean": encode(self.mean),
+      "factors": encode(self.factors),
+    }  # fmt: skip
+
+  @classmethod
+  def from_config(cls, config):
+    """The prior that `get_config` described."""
+    decode = lambda text: np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+    shape = tuple(config["shape"])
+    mean, factors = (decode(config[name]) for name in ("mean", "factors"))
+    return cls(config["kind"], mean.reshape(shape), factors.reshape(-1, *shape))
 
   @classmethod
   def load(cls, path):

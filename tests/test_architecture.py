@@ -15,8 +15,9 @@ LAYERS = [
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",
-  "classifier", "features", "memorisation", "evaluation", "sweeps",
-  "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
+  "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
+  "artefact",
+  "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.export", "bin.restore",
 ]  # fmt: skip
 
 # What a room must never know of (besides what LAYERS rules out).

@@ -281,7 +281,7 @@ def job(study, name, seed, out):
       }
       record = {
         "model": name, "seed": seed, "sampler": rule, "prior": prior, "nfe": nfe, "fd": values,
-        "floor": {s: (r.floor or {}).get("fd_exact") for s, r in real.items()},
+        "floor": {s: (r.floor or {}).get("exact") for s, r in real.items()},
         "step": run.step, "samples": study.samples, "judge": network.label,
         "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
       }  # fmt: skip

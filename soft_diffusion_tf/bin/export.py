@@ -1,0 +1,104 @@
+"""Writes a trained model as one thing to hand on: a SavedModel, or one small file.
+
+soft-diffusion-export --workdir=runs/digits --samplers=momentum:280,two_step:25 --out=model
+soft-diffusion-export --workdir=runs/digits --out=model.npz
+
+The folder loads with TensorFlow alone (`saved_model_cli run --dir=model --tag_set=serve ...`); its
+README.md is the model card. The .npz holds config and float16 weights, for from_pretrained.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from soft_diffusion_tf.bin import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
+_OUT = flags.DEFINE_string(
+  "out", None, "A new folder for a SavedModel, or a file that ends in .npz.", required=True
+)
+_STEP = flags.DEFINE_integer("step", None, "The checkpoint of this step instead of the newest.")
+_SAMPLERS = flags.DEFINE_string(
+  "samplers", None, "SAMPLER:STEPS,... to export side by side, the first as the default; without "
+  "it the config's own and two_step:25.",
+)  # fmt: skip
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Images that are computed side by side, instead of the config's: part of "
+  "what an image is, and the price of a single one.",
+)  # fmt: skip
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["float32", "bfloat16", "float16"],
+  "What a SavedModel computes in (float32 or bfloat16), or what an .npz stores (float16 or "
+  "float32); by default float32 and float16.",
+)  # fmt: skip
+_LICENCE = flags.DEFINE_string("licence", None, "Licence of the weights, for the model card.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+
+
+def parse_samplers(text):
+  """ "momentum:280,two_step:25" → [("momentum", 280), ("two_step", 25)]."""
+  pairs = []
+  for part in text.split(","):
+    name, colon, steps = part.partition(":")
+    if not (name and colon and steps.isdigit()):
+      raise ValueError(
+        f"--samplers={text}: {part!r} is not SAMPLER:STEPS; give a list such as momentum:280"
+      )
+    pairs.append((name, int(steps)))
+  return pairs
+
+
+def main():
+  from soft_diffusion_tf import artefact, training
+
+  out = pathlib.Path(_OUT.value)
+  pairs = parse_samplers(_SAMPLERS.value) if _SAMPLERS.value else None
+  packed = out.suffix == ".npz"
+  known = ("float16", "float32") if packed else artefact.DTYPES
+  dtype = _DTYPE.value or known[0]
+  if dtype not in known:
+    raise ValueError(f"--dtype={dtype} does not go with --out={out}; take {' or '.join(known)}")
+  if packed and (pairs or _BATCH_SIZE.value):
+    raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
+  artefact.refuse_to_overwrite(out, _FORCE.value)
+  run = training.load(_WORKDIR.value, _STEP.value)
+  evaluations = read_evaluations(_WORKDIR.value)
+  options = {
+    "evaluations": evaluations,
+    "force": _FORCE.value,
+    "dtype": dtype,
+    "licence": _LICENCE.value or artefact.UNSTATED,
+  }
+  if packed:
+    artefact.pack(run, out, **options)
+    print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
+    print(f'next: artefact.from_pretrained("{out}").images(range(16))')
+    return
+  if pairs is None:
+    pairs = [(run.options().sampler, run.options().steps), ("two_step", 25)]
+  asked = [run.options(sampler=s, steps=n, batch_size=_BATCH_SIZE.value) for s, n in pairs]
+  manifest = artefact.export(run, out, asked, **options)
+  size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
+  print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")
+  print(f"signatures: {', '.join(sorted(manifest['signatures']))}")
+  print(
+    f"next: saved_model_cli run --dir={out} --tag_set=serve --signature_def=sample "
+    "--input_exprs='num=4;seed=0' --outdir=."
+  )
+
+
+def read_evaluations(workdir):
+  """The records that soft-diffusion-evaluate has left in a workdir."""
+  path = pathlib.Path(workdir) / "evaluations.jsonl"
+  if not path.is_file():
+    return []
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def run():
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  run()

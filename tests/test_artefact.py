@@ -1,0 +1,348 @@
+"""Exported models: one folder or file that holds everything, and equals the Python sampler."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from soft_diffusion_tf import artefact, plots, priors, restoration, samplers, training
+from soft_diffusion_tf.experiment import Sampling
+
+SAMPLERS = {  # by the name that each gets
+  "momentum_3": Sampling(sampler="momentum", steps=3, batch_size=5),
+  "heun_ddim_4": Sampling(sampler="heun+ddim", steps=4, batch_size=5, clip=True),
+}
+RESTORING = restoration.DEFAULT.changed(steps=4)
+SEEDS = [3, -5, 3, 19, 900, 8, 12]  # twice the same, negative, and several at one place
+
+
+def make_run(tiny, digits):
+  """A network whose output is not zero, as if trained."""
+  process = tiny.build_diffusion()
+  process = process.with_prior(priors.fit("blurred_colour", digits, process))
+  run = training.Run(tiny.replace(network={"init_scale": 1.0}), None, 7)
+  run.model = training.build(run.experiment, process)
+  for value in run.model.ema_network.variables:  # not the weights under training
+    value.assign(value * 1.01)
+  return run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, request):
+  """(run, folder, manifest), exported once."""
+  tiny = request.getfixturevalue("tiny")
+  run = make_run(tiny, request.getfixturevalue("digits"))
+  folder = tmp_path_factory.mktemp("artefact") / "model"
+  record = {"step": 7, "sampler": "momentum", "nfe": 3, "samples": 64, "label": "FD[pixels]",
+            "value": 1.25, "floor": None}  # fmt: skip
+  stale = record | {"step": 6, "value": 99.0}
+  manifest = artefact.export(
+    run, folder, list(SAMPLERS.values()), restoring=RESTORING, evaluations=[record, stale],
+    licence="CC0-1.0",
+  )  # fmt: skip
+  return run, folder, manifest
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+  return tf.saved_model.load(str(exported[1]))
+
+
+# --- Bits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_equal_the_python_sampler_to_the_bit(name, exported, model):
+  run = exported[0]
+  drawn = model.signatures[f"draw_{name}"](seeds=tf.constant(SEEDS, tf.int64))
+  want = run.images(SEEDS, SAMPLERS[name])
+  np.testing.assert_array_equal(drawn["images"], want)
+  np.testing.assert_array_equal(drawn["uint8"], plots.to_uint8(want))
+  for num, seed in ((1, 4), (13, -6)):
+    sampled = model.signatures[f"sample_{name}"](num=num, seed=tf.constant(seed, tf.int64))
+    np.testing.assert_array_equal(
+      sampled["images"], run.images(range(seed, seed + num), SAMPLERS[name])
+    )
+
+
+def test_the_first_sampler_is_the_default(exported, model):
+  out = model.signatures["sample"](num=2, seed=tf.constant(0, tf.int64))
+  np.testing.assert_array_equal(out["images"], exported[0].images([0, 1], SAMPLERS["momentum_3"]))
+  assert exported[2]["default_sampler"] == "momentum_3"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_process_is_the_sampler_seen_on_its_way(name, exported, model):
+  run, options = exported[0], SAMPLERS[name]
+  seeds = np.arange(5)  # one batch, in place
+  out = model.signatures[f"process_{name}"](seeds=tf.constant(seeds, tf.int64))
+  times, states, predictions = run.sampler(options).trajectory(
+    run.table(options), seeds, out["times"].shape[0] - 1
+  )
+  np.testing.assert_allclose(out["times"], times, rtol=1e-6)
+  np.testing.assert_array_equal(out["x_t"], states.swapaxes(0, 1))
+  np.testing.assert_array_equal(out["x0_hat"], predictions.swapaxes(0, 1))
+  assert len(times) == options.steps + 1
+
+
+def test_denoise_score_and_corrupt(exported, model, digits):
+  run, x = exported[0], digits[:4]
+  t = tf.constant([0.0, 0.3, 0.5, 1.0])
+  seeds = np.arange(9, 13)
+  x_t = model.signatures["corrupt"](x_0=x, t=t, seed=tf.constant(9, tf.int64))["x_t"]
+  want = restoration.corrupt(run.diffusion, x, t, seeds)
+  np.testing.assert_allclose(x_t, want, atol=1e-6)
+  x0_hat = model.signatures["denoise"](x_t=x_t, t=t)["x0_hat"]
+  # Other kernels run eagerly, and round otherwise; the network's output is of the order of 1.
+  np.testing.assert_allclose(x0_hat, run.model.denoiser()(x_t, t), atol=2e-4)
+  score = model.signatures["score"](x_t=x_t, t=t)["score"]
+  np.testing.assert_allclose(score, run.diffusion.score(x_t, t, x0_hat), rtol=1e-3, atol=0.1)
+  assert np.max(np.abs(score)) > 100  # divided by σ² = 1e-4 at t = 0, hence the 0.1 above
+  one = model.signatures["denoise"](x_t=x_t, t=tf.constant([0.5]))["x0_hat"]  # one t for all
+  each = model.signatures["denoise"](x_t=x_t, t=tf.fill([4], 0.5))["x0_hat"]
+  np.testing.assert_array_equal(one, each)
+
+
+def test_restorations_equal_the_python_ones(exported, model, digits):
+  run = exported[0]
+  restorer = restoration.Restorer(run.diffusion, run.model.denoiser(), RESTORING)
+  y = restorer.corrupt(digits[:3], 0.5)
+  want = restorer(y, 0.5, count=2, seed=11)
+  seed = tf.constant(11, tf.int64)
+  out = model.signatures["restore_map"](y=y, t=tf.constant(0.5), seed=seed, num=2)
+  np.testing.assert_array_equal(out["samples"], want.samples)
+  np.testing.assert_allclose(out["mean"], want.mean, atol=1e-6)
+  np.testing.assert_allclose(out["std"], want.uncertainty, atol=1e-5)
+  one = model.signatures["restore"](y=y, t=tf.constant(0.501), seed=seed)  # rounds to 128/256
+  np.testing.assert_array_equal(one["images"], restorer(y, 0.5, seed=11).samples[:, 0])
+
+
+# --- Alone ----------------------------------------------------------------------------------------
+
+_ALONE = """
+import sys
+import numpy as np, tensorflow as tf  # which looks where Keras is, but does not import it
+class Refuse:
+  def find_spec(self, name, *_):
+    if name.split(".")[0] in ("soft_diffusion_tf", "keras", "tf_keras", "tensorflow_probability"):
+      raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+model = tf.saved_model.load(sys.argv[1])
+out = model.signatures["sample_heun_ddim_4"](num=tf.constant(7), seed=tf.constant(2, tf.int64))
+np.save(sys.argv[2], out["images"])
+assert not {"soft_diffusion_tf", "keras"} & set(sys.modules)
+"""
+
+
+def test_it_needs_tensorflow_alone(exported, tmp_path):
+  run, folder, _ = exported
+  moved = shutil.copytree(folder, tmp_path / "moved")
+  command = [sys.executable, "-c", _ALONE, moved, tmp_path / "x.npy"]
+  result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr[-2000:]
+  want = run.images(range(2, 9), SAMPLERS["heun_ddim_4"])
+  np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), want)
+
+
+@pytest.mark.slow
+def test_saved_model_cli_runs_it(exported, tmp_path):
+  run, folder, _ = exported
+  command = [
+    sys.executable, "-m", "tensorflow.python.tools.saved_model_cli", "run", f"--dir={folder}",
+    "--tag_set=serve", "--signature_def=sample", "--input_exprs=num=3;seed=5",
+    f"--outdir={tmp_path}",
+  ]  # fmt: skip
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr[-2000:]
+  np.testing.assert_array_equal(
+    np.load(tmp_path / "images.npy"), run.images([5, 6, 7], SAMPLERS["momentum_3"])
+  )
+
+
+# --- What it says of itself -----------------------------------------------------------------------
+
+
+def test_manifest_and_card_say_what_it_is(exported):
+  run, folder, manifest = exported
+  assert artefact.manifest_of(folder) == json.loads(json.dumps(manifest))
+  assert manifest["config"] == run.experiment.digest()
+  assert manifest["weights_sha256"] == artefact.digest_of(run)
+  assert manifest["samplers"]["heun_ddim_4"]["evaluations"] == 6  # two for each Heun step
+  assert manifest["signatures"]["denoise"]["inputs"]["x_t"] == {
+    "shape": [None, 8, 8, 1], "dtype": "float32",
+  }  # fmt: skip
+  loaded = tf.saved_model.load(str(folder)).signatures
+  assert set(loaded) == set(manifest["signatures"])
+  card = (folder / "README.md").read_text()
+  for text in (
+    "GaussianBlur", "digits, split train", run.experiment.digest(), artefact.digest_of(run),
+    "CC0-1.0", "| momentum | 3 | 64 | FD[pixels] 1.25 | – |", "sample_heun_ddim_4",
+  ):  # fmt: skip
+    assert text in card
+  assert "99" not in card.split("## Measured")[1].split("##")[0]  # of another step
+  assert "Not evaluated" in artefact.card(run, manifest)
+
+
+def test_load_gives_a_model_to_go_on_with(exported, digits):
+  run, folder, _ = exported
+  back = artefact.load(folder)
+  assert back.experiment == run.experiment
+  assert back.step == run.step
+  np.testing.assert_array_equal(back.images(SEEDS), run.images(SEEDS))
+  before = back.model.network.get_weights()
+  for one, other in zip(before, run.model.ema_network.get_weights()):
+    np.testing.assert_array_equal(one, other)
+  back.model.update(tf.constant(digits[:16]))
+  after = back.model.network.get_weights()
+  assert max(np.abs(a - b).max() for a, b in zip(before, after)) > 0
+
+
+@pytest.mark.slow
+def test_bfloat16(exported, tmp_path):
+  run, _, _ = exported
+  artefact.export(run, tmp_path / "m", [SAMPLERS["momentum_3"]], dtype="bfloat16",
+                  restoring=RESTORING)  # fmt: skip
+  model = tf.saved_model.load(str(tmp_path / "m"))
+  out = model.signatures["draw"](seeds=tf.constant(SEEDS, tf.int64))["images"]
+  back = artefact.load(tmp_path / "m")
+  np.testing.assert_array_equal(out, back.images(SEEDS, SAMPLERS["momentum_3"]))
+  single = run.images(SEEDS, SAMPLERS["momentum_3"])
+  gap = np.abs(out - single).max()
+  assert 0 < gap < 0.05 * np.ptp(single)  # bfloat16 has 8 bits: 0.4 % a product
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_calls_are_refused_by_the_graph(model, digits):
+  call, seed = model.signatures, tf.constant(0, tf.int64)
+  x = tf.constant(digits[:2])
+  for text, do in {
+    "num must be at least 1": lambda: call["sample"](num=0, seed=seed),
+    "at most 65536": lambda: call["sample"](num=2**31 - 1, seed=seed),
+    "at least 1 image": lambda: call["draw"](seeds=tf.zeros([0], tf.int64)),
+    "y holds NaN": lambda: call["restore"](y=x * np.nan, t=tf.constant(0.5), seed=seed),
+    "t must lie in": lambda: call["restore"](y=x, t=tf.constant(np.nan), seed=seed),
+    "t must": lambda: call["denoise"](x_t=x, t=tf.constant([1.5])),
+  }.items():
+    with pytest.raises(tf.errors.InvalidArgumentError, match=text):
+      do()
+
+
+def test_nothing_is_overwritten_unless_forced(exported, tmp_path):
+  run = exported[0]
+  out = tmp_path / "m.npz"
+  out.write_text("mine")
+  with pytest.raises(ValueError, match="is there already"):
+    artefact.pack(run, out)
+  with pytest.raises(ValueError, match="is there already"):
+    artefact.export(run, out)
+  assert out.read_text() == "mine"
+  artefact.pack(run, out, force=True)
+  assert artefact.unpack(out).step == 7
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "old").write_text("old")
+
+  def broken(folder):
+    (folder / "half").write_text("")
+    raise OSError("no space")
+
+  with pytest.raises(OSError, match="no space"):
+    artefact.write_whole(out, broken)
+  assert [f.name for f in tmp_path.iterdir()] == ["out"]
+  assert (out / "old").read_text() == "old"
+  artefact.write_whole(out, lambda folder: (folder / "new").write_text("new"))
+  assert [f.name for f in out.iterdir()] == ["new"]
+  assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_samplers_that_cannot_be_exported(exported, tmp_path):
+  run = exported[0]
+  out = tmp_path / "m"
+  for text, options in {
+    "cannot be exported": [Sampling(sampler=samplers.ADAPTIVE)],
+    "would both be called momentum_3": [Sampling(steps=3), Sampling(steps=3, clip=True)],
+  }.items():
+    with pytest.raises(ValueError, match=text):
+      artefact.export(run, out, options)
+  with pytest.raises(ValueError, match="choose one of float32, bfloat16"):
+    artefact.export(run, out, dtype="float8")
+  assert not out.exists()
+
+
+def test_what_cannot_be_read_is_named(exported, model, tmp_path):
+  folder = shutil.copytree(exported[1], tmp_path / "m")
+  with pytest.raises(ValueError, match="did you mean 'sample_momentum_3'"):
+    artefact.signature(model, "sample_momentum3")
+  with pytest.raises(ValueError, match="not an exported model"):
+    artefact.load(tmp_path)
+  manifest = folder / artefact.EXTRA / artefact.MANIFEST
+  text = manifest.read_text()
+  manifest.write_text(text.replace(artefact.digest_of(exported[0]), "0" * 64))
+  with pytest.raises(ValueError, match="not those of its manifest"):
+    artefact.load(folder)
+  manifest.write_text(text.replace('"format": 1', '"format": 2'))
+  with pytest.raises(ValueError, match="its format is 2 and this version reads 1"):
+    artefact.load(folder)
+  manifest.write_text("{")
+  with pytest.raises(ValueError, match="not JSON"):
+    artefact.from_pretrained(folder)
+  manifest.write_text(text)
+  data = next((folder / "variables").glob("*.data*"))
+  data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+  with pytest.raises(ValueError, match="weights cannot be read"):
+    artefact.load(folder)
+
+
+# --- One file -------------------------------------------------------------------------------------
+
+
+def test_a_packed_model_comes_back(exported, tmp_path):
+  run = exported[0]
+  artefact.pack(run, tmp_path / "a.npz", dtype="float32")
+  back = artefact.from_pretrained(tmp_path / "a.npz")
+  np.testing.assert_array_equal(back.images(SEEDS), run.images(SEEDS))
+  artefact.pack(run, tmp_path / "b.npz")
+  half = artefact.unpack(tmp_path / "b.npz")
+  for one, other in zip(half.model.ema_network.get_weights(), run.model.ema_network.get_weights()):
+    np.testing.assert_allclose(one, other, rtol=2**-11, atol=2**-25)  # float16 has 11 bits
+  assert (tmp_path / "b.npz").stat().st_size < 0.7 * (tmp_path / "a.npz").stat().st_size
+  broken = tmp_path / "c.npz"
+  broken.write_bytes((tmp_path / "b.npz").read_bytes()[:5000])
+  with pytest.raises(ValueError, match="cannot be read as a packed model"):
+    artefact.from_pretrained(broken)
+  with pytest.raises(ValueError, match="no such model comes with the package"):
+    artefact.from_pretrained("digitz")
+
+
+@pytest.mark.parametrize("name", artefact.pretrained())
+def test_models_that_come_with_the_package(name, digits):
+  folder = pathlib.Path(artefact.__file__).parent / "pretrained"
+  assert (folder / f"{name}.npz").stat().st_size < 2_000_000
+  run = artefact.from_pretrained(name)
+  card = (folder / f"{name}.md").read_text()
+  assert run.experiment.digest() in card
+  stored = [w.astype(np.float16) for w in run.model.ema_network.get_weights()]
+  for one, other in zip(stored, run.model.ema_network.get_weights()):
+    np.testing.assert_array_equal(one, other)  # nothing but float16 is in it
+  images = run.images(range(64), run.options(sampler="two_step", steps=10))
+  flat, real = (x.reshape(len(x), -1) for x in (images, digits))
+  # Of 64 other real digits the mean is 0.5 from that of all; that of noise is far off.
+  assert np.linalg.norm(flat.mean(0) - real.mean(0)) < 1.0
+  nearest = np.linalg.norm(flat[:, None] - real[None], axis=2).min(1)
+  assert np.median(nearest) < 2.0  # two real digits of one class are about 2 apart
+
+
+def test_a_damaged_model_of_the_package_is_refused(monkeypatch):
+  monkeypatch.setattr(artefact, "pretrained", lambda: {"digits": "0" * 64})
+  with pytest.raises(ValueError, match="damaged"):
+    artefact.from_pretrained("digits")
