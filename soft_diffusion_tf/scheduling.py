@@ -51,10 +51,13 @@ NOISES = ("none", "same", "independent")
 _BLOCK = 2**28
 _CACHE = 2**30
 # What a reduced basis may cut from the images of a level, as a share of the mean step (root mean
-# square): by the triangle inequality no distance moves by more than twice that.
-_CUT = 1e-3
-# Default ε of the entropic problem, as a share of the squared mean step.
-_ENTROPIC = 0.05
+# square r). Both sides of a pair are projected alike, so W₂² is low by at most (2r)² (`Clouds`).
+_CUT = 0.015
+# Default ε of the entropic problem, as a share of the squared mean step: CIFAR-10 at the strongest
+# blur fills some four dimensions, where the entropic coupling is then 1 % longer than the optimal.
+_ENTROPIC = 0.1
+# Price of an edge of the graph, as a share of the longest: above rounding, below what counts.
+_TOLL = 1e-6
 # How far the calibration of estimated distances carries, in candidate levels.
 _REACH = 6.0
 
@@ -431,10 +434,12 @@ class Known(Distances):
 class Clouds:
   """The corrupted data sets C_k x_0 + σ_k η as points of a Euclidean space, made when asked for.
 
-  Without noise, and for corruptions that treat channels alike, the points are coordinates in the
-  eigenbasis of the pixels' second moments, averaged over levels. A level keeps as many leading
-  coordinates as it needs: what is cut is known exactly, and by the triangle inequality it moves no
-  distance by more than its root mean square on both sides together.
+  Without noise, and for corruptions that treat channels alike, the points are coordinates in a
+  common orthogonal basis in which strongly corrupted images come first. A pair of nodes is
+  projected on the leading coordinates that both need. If r_i and r_j are the root mean squares of
+  what that cuts, W₂ of the projections P satisfies W₂(PX, PY)² ≤ W₂(X, Y)² ≤ W₂(PX, PY)² + (r_i + r_j)²: a
+  projection shortens every distance, and the coupling that is optimal for the projections pays for
+  the rest at most the last term, by Minkowski's inequality.
 
   Args:
     levels, sigmas: [L] each, one pair per node; sigmas are 0 without noise.
@@ -453,8 +458,8 @@ class Clouds:
     self.levels = np.asarray(levels, np.float64)
     self.sigmas = np.zeros_like(self.levels) if noise == "none" else np.asarray(sigmas, np.float64)
     self.dimension = int(np.prod(self.images.shape[1:]))
-    self.dropped = 0.0
     self._cache: collections.OrderedDict[int, Array] = collections.OrderedDict()
+    self._ranks: dict[int, int] = {}
 
   def __len__(self) -> int:
     return len(self.levels)
@@ -468,28 +473,20 @@ class Clouds:
       return None
     pixels = roots.shape[1] * roots.shape[2]
     moments = np.zeros([pixels] * 2)
-    for k in np.unique(np.linspace(0, len(self) - 1, 9).astype(int)):
+    # What little the strong corruptions leave must not drown in what the weak ones leave.
+    for k, weight in zip(np.linspace(0, len(self) - 1, 9).astype(int), np.geomspace(1, 1e4, 9)):
       part = np.asarray(self.corruption(roots, self.levels[k])).reshape(pixels, -1)
-      moments += part @ part.T
-    return np.linalg.eigh(moments)[1][:, ::-1].astype(np.float32)
+      moments += weight * (part @ part.T)
+    return np.linalg.eigh(moments)[1].astype(np.float32)
 
-  def __call__(self, k: int) -> Array:
-    """Points of node k, float32 [N, ·]: nodes have their own numbers of leading coordinates."""
-    if k in self._cache:
-      self._cache.move_to_end(k)
-      return self._cache[k]
-    points = self._make(k)
-    self._cache[k] = points
-    while len(self._cache) > 2 and sum(p.nbytes for p in self._cache.values()) > _CACHE:
-      self._cache.popitem(last=False)
-    return points
-
-  def _make(self, k: int) -> Array:
+  def _make(self, k: int, rank: int) -> Array:
+    """Points of node k with at least `rank` coordinates per channel, if there are as many."""
     level, n = float(self.levels[k]), len(self.images)
     parts = [self.corruption(self.images[s : s + 1024], level) for s in range(0, n, 1024)]
     corrupted = np.concatenate([np.asarray(part) for part in parts])
     if self._basis is None:
       points = corrupted.reshape(n, -1)
+      self._ranks[k] = points.shape[1]
       if self.noise != "none":
         key = [self.seed, 0 if self.noise == "same" else k + 1]
         eta = np.random.default_rng(key).standard_normal(points.shape, np.float32)
@@ -497,19 +494,32 @@ class Clouds:
       return points
     c = corrupted.shape[3]
     rows = np.moveaxis(corrupted, 3, 1).reshape(n * c, -1) @ self._basis
-    energy = np.einsum("ij,ij->j", rows, rows, dtype=np.float64) / n
-    tail = np.cumsum(energy[::-1])[::-1]  # of this coordinate and those after it
-    rank = int(np.argmax(tail <= self.cut**2)) if tail[-1] <= self.cut**2 else len(tail)
-    self.dropped = max(self.dropped, math.sqrt(tail[rank]) if rank < len(tail) else 0.0)
-    # Coordinate by coordinate, its channels together: a prefix is a prefix for every channel.
-    return np.ascontiguousarray(rows.reshape(n, c, -1)[:, :, :rank].swapaxes(1, 2)).reshape(n, -1)
+    if k not in self._ranks:
+      energy = np.einsum("ij,ij->j", rows, rows, dtype=np.float64) / n
+      weak = int(np.searchsorted(np.cumsum(energy), self.cut**2, side="right"))
+      self._ranks[k] = max(1, len(energy) - weak)
+    kept = max(rank, math.ceil(1.25 * self._ranks[k]))  # some more, for the partners of other pairs
+    # Weak coordinates stay first: float32 sums that begin with large terms would lose small ones.
+    points = rows.reshape(n, c, -1)[:, :, -kept:].swapaxes(1, 2)
+    return np.ascontiguousarray(points).reshape(n, -1)
 
-  def pair(self, i: int, j: int) -> tuple[Array, Array]:
-    """Points of two nodes in one space."""
-    x, y = self(i), self(j)
-    size = max(x.shape[1], y.shape[1], 1)
-    pad = lambda z: np.pad(z, [(0, 0), (0, size - z.shape[1])]) if z.shape[1] < size else z
-    return pad(x), pad(y)
+  def _points(self, k: int, rank: int = 0) -> Array:
+    channels = 1 if self._basis is None else self.images.shape[3]
+    full = self.dimension // channels
+    if k not in self._cache or self._cache[k].shape[1] < min(rank, full) * channels:
+      self._cache[k] = self._make(k, rank)
+    self._cache.move_to_end(k)
+    while len(self._cache) > 2 and sum(p.nbytes for p in self._cache.values()) > _CACHE:
+      self._cache.popitem(last=False)
+    return self._cache[k]
+
+  def __call__(self, *nodes: int) -> list[Array]:
+    """Points of nodes in one space, float32 [N, ·] each."""
+    for k in nodes:
+      self._points(k)
+    rank = max(self._ranks[k] for k in nodes)
+    size = rank * (1 if self._basis is None else self.images.shape[3])
+    return [self._points(k, rank)[:, -size:] for k in nodes]
 
   def paired(self, by_level: Array | None = None) -> Array:
     """Root mean square distance of each image from itself between all nodes, float64 [L, L].
@@ -585,12 +595,12 @@ class Sinkhorn(Distances):
   def _self(self, k: int) -> float:
     """The regularised cost of node k with itself."""
     if k not in self._selves:
-      x = self.clouds(k)
+      (x,) = self.clouds(k)
       self._selves[k] = float(self._solve(k, k, x, None, None).reg_ot_cost)
     return self._selves[k]
 
   def compute(self, i: int, j: int) -> float:
-    x, y = self.clouds.pair(i, j)
+    x, y = self.clouds(i, j)
     init = None
     if self.warm:
       f, g = sinkhorn.identity_potentials(x, y, epsilon=self.epsilon)
@@ -618,28 +628,21 @@ class Bures(Distances):
   def __init__(self, clouds: Clouds, paired: Array) -> None:
     super().__init__(len(clouds))
     self.clouds, self._paired = clouds, paired
-    self._factors: collections.OrderedDict[int, tuple[Array, Array]] = collections.OrderedDict()
 
   def estimate(self) -> Array:
     return self._paired.copy()
 
-  def _gaussian(self, k: int) -> tuple[Array, Array]:
-    if k not in self._factors:
-      points = self.clouds(k).astype(np.float64)
-      mean = points.mean(axis=0)
-      root: Array = np.linalg.qr(points - mean, mode="r")  # type: ignore[assignment]
-      self._factors[k] = mean, root / math.sqrt(len(points))
-      while sum(r.nbytes for _, r in self._factors.values()) > _CACHE and len(self._factors) > 2:
-        self._factors.popitem(last=False)
-    return self._factors[k]
-
   def compute(self, i: int, j: int) -> float:
-    (m_i, r_i), (m_j, r_j) = self._gaussian(i), self._gaussian(j)
-    size = min(len(m_i), len(m_j))
-    pad = lambda m: np.pad(m, (0, max(len(m_i), len(m_j)) - len(m)))
-    cross = np.linalg.svd(r_i[:, :size] @ r_j[:, :size].T, compute_uv=False).sum()
-    square = np.sum((pad(m_i) - pad(m_j)) ** 2) + np.sum(r_i**2) + np.sum(r_j**2) - 2 * cross
-    return math.sqrt(max(float(square), 0.0))
+    square, roots, means = 0.0, [], []
+    for points in self.clouds(i, j):
+      points = points.astype(np.float64)
+      means.append(points.mean(axis=0))
+      root: Array = np.linalg.qr(points - means[-1], mode="r")  # type: ignore[assignment]
+      roots.append(root / math.sqrt(len(points)))
+      square += float(np.sum(roots[-1] ** 2))
+    cross = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
+    square += float(np.sum((means[0] - means[1]) ** 2)) - 2 * cross
+    return math.sqrt(max(square, 0.0))
 
 
 # --- The path -------------------------------------------------------------------------------------
@@ -654,8 +657,11 @@ def shortest_path(distances: Array, epsilon: float) -> list[int]:
   there = distances <= epsilon
   np.fill_diagonal(there, False)
   rows, columns = np.nonzero(there)
-  # csgraph reads 0 as "no edge": equal data sets get the smallest positive weight instead.
-  weights = np.maximum(distances[rows, columns], np.finfo(np.float64).tiny)
+  weights = distances[rows, columns]
+  # Where data sets lie on a straight line (scaling, a fading mask) any subdivision is as short as
+  # the whole: a toll per edge makes long edges win. It also joins equal data sets: csgraph reads 0
+  # as "no edge".
+  weights = weights + max(_TOLL * float(np.max(weights, initial=0.0)), np.finfo(np.float64).tiny)
   graph = scipy.sparse.csr_matrix((weights, (rows, columns)), shape=distances.shape)
   length, before = scipy.sparse.csgraph.dijkstra(graph, indices=0, return_predecessors=True)
   if not np.isfinite(length[-1]):
@@ -699,6 +705,8 @@ class Path:
     content: dict[str, Any] = {"levels": [float(v) for v in self.levels]}
     if self.sigmas is not None:
       content["sigmas"] = [float(v) for v in self.sigmas]
+    if self.nearest:
+      content["nearest"] = list(self.nearest)
     return {
       **content,
       "steps": [float(v) for v in self.steps],
@@ -810,7 +818,7 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
     missing = [e for e in edges if e not in distances.known]
     if not missing:
       break
-    values = distances.pairs(missing, progress)
+    values = distances.pairs(missing, None if exact else progress)
     if turn and not exact:
       expected = np.array([weights[e] for e in missing])
       deviation = max(deviation, float(np.max(np.abs(expected / np.maximum(values, 1e-30) - 1))))
