@@ -53,9 +53,13 @@ _CACHE = 2**30
 # What a reduced basis may cut from the images of a level, as a share of the mean step (root mean
 # square r). Both sides of a pair are projected alike, so W₂² is low by at most (2r)² (`Clouds`).
 _CUT = 0.015
-# Default ε of the entropic problem, as a share of the squared mean step: CIFAR-10 at the strongest
-# blur fills some four dimensions, where the entropic coupling is then 1 % longer than the optimal.
-_ENTROPIC = 0.1
+# Default ε of the entropic problem, as a share of the squared mean step.
+_ENTROPIC = 0.05
+# Marginal error at which a transport problem counts as solved. What is wrongly placed costs about
+# as much as a step, so it moves a squared distance by about that share; more digits would be lost
+# on the sampling error, and cost hundreds of iterations where strong blur leaves four dimensions.
+_THRESHOLD = 5e-3
+_ITERATIONS = 500
 # Price of an edge of the graph, as a share of the longest: above rounding, below what counts.
 _TOLL = 1e-6
 # How far the calibration of estimated distances carries, in candidate levels.
@@ -550,13 +554,15 @@ class Sinkhorn(Distances):
     epsilon: ε of the entropic problem, in units of the squared distance.
     neighbours: for operators where pairing each image with itself is not optimal.
     warm: False starts every problem anew.
+    threshold: L1 error of the marginals at which a problem counts as solved.
   """
 
   def __init__(self, clouds: Clouds, paired: Array, method: str = "sinkhorn", *, epsilon: float,
-               neighbours: bool = False, warm: bool = True) -> None:  # fmt: skip
+               neighbours: bool = False, warm: bool = True,
+               threshold: float = _THRESHOLD) -> None:  # fmt: skip
     super().__init__(len(clouds))
     self.clouds, self.method, self.epsilon = clouds, method, epsilon
-    self.warm, self.neighbours = warm, neighbours
+    self.warm, self.neighbours, self.threshold = warm, neighbours, threshold
     self.iterations: list[int] = []
     self._paired = paired
     self._corrections: dict[tuple[int, int], Array] = {}
@@ -570,8 +576,13 @@ class Sinkhorn(Distances):
 
   def _solve(self, i: int, j: int, x: Array, y: Array | None,
              init: tuple[Any, Any] | None) -> sinkhorn.SinkhornResult:  # fmt: skip
+    options = {
+      "epsilon": self.epsilon, "threshold": self.threshold, "max_iterations": _ITERATIONS
+    }  # fmt: skip
     try:
-      result = sinkhorn.sinkhorn(x, y, epsilon=self.epsilon, init=init)
+      result = sinkhorn.sinkhorn(x, y, init=init, **options)
+      if not bool(result.converged):  # from far away, by way of larger ε
+        result = sinkhorn.sinkhorn(x, y, scaling=0.5, **options)
     except ValueError as error:
       raise ValueError(f"{error} (--sinkhorn_epsilon)") from None
     if not bool(result.converged):
