@@ -441,9 +441,12 @@ class Clouds:
   Without noise, and for corruptions that treat channels alike, the points are coordinates in a
   common orthogonal basis in which strongly corrupted images come first. A pair of nodes is
   projected on the leading coordinates that both need. If r_i and r_j are the root mean squares of
-  what that cuts, W₂ of the projections P satisfies W₂(PX, PY)² ≤ W₂(X, Y)² ≤ W₂(PX, PY)² + (r_i + r_j)²: a
-  projection shortens every distance, and the coupling that is optimal for the projections pays for
-  the rest at most the last term, by Minkowski's inequality.
+  what that cuts, the projections P satisfy
+
+      W₂(PX, PY)² ≤ W₂(X, Y)² ≤ W₂(PX, PY)² + (r_i + r_j)²:
+
+  a projection shortens every distance, and the coupling that is optimal for the projections pays
+  for the rest at most the last term, by Minkowski's inequality.
 
   Args:
     levels, sigmas: [L] each, one pair per node; sigmas are 0 without noise.
@@ -844,7 +847,7 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
 # --- From images to a schedule --------------------------------------------------------------------
 
 
-def _shift(one: Array, two: Array, levels: Array) -> float:
+def shift(one: Array, two: Array, levels: Array) -> float:
   """The largest distance between two schedules at equal times, in steps of a third."""
   t = np.linspace(0, 1, 1001)
   sign = np.sign(levels[-1] - levels[0])  # np.interp wants rising abscissae
@@ -996,7 +999,7 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
       find_path(levels, distances_of(f"half {k}", images[k::2])[0], wanted, progress).levels
       for k in range(2)
     )
-    facts["sensitivity"] = _shift(one, two, path.levels)
+    facts["sensitivity"] = shift(one, two, path.levels)
   return Found(path, facts, grid, distances)
 
 

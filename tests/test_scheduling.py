@@ -583,11 +583,11 @@ def test_two_halves_of_the_images(images):
   _, facts = s.find(c.GaussianBlur(), same.reshape(100, 8, 8, 1), 0.01, 6.0, count=64, nodes=12,
                     halves=True)  # fmt: skip
   assert facts["sensitivity"] == 0
-  assert s._shift(np.array([0, 1.0, 2]), np.array([0, 1.5, 2]), np.array([0, 1.0, 2])) == (
+  assert s.shift(np.array([0, 1.0, 2]), np.array([0, 1.5, 2]), np.array([0, 1.0, 2])) == (
     pytest.approx(0.5)
   )
   # Falling levels, and halves with other numbers of nodes.
-  assert s._shift(np.array([1.0, 0]), np.array([1.0, 0.5, 0]), np.array([1.0, 0.5, 0])) == 0
+  assert s.shift(np.array([1.0, 0]), np.array([1.0, 0.5, 0]), np.array([1.0, 0.5, 0])) == 0
 
 
 @pytest.mark.parametrize("method", s.METHODS)

@@ -3,6 +3,7 @@
 python tools/benchmark.py corruption
 python tools/benchmark.py network --config=small
 python tools/benchmark.py sinkhorn
+python tools/benchmark.py schedule
 """
 
 import importlib.util
