@@ -1025,12 +1025,12 @@ def mse_matched(corruption: Corruption, images: Array, first: float, last: float
   """
   images = _check_images(images)
   fine = candidate_levels(corruption, first, last, 512, "transport", images)
-  sample = images[:: max(1, len(images) // 500)]
-  corrupted = (np.asarray(corruption(sample, float(level)), np.float64) for level in fine)
-  mse = np.array([np.mean(np.sum((c - sample) ** 2, axis=(1, 2, 3))) for c in corrupted])
+  roots, _ = _roots(corruption, images)
+  gaps = (np.asarray(corruption(roots, float(level))).ravel() - roots.ravel() for level in fine)
+  mse = np.array([float(gap @ gap) for gap in gaps])
   mse = np.maximum.accumulate(mse)  # a blur's error grows with its level; rounding need not
   t = np.linspace(0, 1, nodes).astype(np.float32)
-  noise = sample[0].size * np.asarray(sigma(t), np.float64) ** 2
+  noise = images[0].size * np.asarray(sigma(t), np.float64) ** 2
   ve = np.asarray(ve_sigma(t), np.float64)
   share = (ve / ve[-1]) ** 2
   wanted = share * (mse[-1] + noise[-1]) - noise

@@ -146,7 +146,7 @@ def laboratory(counts, samples, rules=("momentum", "ddim", "two_step")):
 
   def joint(method, steps):
     path = scheduling.search(
-      blur, images, *ends, count=64, sigmas=(*noises, 24), nodes=steps + 1, method=method
+      blur, images, *ends, count=48, sigmas=(*noises, 16), nodes=steps + 1, method=method
     ).path
     return schedules.piecewise(path.levels.tolist()), schedules.piecewise(path.sigmas.tolist())
 
