@@ -54,7 +54,7 @@ _CACHE = 2**30
 # square r). Both sides of a pair are projected alike, so W₂² is low by at most (2r)² (`Clouds`).
 _CUT = 0.015
 # Default ε of the entropic problem, as a share of the squared mean step.
-_ENTROPIC = 0.05
+_ENTROPIC = 0.02
 # Marginal error at which a transport problem counts as solved. What is wrongly placed costs about
 # as much as a step, so it moves a squared distance by about that share; more digits would be lost
 # on the sampling error, and cost hundreds of iterations where strong blur leaves four dimensions.
@@ -62,6 +62,8 @@ _THRESHOLD = 5e-3
 _ITERATIONS = 500
 # Price of an edge of the graph, as a share of the longest: above rounding, below what counts.
 _TOLL = 1e-6
+# Edges that near to ε are computed before a number of nodes is called infeasible.
+_NEAR = 0.03
 # How far the calibration of estimated distances carries, in candidate levels.
 _REACH = 6.0
 
@@ -830,6 +832,11 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
       raise ValueError("no path leads from the first candidate to the last: some edge must")
     edges = [(min(e), max(e)) for e in itertools.pairwise(path)]
     missing = [e for e in edges if e not in distances.known]
+    if nearest and not missing and not exact:
+      # Estimates must not decide that a count is not to be had: those near ε do.
+      longest = max(distances(*e) for e in edges)
+      near = np.argwhere(np.triu(np.abs(weights - longest) <= _NEAR * longest, 1))
+      missing = [(int(i), int(j)) for i, j in near if (int(i), int(j)) not in distances.known]
     if not missing:
       break
     values = distances.pairs(missing, None if exact else progress)

@@ -59,7 +59,7 @@ class _Bars:
   def __call__(self, what, done, total):
     import tqdm
 
-    if what != self._what:
+    if what != self._what or done < self._bar.n:
       self.close()
       self._what, self._bar = what, tqdm.tqdm(desc=what, initial=done, total=total, unit="")
     self._bar.total = total
