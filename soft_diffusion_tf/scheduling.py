@@ -306,18 +306,34 @@ def candidate_levels(corruption: Corruption, first: float, last: float, count: i
 # --- Distances: one seam, several answers ---------------------------------------------------------
 
 
+def _same(one: Any, two: Any) -> bool:
+  """Equality, but for the rounding of lists of numbers."""
+  if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+    return bool(np.allclose(one, two, rtol=1e-4, atol=1e-6))
+  return bool(one == two)
+
+
+def _brief(value: Any) -> str:
+  return str(value) if len(str(value)) <= 60 else str(value)[:57] + "..."
+
+
 class Journal:
   """Distances on disk, a line each, so that a search that was killed goes on where it was.
 
   Args:
     path: the file, made when the first distance is written.
     header: what the distances are of; a file of anything else is refused.
+
+  Attributes:
+    header: that of the file, if there is one: its numbers may differ from those given by rounding.
+    epsilon: of the entropic problem, if it is one; on disk from the first distance on.
   """
 
   def __init__(self, path: str | pathlib.Path, header: dict[str, Any]) -> None:
     self.path = pathlib.Path(path)
     self.header = json.loads(json.dumps(header))
     self.known: dict[tuple[str, int, int], float] = {}
+    self.epsilon: float | None = None
     if not self.path.is_file():
       return
     text = self.path.read_bytes()
@@ -326,15 +342,18 @@ class Journal:
     try:
       found = json.loads(lines[0]) if lines else self.header
       rows = [json.loads(line) for line in lines[1:]]
+      self.epsilon = found.pop("sinkhorn_epsilon", None)
       self.known = {(str(part), int(i), int(j)): float(value) for part, i, j, value in rows}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
       raise ValueError(f"{self.path}: not a file of distances ({error}); delete it") from None
-    if found != self.header:
-      key = next(k for k in {**found, **self.header} if found.get(k) != self.header.get(k))
-      raise ValueError(
-        f"{self.path} holds distances of another search ({key} = {found.get(key)} there, "
-        f"{self.header.get(key)} here); delete it or write to another file"
-      )
+    for key in {**found, **self.header}:
+      if not _same(found.get(key), self.header.get(key)):
+        raise ValueError(
+          f"{self.path} holds distances of another search ({key} differs: "
+          f"{_brief(found.get(key))} there, {_brief(self.header.get(key))} here); "
+          "delete it or write to another file"
+        )
+    self.header = found
     if len(whole) < len(text):
       with self.path.open("r+b") as file:
         file.truncate(len(whole))
@@ -344,7 +363,8 @@ class Journal:
     self.known[part, i, j] = value
     if not self.path.is_file() or self.path.stat().st_size == 0:
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      self.path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+      header = {**self.header, "sinkhorn_epsilon": self.epsilon}
+      self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
     with self.path.open("a", encoding="utf-8") as file:
       file.write(json.dumps([part, i, j, value]) + "\n")
 
@@ -958,6 +978,18 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
   if halves and len(images) < 4:
     raise ValueError(f"two halves need at least 4 images, got {len(images)}; take a larger slice")
   line = candidate_levels(corruption, first, last, count, candidates, images)
+  log: Journal | None = None
+  if journal is not None and method != "closed_form":
+    # Sums of many threads differ in their last digits from run to run, so a search that goes on
+    # keeps the candidates, and the ε, that it began with.
+    log = Journal(journal, {
+      "version": __version__, "corruption": corruption.get_config(), "method": method,
+      "noise": noise, "sigma": sigma, "sigmas": sigmas, "seed": seed, "nodes": nodes,
+      "epsilon": epsilon, "candidates": line.tolist(),
+      "images": hashlib.sha256(images.tobytes()).hexdigest()[:16],
+    })  # fmt: skip
+    line = np.array(log.header["candidates"])
+    epsilon = log.epsilon if log.epsilon is not None else epsilon
   grid = line
   levels, noises = line, np.full(len(line), sigma)
   places = np.arange(len(line))[:, None]
@@ -968,21 +1000,13 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
     levels, noises = line[places[:, 0]], noises[places[:, 1]]
     grid = np.stack([levels, noises], axis=1)
   wanted = min(nodes, len(levels))
-  log: Journal | None = None
 
   def distances_of(part: str, chosen: Array) -> tuple[Distances, dict[str, Any]]:
-    nonlocal log
     found, facts = measure(method, corruption, levels, chosen, sigmas=noises, noise=noise,
                            nodes=nodes, seed=seed, epsilon=epsilon, progress=progress)  # fmt: skip
     found.places = places
-    if journal is not None and method != "closed_form":
-      if log is None:
-        digest = lambda array: hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        log = Journal(journal, {
-          "version": __version__, "corruption": corruption.get_config(), "method": method,
-          "noise": noise, "seed": seed, "epsilon": facts.get("sinkhorn_epsilon"),
-          "candidates": digest(grid), "images": digest(images),
-        })  # fmt: skip
+    if log is not None:
+      log.epsilon = facts.get("sinkhorn_epsilon")
       found.keep_in(log, part)
     return found, facts
 

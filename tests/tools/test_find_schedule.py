@@ -109,7 +109,11 @@ def test_killed_at_any_moment_it_goes_on(folder, tmp_path):
   result = run(*flags)
   assert result.returncode == 0, result.stderr
   assert "going on from the distances in" in result.stdout
-  assert json.loads(out.read_text()) == json.loads((folder / "sinkhorn.json").read_text())
+  got, want = (json.loads(path.read_text()) for path in (out, folder / "sinkhorn.json"))
+  assert got.keys() == want.keys()
+  # Up to the rounding of sums, which threads order differently every time.
+  assert got["levels"] == pytest.approx(want["levels"], rel=1e-4)
+  assert got["steps"] == pytest.approx(want["steps"], rel=1e-3)
   assert not edges.exists()
 
 
