@@ -898,7 +898,7 @@ def measure(method: str, corruption: Corruption, levels: Array, images: Array, *
     levels, sigmas: the candidates: a level and the σ of the noise on it (by `noise`, see `Clouds`).
       The closed form pairs equal noise.
     nodes: of the schedule that is sought: sets the scale of what may be cut, and of ε.
-    epsilon: of the entropic problem; None for 5 % of the squared mean step of a straight path of
+    epsilon: of the entropic problem; None for 2 % of the squared mean step of a straight path of
       `nodes` nodes, or what float32 resolves if that is more.
 
   Raises:

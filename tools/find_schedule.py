@@ -36,7 +36,7 @@ _NOISE = flags.DEFINE_enum(
 )  # fmt: skip
 _EPSILON = flags.DEFINE_float(
   "sinkhorn_epsilon", None,
-  "ε of the entropic problem, in squared distance; 5 % of the squared mean step if not given.",
+  "ε of the entropic problem, in squared distance; 2 % of the squared mean step if not given.",
 )  # fmt: skip
 _JOINT = flags.DEFINE_bool("joint", False, "Choose σ with the level, on a grid of both.")
 _SIGMA_LEVELS = flags.DEFINE_integer("sigma_levels", 24, "Candidate σ with --joint.", lower_bound=2)
