@@ -292,7 +292,8 @@ def test_sinkhorn_and_bures_agree_with_the_closed_form_where_operators_commute(
     np.testing.assert_array_equal(other.candidates, closed.candidates)
     for (i, j), value in other.distances.known.items():
       assert value == pytest.approx(closed.distances(i, j), rel=tolerance), (method, i, j)
-    np.testing.assert_allclose(other.path.levels, closed.path.levels, rtol=0.1)
+    # On the straight stretches of a fading mask, paths of one length are many.
+    assert other.path.steps.sum() == pytest.approx(closed.path.steps.sum(), rel=tolerance)
 
 
 def test_where_operators_do_not_commute_sinkhorn_finds_less_than_the_closed_form_says(images):
