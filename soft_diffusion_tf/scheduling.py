@@ -58,8 +58,8 @@ _ENTROPIC = 0.02
 # Marginal error at which a transport problem counts as solved. What is wrongly placed costs about
 # as much as a step, so it moves a squared distance by about that share; more digits would be lost
 # on the sampling error, and cost hundreds of iterations where strong blur leaves four dimensions.
-_THRESHOLD = 5e-3
-_ITERATIONS = 500
+_THRESHOLD = 1e-2
+_ITERATIONS = 2000
 # Price of an edge of the graph, as a share of the longest: above rounding, below what counts.
 _TOLL = 1e-6
 # What an edge must save, relatively, to be computed in place of one that is known.
