@@ -1,5 +1,6 @@
 """Pictures: image grids as PNG, and the plots of a run. Deterministic; no display needed."""
 
+import itertools
 import pathlib
 
 import matplotlib
@@ -198,5 +199,64 @@ def process(path, times, states, predictions=None):
   left.tick_params(length=0)
   for side in left.spines.values():
     side.set_visible(False)
+  figure.tight_layout()
+  _save(figure, path)
+
+
+def compare_levels(path, curves):
+  """Corruption levels against t (P Figure 8): curves {name: (times, levels)}.
+
+  Levels of different kinds do not compare, so each is drawn from 0 (clean) to 1 (most corrupted),
+  unless all end alike.
+  """
+  ends = {tuple(np.round([levels[0], levels[-1]], 6)) for _, levels in curves.values()}
+  figure, axis = plt.subplots(figsize=(5.6, 4.2))
+  for (name, (times, levels)), style in zip(
+    curves.items(), itertools.cycle(["-", "--", "-.", ":"])
+  ):
+    levels = np.asarray(levels, float)
+    if len(ends) > 1:
+      levels = (levels - levels[0]) / (levels[-1] - levels[0])
+    axis.plot(times, levels, style, label=name)
+  axis.set(xlabel="t", ylabel="level" if len(ends) == 1 else "share of the largest level")
+  axis.legend()
+  axis.grid(alpha=0.3)
+  _save(figure, path)
+
+
+def schedule_search(path, candidates, distances, chosen, levels, times, sigmas=None):
+  """A found schedule: its levels against t, and the path through the candidates.
+
+  Args:
+    candidates: [L], or [L, 2] with σ (a grid of levels and σ).
+    distances: [L, L], NaN where none was computed.
+    chosen: indices of the candidates on the path; levels, times, sigmas: the schedule.
+  """
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+  left.plot(times, levels, ".-", label="level")
+  left.set(xlabel="t", ylabel="level", title="levels of the schedule")
+  left.grid(alpha=0.3)
+  chosen = list(chosen)
+  if sigmas is not None:
+    noise = left.twinx()
+    noise.plot(times, sigmas, ".-", color="tab:red")
+    noise.set_ylabel("σ", color="tab:red")
+    right.plot(*np.asarray(candidates).T, ",", color="0.6")
+    right.plot(levels, sigmas, ".-")
+    right.set(xlabel="level", ylabel="σ", title="path through the grid of candidates")
+    _save(figure, path)
+    return
+  shown = right.imshow(np.ma.masked_invalid(distances), origin="lower", interpolation="nearest")
+  shown.cmap.set_bad("0.9")
+  figure.colorbar(shown, ax=right, label="distance")
+  # A step goes up from the diagonal to its edge and back to the diagonal.
+  x = np.repeat(chosen[:-1], 2).tolist() + [chosen[-1]]
+  y = [chosen[0]] + np.repeat(chosen[1:], 2).tolist()
+  right.plot(x, y, color="tab:red", linewidth=1)
+  ticks = np.linspace(0, len(candidates) - 1, 6).round().astype(int)
+  names = [f"{candidates[k]:.3g}" for k in ticks]
+  right.set_xticks(ticks, names)
+  right.set_yticks(ticks, names)
+  right.set(xlabel="level", ylabel="level", title="distances (grey: not needed) and the path")
   figure.tight_layout()
   _save(figure, path)

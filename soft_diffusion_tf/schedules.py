@@ -250,8 +250,19 @@ _REQUIRED = ("schema", "corruption", "levels")
 def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
   """Reads and checks a schedule file, as `tools/find_schedule.py` writes it.
 
-  JSON with at least `schema` (1), `corruption` (its config) and `levels` (from clean to most
-  corrupted, evenly spaced in time unless `times` are given); the rest is provenance.
+  JSON, schema 1. Needed are `schema`, `corruption` (its config) and `levels` (from clean to most
+  corrupted). Levels are evenly spaced in time unless `times` are given (rising from 0 to 1). A
+  joint schedule has `sigmas`, the σ at each level, not falling. The rest is provenance:
+
+  - where from: `data`, `split`, `crop`, `image_shape`, `slice`, `images` (their number), `seed`,
+    `version` of the package;
+  - how: `method`, `candidates` and `candidate_levels` (their kind and number), `noise`, `sigma`,
+    `sinkhorn_epsilon`, `cut` (by the reduced basis), `closed_form_defects`;
+  - what was found: `steps` (distance from each level to the next), `epsilon` (the longest edge
+    allowed), `straight` (distance from first to last), `edges` (distances computed), `deviation`
+    (relative, of the estimates of the others), `nearest` (feasible numbers of levels, when the
+    wanted one was not), `sensitivity` (largest difference between the schedules of two halves of
+    the images, in steps).
 
   Raises:
     ValueError: one line that names the file, what is wrong and the remedy.
@@ -262,16 +273,17 @@ def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{path}: no such schedule file; {remedy}")
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
   missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
   if missing:
     raise ValueError(f"{path}: key {missing[0]!r} is missing; {remedy}")
   if content["schema"] != 1:
     raise ValueError(f"{path}: schema {content['schema']!r} is not 1; {remedy}")
+  if not isinstance(content["corruption"], dict) or "kind" not in content["corruption"]:
+    raise ValueError(f"{path}: corruption must be the config of one, with its kind; {remedy}")
   levels = content["levels"]
-  numbers = isinstance(levels, list) and all(isinstance(v, int | float) for v in levels)
-  if not numbers or len(levels) < 2 or not np.all(np.isfinite(levels)):
+  if not _numbers(levels) or len(levels) < 2:
     raise ValueError(f"{path}: levels must be at least 2 finite numbers; {remedy}")
   steps = np.diff(levels)
   if not (np.all(steps >= 0) or np.all(steps <= 0)) or levels[0] == levels[-1]:
@@ -280,7 +292,26 @@ def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
       f"{path}: levels are out of order at number {place + 2} "
       f"({levels[place]} is followed by {levels[place + 1]}); sort them from clean to corrupted"
     )
+  for key, count in (("times", len(levels)), ("sigmas", len(levels)), ("steps", len(levels) - 1)):
+    values = content.get(key)
+    if values is not None and not (_numbers(values) and len(values) == count):
+      raise ValueError(
+        f"{path}: {key} must be {count} finite numbers beside {len(levels)} levels; {remedy}"
+      )
+  times, sigmas = content.get("times"), content.get("sigmas")
+  if times is not None and (times[0] != 0 or times[-1] != 1 or np.any(np.diff(times) <= 0)):
+    raise ValueError(f"{path}: times must rise strictly from 0 to 1; sort them with their levels")
+  if sigmas is not None and (sigmas[0] < 0 or np.any(np.diff(sigmas) < 0)):
+    raise ValueError(f"{path}: sigmas must not fall, nor be negative; {remedy}")
   return content
+
+
+def _numbers(values: Any) -> bool:
+  return (
+    isinstance(values, list)
+    and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    and bool(np.all(np.isfinite(values)))
+  )
 
 
 def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -296,3 +327,15 @@ def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
 def piecewise(levels: Sequence[float], times: Sequence[float] | None = None) -> PiecewiseLinear:
   """The continuous schedule through found levels (P App. C)."""
   return PiecewiseLinear(tuple(levels), None if times is None else tuple(times))
+
+
+def joint(path: str | pathlib.Path) -> tuple[PiecewiseLinear, PiecewiseLinear]:
+  """The level and σ of a joint schedule's file; a ValueError when it has no `sigmas`.
+
+  The nodes of the file are the times of a sampler with a uniform grid of one step less.
+  """
+  content = load_levels(path)
+  if "sigmas" not in content:
+    raise ValueError(f"{path}: not a joint schedule; find one with tools/find_schedule.py --joint")
+  times = content.get("times")
+  return piecewise(content["levels"], times), piecewise(content["sigmas"], times)

@@ -47,7 +47,8 @@ def test_shipped_schedules_are_sound():
   assert files
   for file in files:
     content = schedules.load_levels(file)
-    assert len(content["levels"]) == 32
+    # Masks with sharp edges have fewer states than that.
+    assert len(content["levels"]) == 32 or content["nearest"][0] == len(content["levels"]) < 32
     assert content["images"] >= 1000
 
 

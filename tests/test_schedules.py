@@ -108,6 +108,17 @@ def test_levels_on_disk_round_trip(tmp_path):
     ({"levels": [0.0]}, "at least 2"),
     ({"levels": [0.0, "a"]}, "finite numbers"),
     ({"schema": 2}, "schema 2"),
+    ({"corruption": "Mask"}, "corruption must be the config"),
+    ({"levels": [0.0, True, 1.0]}, "finite numbers"),
+    ({"levels": [0.0, float("nan"), 1.0]}, "finite numbers"),
+    ({"levels": [0.5, 0.5]}, "out of order"),
+    ({"times": [0.0, 1.0]}, "times must be 3 finite numbers beside 3 levels"),
+    ({"times": [0.0, 0.7, 0.6]}, "rise strictly from 0 to 1"),
+    ({"times": [0.1, 0.7, 1.0]}, "rise strictly from 0 to 1"),
+    ({"sigmas": [0.1]}, "sigmas must be 3 finite numbers"),
+    ({"sigmas": [0.1, 0.05, 0.2]}, "sigmas must not fall"),
+    ({"sigmas": [-0.1, 0.05, 0.2]}, "sigmas must not fall, nor be negative"),
+    ({"steps": [1.0, 1.0, 1.0]}, "steps must be 2 finite numbers"),
   ],
 )
 def test_bad_schedule_files_are_named_with_the_remedy(tmp_path, changes, text):
@@ -123,3 +134,11 @@ def test_missing_and_broken_schedule_files(tmp_path):
   (tmp_path / "x.json").write_text("{")
   with pytest.raises(ValueError, match="not JSON"):
     s.load_levels(tmp_path / "x.json")
+
+
+def test_a_joint_file_gives_level_and_sigma(tmp_path):
+  level, sigma = s.joint(_file(tmp_path, sigmas=[0.01, 0.05, 0.1], times=[0.0, 0.2, 1.0]))
+  np.testing.assert_allclose(level([0.0, 0.2, 1.0]), [0.0, 0.5, 1.0])
+  np.testing.assert_allclose(sigma([0.0, 0.2, 0.6, 1.0]), [0.01, 0.05, 0.075, 0.1], rtol=1e-6)
+  with pytest.raises(ValueError, match="not a joint schedule"):
+    s.joint(_file(tmp_path))
