@@ -99,10 +99,10 @@ def _sigma(start, stop):
   return schedules.Staged(schedules.Geometric(start, stop), 0.0, 0.2)
 
 
-def variants(base, mse_levels, mask, mask_levels, ve_stop):
+def variants(base, mse_levels, ve_stop):
   """The models of the claims, as changes of one experiment with P's blur process."""
   last = schedules.ends(base.sigma)[1]
-  models = {
+  return {
     MAIN: base,
     "unfiltered": base.replace(training={"filtered": False}),
     "mse": base.replace(level=schedules.Staged(mse_levels, 0.2, 1.0)),
@@ -111,10 +111,6 @@ def variants(base, mse_levels, mask, mask_levels, ve_stop):
     "sigma_0025": base.replace(sigma=_sigma(0.01, last / 4)),
     "noise_throughout": base.replace(sigma=schedules.Geometric(0.01, last)),
   }
-  if mask is not None:
-    level = schedules.Staged(mask_levels, 0.2, 1.0)
-    models["mask"] = base.replace(corruption=mask, level=level)
-  return models
 
 
 def digits(models=None):
@@ -126,9 +122,9 @@ def digits(models=None):
     prior={"kind": "blurred_colour"},
   )  # fmt: skip
   if models is None:
-    mask = corruptions.Mask()
-    mse, found = _found_levels(base, mask)
-    models = variants(base, mse, mask, found, _largest_distance(base))
+    masked = from_file(ROOT / "configs" / "digits_mask.py")
+    models = variants(base, _mse_levels(base), _largest_distance(base))
+    models["mask"] = base.replace(corruption=masked.corruption, level=masked.level)
   nfes = (5, 10, 25, 50, 100, 200)
   few = (25, 50, 100, 200)
   sweeps = {name: {("momentum", "own"): few} for name in models}
@@ -165,9 +161,9 @@ def cifar(models=None):
     ),
   )  # fmt: skip
   if models is None:
-    mse, _ = _found_levels(base, None)
+    mse = _mse_levels(base)
     base = base.replace(level=schedules.Staged(_transport_levels(base), 0.2, 1.0))
-    models = variants(base, mse, None, None, _largest_distance(base))
+    models = variants(base, mse, _largest_distance(base))
   nfes = (10, 25, 50, 100, 200)
   few = (25, 50, 100)
   sweeps = {name: {("momentum", "own"): few} for name in models}
@@ -211,20 +207,16 @@ def _transport_levels(experiment, nodes=32):
   return schedules.piecewise(path.levels)
 
 
-def _found_levels(experiment, mask, nodes=32):
-  """Levels of Eq. 55 for the blur, and transport levels of the mask."""
+def _mse_levels(experiment, nodes=32):
+  """Levels of Eq. 55: the blur's MSE decays like the VE process's."""
   from soft_diffusion_tf import scheduling
 
-  images = _images(experiment)
   first, last = schedules.ends(experiment.level)
   ve = schedules.Geometric(0.01, _largest_distance(experiment))
-  mse = scheduling.mse_matched(
-    experiment.corruption, images, first, last, experiment.sigma, ve, nodes
+  levels = scheduling.mse_matched(
+    experiment.corruption, _images(experiment), first, last, experiment.sigma, ve, nodes
   )
-  if mask is None:
-    return schedules.piecewise(mse), None
-  path, _ = scheduling.find(mask, images, *mask.level_range, count=128, nodes=nodes)
-  return schedules.piecewise(mse), schedules.piecewise(path.levels)
+  return schedules.piecewise(levels)
 
 
 # --- One job: a model and a seed ------------------------------------------------------------------
