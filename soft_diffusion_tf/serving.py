@@ -238,9 +238,11 @@ def _array(name, value, spec):
     if not array.size:
       raise refuse("an empty list")
     if given in "OUS":
-      odd = next(v for v in array.flat if not isinstance(v, (int, float)) or given != "O")
-      raise refuse({str: "text", np.str_: "text", type(None): "null", dict: "an object"}.get(
-        type(odd), "numbers of that size"))  # fmt: skip
+      types = {type(v) for v in array.flat}
+      raise refuse(
+        "text" if str in types or given != "O" else "null" if type(None) in types
+        else "an object" if dict in types else "numbers of that size"
+      )  # fmt: skip
     if spec.dtype.is_floating:
       if given not in "iuf":
         raise refuse("true or false")

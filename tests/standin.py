@@ -108,6 +108,7 @@ def served(model, *, max_rows=8, limit=8, fixed=False, connections=64, slow_clie
   app = serving.App(model, batcher, **limits)
   server = serving.make_server(app, connections=connections, slow_client=slow_client, grace=20)
   listening = socket.create_server(("127.0.0.1", 0))
+  listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)  # what a deaf client can hide
   client = Client(listening.getsockname()[1])
   client.app, client.batcher, client.server = app, batcher, server
   thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
