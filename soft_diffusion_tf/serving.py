@@ -13,6 +13,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import dataclasses
 import importlib.resources
 import json
 import logging
@@ -28,6 +29,7 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 SIZES = ("num", "frames")  # scalar inputs that say how much is to be computed
+MOST_VALUES = 4 << 20  # numbers of one answer; about 80 MB of JSON
 _SIGNATURE = "serving_default"
 _PAGE = {
   "/": ("index.html", "text/html; charset=utf-8"),
@@ -65,8 +67,8 @@ class Signature:
   Attributes:
     name: as in the file.
     inputs, outputs: {name: tf.TensorSpec}.
-    row_inputs: every input has a free first dimension.
-    row_wise: so has every output. Then rows of several requests may share one call.
+    row_wise: every input and output has a free first dimension. Then rows of several requests may
+      share one call.
   """
 
   def __init__(self, name, function):
@@ -76,8 +78,8 @@ class Signature:
                     function.structured_outputs.items()}  # fmt: skip
     self._function = function
     free = lambda spec: spec.shape.rank is None or (spec.shape.rank > 0 and spec.shape[0] is None)
-    self.row_inputs = bool(self.inputs) and all(map(free, self.inputs.values()))
-    self.row_wise = self.row_inputs and all(map(free, self.outputs.values()))
+    specs = [*self.inputs.values(), *self.outputs.values()]
+    self.row_wise = bool(self.inputs) and all(map(free, specs))
 
   def __call__(self, inputs):
     """Arrays {name: array} → arrays {name: array}."""
@@ -132,6 +134,25 @@ class Model:
       message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     self.definitions = {k: as_dict(definitions[k]) for k in self.signatures}
+    self.files = {
+      f"/{name}": (path / "assets.extra" / name if extra else path / name)
+      for name, extra in (("manifest.json", True), ("README.md", False))
+    }
+
+  def rows_for(self, signature):
+    """Of a sampler (num, seed) its twin (seeds [N]), if the export has one: the rows of its calls.
+
+    The image of seed i is the same in both, so that `sample_…` of several clients can be one
+    `draw_…`.
+    """
+    name = "sample" if signature.name == _SIGNATURE else signature.name
+    kind, _, rest = name.partition("_")
+    twin = self.signatures.get(f"draw_{rest}" if rest else "draw")
+    good = (
+      kind == "sample" and twin and twin.row_wise and set(signature.inputs) == {"num", "seed"}
+      and list(twin.inputs) == ["seeds"] and set(twin.outputs) == set(signature.outputs)
+    )  # fmt: skip
+    return twin if good else None
 
   def status(self):
     """The answer to GET /v1/models/NAME."""
@@ -173,11 +194,23 @@ class Model:
         _log.info("%s refuses zeros: %s", signature.name, error)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-  """A call that was asked for: signature, inputs {name: array}, rows (None: not row-wise)."""
+  """A call that was asked for.
 
-  def __init__(self, signature, inputs, rows, as_rows):
-    self.signature, self.inputs, self.rows, self.as_rows = signature, inputs, rows, as_rows
+  Attributes:
+    signature: what is called.
+    inputs: {name: array}.
+    rows: how many; None: the call cannot be shared.
+    as_rows: whether the answer lists rows ("predictions") or columns ("outputs").
+    name: the signature's name as the client gave it.
+  """
+
+  signature: Signature
+  inputs: dict
+  rows: int | None
+  as_rows: bool
+  name: str = ""
 
 
 class _Gone(Exception):
@@ -303,27 +336,36 @@ def decode(model, body, max_rows):
     if not signature.row_wise:
       raise Refused(400, f'{signature.name} does not work by rows; give "inputs" in place of "instances"')
     if len(rows) > max_rows:
-      raise Refused(400, f"{len(rows)} rows in one request; give at most {max_rows}")
+      raise Refused(400, f"{len(rows)} results of one request; ask for at most {max_rows}")
     parts = [_by_name(signature, row, f"row {k}") for k, row in enumerate(rows)]
     given = {name: [part[name] for part in parts] for name in signature.inputs}
   else:
     given = _by_name(signature, content["inputs"], '"inputs"')
   inputs = {name: _array(name, given[name], spec) for name, spec in signature.inputs.items()}
+  counts, amount = {}, 1
   for name, array in inputs.items():
     spec = signature.inputs[name]
-    if name in SIZES and array.ndim == 0 and not 1 <= array <= max_rows:
-      raise Refused(400, f"{name} is {array}; give 1 to {max_rows}")
-    free = array.ndim and (spec.shape.rank is None or spec.shape[0] is None)
-    if free and array.shape[0] > max_rows:
-      raise Refused(400, f"input {_quote(name)} has {array.shape[0]} rows; give at most {max_rows}")
-  count = None
-  if signature.row_inputs:
-    counts = {array.shape[0] if array.ndim else None for array in inputs.values()}
-    if len(counts) > 1 or None in counts:
-      sizes = ", ".join(f"{_quote(n)} {list(a.shape)[:1]}" for n, a in inputs.items())
-      raise Refused(400, f"the inputs differ in their number of rows: {sizes}")
-    count = counts.pop() if signature.row_wise else None
-  return Request(signature, inputs, count, as_rows)
+    if array.ndim and (spec.shape.rank is None or spec.shape[0] is None):
+      counts[name] = array.shape[0]
+    elif name in SIZES and not array.ndim:
+      if array < 1:
+        raise Refused(400, f"{name} is {array}; give 1 to {max_rows}")
+      amount *= int(array)
+  sizes = sorted(set(counts.values()))
+  if len(set(sizes) - {1}) > 1:
+    said = ", ".join(f"{_quote(n)} {c}" for n, c in counts.items())
+    raise Refused(400, f"the inputs differ in their number of rows: {said}")
+  if (amount := amount * max(sizes, default=1)) > max_rows:
+    raise Refused(400, f"{amount} results of one request; ask for at most {max_rows}")
+  twin = model.rows_for(signature)
+  if twin:
+    seed, num = int(inputs["seed"]), int(inputs["num"])
+    if seed + num > np.iinfo(np.int64).max:
+      raise Refused(400, f"seed {seed} is too large for {num} images")
+    return Request(twin, {"seeds": seed + np.arange(num)}, num, False, signature.name)
+  # A single row beside many is for the model to spread, so such a request has a call of its own.
+  rows = sizes[0] if signature.row_wise and len(sizes) == 1 else None
+  return Request(signature, inputs, rows, as_rows)
 
 
 def _values(name, array):
@@ -339,17 +381,34 @@ def _values(name, array):
   return array.tolist()
 
 
+def _dump(value):
+  """JSON, row by row: in between other threads get their turn, as they would not within one dump."""
+  if isinstance(value, list):
+    return b"[%s]" % b",".join(_dump_flat(v) for v in value)
+  return _dump_flat(value)
+
+
+def _dump_flat(value):
+  return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
 def encode(request, outputs):
   """Outputs {name: array} → body of the answer, bytes. Floats are exact when read as doubles."""
-  values = {name: _values(name, array) for name, array in sorted(outputs.items())}
-  single = len(values) == 1
-  if request.as_rows and single:
-    content = {"predictions": next(iter(values.values()))}
-  elif request.as_rows:
-    content = {"predictions": [dict(zip(values, row)) for row in zip(*values.values())]}
-  else:
-    content = {"outputs": next(iter(values.values())) if single else values}
-  return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+  total = sum(array.size for array in outputs.values())
+  if total > MOST_VALUES:
+    raise Refused(400, f"the answer has {total} numbers; ask for at most {MOST_VALUES}")
+  columns = {name: _values(name, array) for name, array in sorted(outputs.items())}
+  if request.as_rows and len({len(column) for column in columns.values()}) > 1:
+    raise Refused(400, f'{request.signature.name} does not work by rows; give "inputs"')
+  if request.as_rows:
+    rows = next(iter(columns.values())) if len(columns) == 1 else [
+      dict(zip(columns, row)) for row in zip(*columns.values())
+    ]  # fmt: skip
+    return b'{"predictions":%s}' % _dump(rows)
+  if len(columns) == 1:
+    return b'{"outputs":%s}' % _dump(next(iter(columns.values())))
+  pairs = (b"%s:%s" % (_dump(name), _dump(column)) for name, column in columns.items())
+  return b'{"outputs":{%s}}' % b",".join(pairs)
 
 
 class Metrics:
@@ -468,7 +527,8 @@ class Batcher:
       taken, left, rows, first = [], collections.deque(), 0, None
       for request, future in self._waiting:
         fits = first is None or (
-          first.rows and request.rows and rows + request.rows <= self.max_rows
+          first.rows and first.signature.row_wise
+          and request.rows and rows + request.rows <= self.max_rows
           and request.signature is first.signature
           and all(request.inputs[k].shape[1:] == v.shape[1:] for k, v in first.inputs.items())
         )  # fmt: skip
@@ -482,10 +542,10 @@ class Batcher:
 
   def _call(self, requests):
     """Outputs of requests for one signature, which share a call."""
-    signature = requests[0].signature
-    counts = [request.rows for request in requests]
+    signature, shared = requests[0].signature, requests[0].rows is not None
     inputs = requests[0].inputs
-    if signature.row_wise:
+    if shared:
+      counts = [request.rows for request in requests]
       rows = sum(counts)
       inputs = {k: np.concatenate([r.inputs[k] for r in requests]) for k in inputs}
       if self.fixed:
@@ -497,8 +557,13 @@ class Batcher:
     self._seconds += 0.2 * (seconds - self._seconds)
     self.metrics.count("model_seconds_total", seconds, signature=signature.name)
     self.metrics.count("model_calls_total", signature=signature.name)
-    if not signature.row_wise:
+    if not shared:
       return [outputs]
+    given = len(next(iter(inputs.values())))
+    if any(v.shape[:1] != (given,) for v in outputs.values()):
+      # Its shapes promised rows, but there is something else, such as a list of times.
+      signature.row_wise = False
+      return [self._call([dataclasses.replace(r, rows=None)])[0] for r in requests]
     ends = np.cumsum(counts)
     return [{k: v[e - n : e] for k, v in outputs.items()} for n, e in zip(counts, ends)]
 
@@ -589,6 +654,13 @@ class App:
       gauges = {"queue_requests": self.batcher.waiting, "queue_limit": self.batcher.limit,
                 "body_bytes_held": self._held}  # fmt: skip
       return 200, self.metrics.text(gauges).encode(), "text/plain; version=0.0.4", ()
+    if path in self.model.files:
+      self._allow(method, "GET")
+      try:
+        content = self.model.files[path].read_bytes()
+      except OSError:
+        raise Refused(404, f"this model has no {path[1:]}") from None
+      return 200, content, ("application/json" if path.endswith("json") else _TEXT), ()
     if path == "/v1/models":
       self._allow(method, "GET")
       return _json({"models": [{"name": self.model.name, "version": self.model.version}]})
@@ -627,7 +699,7 @@ class App:
       )
     finally:
       self._held -= len(body)
-    what["signature"] = request.signature.name
+    what["signature"] = request.name or request.signature.name
     outputs = await self._outputs(request, receive)
     return 200, await loop.run_in_executor(self._codec, encode, request, outputs), *_JSON
 
@@ -674,13 +746,21 @@ class App:
       raise Refused(504, f"no answer within {self.timeout:g} s")
     except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError,
             tf.errors.FailedPreconditionError) as error:  # fmt: skip
-      cause = str(error.message).strip().splitlines()
-      raise Refused(400, f"the model refuses these inputs: {cause[0][:200] if cause else ''}") from None
+      raise Refused(400, f"the model refuses these inputs: {_cause(error)}") from None
     except tf.errors.ResourceExhaustedError:
       raise Refused(503, "out of memory; ask for less at once", [(b"retry-after", b"5")]) from None
     finally:
       left.cancel()
       answer.cancel()
+
+
+def _cause(error):
+  """What a check in the graph says, without TensorFlow's list of nodes."""
+  lines = [x.strip() for x in str(error.message).splitlines()]
+  lines = [x for x in lines if x and not x.startswith(("Graph execution", "Detected at", "[[", "("))]
+  text = " ".join(lines)
+  check = re.search(r"assertion failed: \[([^\]]*)\]", text)
+  return (check[1] if check else re.sub(r"\[\[.*$", "", lines[-1] if lines else "")).strip()[:200]
 
 
 async def _until_gone(receive):
@@ -689,6 +769,7 @@ async def _until_gone(receive):
 
 
 _JSON = ("application/json", ())
+_TEXT = "text/plain; charset=utf-8"
 
 
 def _json(content, status=200):

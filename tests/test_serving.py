@@ -84,7 +84,7 @@ def test_columns_are_answered_bit_equal_to_a_direct_call(client, folder):
   assert list(answer) == ["outputs"]
   got = np.asarray(answer["outputs"]["images"], np.float32)
   np.testing.assert_array_equal(got, want["images"].numpy())
-  np.testing.assert_array_equal(answer["outputs"]["images_uint8"], want["images_uint8"].numpy())
+  np.testing.assert_array_equal(answer["outputs"]["uint8"], want["uint8"].numpy())
   assert got.std() > 0.1
 
 
@@ -95,7 +95,7 @@ def test_rows_and_columns_agree(client, images):
   columns = {"x_t": images[:3].tolist(), "t": times}
   _, by_columns = client.predict({"signature_name": "denoise", "inputs": columns})
   assert by_rows["predictions"] == by_columns["outputs"]  # a single output goes without its name
-  want = StandIn().denoise(images[:3], tf.constant(times))["x_0"].numpy()
+  want = StandIn().denoise(images[:3], tf.constant(times))["x0_hat"].numpy()
   # The stand-in made anew runs eagerly; convolutions may add up in another order.
   np.testing.assert_allclose(by_rows["predictions"], want, atol=1e-6)
 
@@ -181,7 +181,7 @@ def test_what_waits_shares_the_next_call(model, gate, images):
     for k, (status, answer) in enumerate(answers):
       assert status == 200
       t = 0.1 * k if k else 0.5
-      want = StandIn().denoise(images[k : k + 1], tf.constant([t]))["x_0"]
+      want = StandIn().denoise(images[k : k + 1], tf.constant([t]))["x0_hat"]
       np.testing.assert_allclose(answer["predictions"], want, atol=1e-6)  # everyone its own
 
 
@@ -205,12 +205,12 @@ def test_padded_batches_give_the_same_bits_in_any_company(model, images):
   signature = model.signatures["denoise"]
   request = lambda k, n: serving.Request(
     signature, {"x_t": images[k : k + n], "t": np.full(n, 0.3, np.float32)}, n, True
-  )
-  alone = batcher.submit(request(0, 1)).result(30)["x_0"]
+  )  # fmt: skip
+  alone = batcher.submit(request(0, 1)).result(30)["x0_hat"]
   answers = batcher._call([request(3, 2), request(0, 1), request(1, 4)])
   batcher.close()
-  assert [len(a["x_0"]) for a in answers] == [2, 1, 4]
-  np.testing.assert_array_equal(answers[1]["x_0"], alone)
+  assert [len(a["x0_hat"]) for a in answers] == [2, 1, 4]
+  np.testing.assert_array_equal(answers[1]["x0_hat"], alone)
 
 
 def test_one_bad_row_does_not_spoil_its_company(images):
@@ -239,6 +239,60 @@ def test_one_bad_row_does_not_spoil_its_company(images):
   with pytest.raises(tf.errors.InvalidArgumentError):
     futures[1].result(10)
   batcher.close()
+
+
+def test_samples_of_several_clients_share_a_call_and_keep_their_bits(model, images, monkeypatch):
+  gate = Gate(model.signatures["draw_momentum_4"])
+  monkeypatch.setitem(model.signatures, "draw_momentum_4", gate)
+  with served(model) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    ask = lambda num, seed: {"signature_name": "sample_momentum_4",
+                             "inputs": {"num": num, "seed": seed}}  # fmt: skip
+    first = pool.submit(client.predict, ask(1, 0))
+    assert gate.entered.wait(10)
+    others = {(n, s): pool.submit(client.predict, ask(n, s)) for n, s in ((2, 7), (3, 90), (1, 2))}
+    wait_until(lambda: client.batcher.waiting == 3)
+    gate.open.set()
+    assert first.result(30)[0] == 200
+    answers = {key: f.result(30) for key, f in others.items()}
+    assert [len(call["seeds"]) for call in gate.calls] == [1, 6]
+    for (num, seed), (status, answer) in answers.items():
+      assert status == 200
+      want = model.signatures["sample_momentum_4"]({"num": num, "seed": seed})
+      np.testing.assert_array_equal(np.float32(answer["outputs"]["images"]), want["images"])
+    metrics = client.raw("GET", "/metrics")[2].decode()
+    assert 'requests_total{code="200",signature="sample_momentum_4"} 4' in metrics
+
+
+def test_one_time_for_many_images(client, images):
+  one = {"x_t": images.tolist(), "t": [0.5]}
+  status, answer = client.predict({"signature_name": "denoise", "inputs": one})
+  _, many = client.predict({"signature_name": "denoise", "inputs": {**one, "t": [0.5] * 6}})
+  assert status == 200
+  np.testing.assert_allclose(answer["outputs"], many["outputs"], atol=1e-6)
+
+
+def test_what_only_looked_row_wise_is_called_alone(folder):
+  model = serving.Model(folder)
+  assert model.signatures["odd"].row_wise
+  assert not model.signatures["process"].row_wise  # its times have a fixed length
+  with served(model) as client:
+    ask = lambda *x: client.predict({"signature_name": "odd", "inputs": x})
+    assert ask(1, 2, 3, 4) == (200, {"outputs": {"half": [1.0, 2.0], "x": [1.0, 2.0, 3.0, 4.0]}})
+    assert not model.signatures["odd"].row_wise
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      answers = list(pool.map(lambda k: ask(k, k + 1), range(4)))
+    assert [a[1]["outputs"]["half"] for a in answers] == [[0.0], [1.0], [2.0], [3.0]]
+
+
+def test_an_answer_has_a_size_limit(client, monkeypatch):
+  monkeypatch.setattr(serving, "MOST_VALUES", 100)
+  status, answer = client.predict(SAMPLE)
+  assert (status, answer["error"]) == (400, "the answer has 384 numbers; ask for at most 100")
+
+
+def test_files_of_the_export(client):
+  assert client.get("/manifest.json")[1]["default_sampler"] == "momentum_4"
+  assert client.raw("GET", "/README.md")[2] == b"# A stand-in\n"
 
 
 # Bounds.
@@ -340,12 +394,12 @@ BAD = {
   "both": ({"inputs": 1, "instances": [1]}, "either"),
   "neither": ({}, "either"),
   "unknown field": ({"inputs": {}, "signatur_name": "x"}, "signatur_name"),
-  "unknown signature": ({"signature_name": "nope", "inputs": {}}, "denoise, echo"),
+  "unknown signature": ({"signature_name": "nope", "inputs": {}}, "draw, draw_momentum_4"),
   "signature of another type": ({"signature_name": {"a": 1}, "inputs": {}}, "no signature"),
   "NaN": (b'{"inputs": {"num": NaN, "seed": 1}}', "NaN is not JSON"),
   "Infinity": (b'{"inputs": {"num": -Infinity, "seed": 1}}', "Infinity"),
   "number of a million digits": (b'{"inputs": {"num": %s, "seed": 1}}' % (b"9" * 500_000), ""),
-  "huge num": ({"inputs": {"num": 10**9, "seed": 1}}, "num is 1000000000; give 1 to 8"),
+  "huge num": ({"inputs": {"num": 10**9, "seed": 1}}, "1000000000 results of one request; ask for at most 8"),
   "num beyond int32": ({"inputs": {"num": 10**12, "seed": 1}}, "not 1000000000000"),
   "num beyond int64": ({"inputs": {"num": 10**30, "seed": 1}}, "numbers of that size"),
   "no num": ({"inputs": {"num": 0, "seed": 1}}, "num is 0"),
@@ -357,7 +411,7 @@ BAD = {
   "num true": ({"inputs": {"num": True, "seed": 1}}, "true or false"),
   "missing input": ({"inputs": {"num": 3}}, 'lacks "seed"'),
   "extra input": ({"inputs": {"num": 3, "seed": 1, "steps": 9}}, 'unknown "steps"'),
-  "refused by the model": ({"inputs": {"num": 3, "seed": 1 << 50}}, "the model refuses"),
+  "refused by the model": ({"inputs": {"num": 3, "seed": 1 << 50}}, "seed is beyond what was drawn"),
   "rows for a scalar": ({"instances": [{"num": 3, "seed": 1}]}, 'give "inputs" in place'),
   "no rows": ({"signature_name": "denoise", "instances": []}, "at least one row"),
   "rows of nothing": ({"signature_name": "denoise", "instances": 7}, "at least one row"),
@@ -367,8 +421,14 @@ BAD = {
     {"signature_name": "denoise", "inputs": {"x_t": [X] * 9, "t": [0.5] * 9}}, "at most 8",
   ),
   "uneven columns": (
-    {"signature_name": "denoise", "inputs": {"x_t": [X] * 2, "t": [0.5]}}, "number of rows",
+    {"signature_name": "denoise", "inputs": {"x_t": [X] * 3, "t": [0.5] * 2}}, "number of rows",
   ),
+  "rows times samples": (
+    {"signature_name": "restore_map", "inputs": {"y": [X] * 3, "t": 0.5, "seed": 1, "num": 4}},
+    "12 results of one request",
+  ),
+  "seed at the end of int64": ({"inputs": {"num": 3, "seed": 2**63 - 2}}, "too large for 3"),
+  "rows of what has none": ({"signature_name": "odd", "instances": [1.0, 2.0]}, "not work by rows"),
   "ragged": ({"signature_name": "denoise", "instances": [{**ONE, "x_t": [[0], [0, 1]]}]}, "ragged"),
   "wrong shape": ({"signature_name": "denoise", "instances": [{**ONE, "x_t": [1.0]}]}, "of shape"),
   "image of text": ({"signature_name": "denoise", "instances": [{**ONE, "x_t": "abc"}]}, "text"),
@@ -490,7 +550,7 @@ def test_garbage_on_the_wire(client):
         answer = s.recv(4096)
       except ConnectionError:
         answer = b""
-      assert not answer or answer.split()[1] in (b"400", b"431"), answer
+      assert not answer or answer.split()[1] in (b"400", b"405", b"431"), answer
   assert client.predict(SAMPLE)[0] == 200
 
 
