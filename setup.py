@@ -35,9 +35,17 @@ setuptools.setup(
     "tqdm>=4.66",
     "matplotlib>=3.9,<4",
   ],
+  package_data={"soft_diffusion_tf": ["page/*"]},
   extras_require={
+    "serve": ["uvicorn>=0.35,<1"],  # serving.py subclasses its h11 protocol; tests hold it
     "plots": [],  # matplotlib is needed by every run's pictures, so it is no longer optional
-    "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12", "mypy>=1.15"],
+    "test": [
+      "pytest>=8,<10",
+      "pytest-xdist>=3.6,<4",
+      "ruff>=0.12",
+      "mypy>=1.15",
+      "uvicorn>=0.35,<1",
+    ],
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },
   entry_points={
@@ -45,6 +53,7 @@ setuptools.setup(
       "soft-diffusion-train=soft_diffusion_tf.bin.train:run",
       "soft-diffusion-sample=soft_diffusion_tf.bin.sample:run",
       "soft-diffusion-evaluate=soft_diffusion_tf.bin.evaluate:run",
+      "soft-diffusion-serve=soft_diffusion_tf.bin.serve:run",
     ],
   },
   classifiers=[

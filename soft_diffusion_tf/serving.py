@@ -181,7 +181,7 @@ class Model:
       name = _SIGNATURE if _SIGNATURE in self.signatures else only
     if not isinstance(name, str) or name not in self.signatures:
       raise Refused(
-        400, f"no signature {_quote(name)}; give \"signature_name\": {', '.join(self.signatures)}"
+        400, f'no signature {_quote(name)}; give "signature_name": {", ".join(self.signatures)}'
       )
     return self.signatures[name]
 
@@ -312,7 +312,8 @@ def _by_name(signature, value, where):
   if missing or unknown:
     odd = f"lacks {_quote(min(missing))}" if missing else f"has an unknown {_quote(min(unknown))}"
     raise Refused(
-      400, f"{where} {odd}; {signature.name} takes {', '.join(map(_quote, signature.inputs)) or '{}'}"
+      400,
+      f"{where} {odd}; {signature.name} takes {', '.join(map(_quote, signature.inputs)) or '{}'}",
     )
   return given
 
@@ -334,7 +335,9 @@ def decode(model, body, max_rows):
     if not isinstance(rows, list) or not rows:
       raise Refused(400, '"instances" must be a list of at least one row')
     if not signature.row_wise:
-      raise Refused(400, f'{signature.name} does not work by rows; give "inputs" in place of "instances"')
+      raise Refused(
+        400, f'{signature.name} does not work by rows; give "inputs" in place of "instances"'
+      )
     if len(rows) > max_rows:
       raise Refused(400, f"{len(rows)} results of one request; ask for at most {max_rows}")
     parts = [_by_name(signature, row, f"row {k}") for k, row in enumerate(rows)]
@@ -757,7 +760,9 @@ class App:
 def _cause(error):
   """What a check in the graph says, without TensorFlow's list of nodes."""
   lines = [x.strip() for x in str(error.message).splitlines()]
-  lines = [x for x in lines if x and not x.startswith(("Graph execution", "Detected at", "[[", "("))]
+  lines = [
+    x for x in lines if x and not x.startswith(("Graph execution", "Detected at", "[[", "("))
+  ]
   text = " ".join(lines)
   check = re.search(r"assertion failed: \[([^\]]*)\]", text)
   return (check[1] if check else re.sub(r"\[\[.*$", "", lines[-1] if lines else "")).strip()[:200]

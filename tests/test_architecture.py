@@ -15,7 +15,8 @@ LAYERS = [
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training", "evaluation",
-  "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate",
+  "serving",
+  "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.serve",
 ]  # fmt: skip
 
 # What a room must never know of (besides what LAYERS rules out).

@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -117,7 +118,11 @@ def test_the_default_signature(client):
 
 
 def test_status_metadata_and_versions(client, model):
-  state = {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+  state = {
+    "version": "1",
+    "state": "AVAILABLE",
+    "status": {"error_code": "OK", "error_message": ""},
+  }
   assert client.get("/v1/models/model") == (200, {"model_version_status": [state]})
   assert client.get("/v1/models/model/versions/1")[0] == 200
   assert client.get("/v1/models/model/versions/2")[0] == 404
@@ -148,6 +153,12 @@ def test_what_is_no_model_is_refused(tmp_path):
     serving.Model(tmp_path, "a/b")
 
 
+def test_without_uvicorn_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "uvicorn", None)
+  with pytest.raises(ValueError, match=r"pip install 'soft-diffusion-tf\[serve\]'"):
+    serving.make_server(None)
+
+
 def test_health_and_metrics_count(client):
   assert client.get("/healthz") == (200, {"status": "ok"})
   name = 'soft_diffusion_requests_total{code="200",signature="sample_momentum_4"}'
@@ -173,7 +184,9 @@ def test_what_waits_shares_the_next_call(model, gate, images):
   with served(model) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
     first = pool.submit(client.predict, denoise(images[:1], [0.5]))
     assert gate.entered.wait(10)
-    others = [pool.submit(client.predict, denoise(images[k : k + 1], [0.1 * k])) for k in range(1, 5)]
+    others = [
+      pool.submit(client.predict, denoise(images[k : k + 1], [0.1 * k])) for k in range(1, 5)
+    ]
     wait_until(lambda: client.batcher.waiting == 4)
     gate.open.set()
     answers = [f.result(30) for f in (first, *others)]
@@ -494,7 +507,9 @@ def test_a_large_body_is_refused_before_and_while_it_comes(client):
   assert client.raw("POST", "/v1/models/model:predict", chunks)[0] == 413
   for lie in (b"-1", b"9" * 30, b"abc"):
     with socket.create_connection(("127.0.0.1", client.port), 10) as s:
-      s.sendall(b"POST /v1/models/model:predict HTTP/1.1\r\nhost: x\r\ncontent-length: %s\r\n\r\n" % lie)
+      s.sendall(
+        b"POST /v1/models/model:predict HTTP/1.1\r\nhost: x\r\ncontent-length: %s\r\n\r\n" % lie
+      )
       assert s.recv(100).split()[1] in (b"400", b"413")
   assert client.predict(SAMPLE)[0] == 200
 
