@@ -373,9 +373,11 @@ def decode(model, body, max_rows):
 
 def _values(name, array):
   if array.dtype.kind in "OS":
-    pack = lambda v: [pack(x) for x in v] if isinstance(v, list) else (
-      {"b64": base64.b64encode(v).decode()} if name.endswith("_bytes") else v.decode(errors="replace")
+    in_base64 = name.endswith("_bytes")  # as TensorFlow Serving decides
+    one = lambda v: {"b64": base64.b64encode(v).decode()} if in_base64 else v.decode(
+      errors="replace"
     )  # fmt: skip
+    pack = lambda v: [pack(x) for x in v] if isinstance(v, list) else one(v)
     return pack(array.tolist())
   if array.dtype.kind == "V":  # bfloat16
     array = array.astype(np.float32)
@@ -385,7 +387,7 @@ def _values(name, array):
 
 
 def _dump(value):
-  """JSON, row by row: in between other threads get their turn, as they would not within one dump."""
+  """JSON, row by row: within a single dump no other thread gets its turn."""
   if isinstance(value, list):
     return b"[%s]" % b",".join(_dump_flat(v) for v in value)
   return _dump_flat(value)

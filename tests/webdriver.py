@@ -22,7 +22,8 @@ class Browser:
   def __init__(self, port, folder, width=1000, height=1400):
     self._port, self._session = port, ""
     arguments = [
-      "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+      "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+      "--no-first-run",
       "--force-color-profile=srgb", f"--user-data-dir={folder}", f"--window-size={width},{height}",
       "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     ]  # fmt: skip

@@ -33,7 +33,7 @@ _WARM = flags.DEFINE_bool("warm", True, "Call every signature once before listen
 
 
 def _bind(host, port):
-  """A socket that is bound but does not listen yet: clients are refused until the model is there."""
+  """A socket that does not listen yet: clients are refused until the model is there."""
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
