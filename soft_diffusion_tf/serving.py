@@ -186,8 +186,10 @@ class Model:
     return self.signatures[name]
 
   def warm(self):
-    """Calls every signature once, so that the first client does not wait for TensorFlow."""
+    """Calls once what requests will call, so that the first one does not wait for TensorFlow."""
     for signature in self.signatures.values():
+      if self.rows_for(signature):
+        continue
       try:
         signature(signature.example())
       except tf.errors.OpError as error:

@@ -451,7 +451,9 @@ BAD = {
     b'{"signature_name":"denoise","instances":[{"x_t":%s,"t":1e999}]}' % json.dumps(X).encode(),
     "infinite",
   ),
-  "float32 overflow": ({"signature_name": "denoise", "instances": [{**ONE, "t": 1e39}]}, "too large"),
+  "float32 overflow": (
+    {"signature_name": "denoise", "instances": [{**ONE, "t": 1e39}]}, "infinite or too large",
+  ),
   "not finite out": ({"signature_name": "score", "instances": [{**ONE, "t": 0}]}, "not finite"),
   "bad base64": ({"signature_name": "echo", "instances": [{"b64": "?"}]}, "base64"),
   "number for text": ({"signature_name": "echo", "instances": [5]}, "strings"),

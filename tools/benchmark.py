@@ -5,6 +5,7 @@ python tools/benchmark.py network --config=small
 python tools/benchmark.py sinkhorn
 python tools/benchmark.py train --config=configs/digits_blur.py
 python tools/benchmark.py data --config=configs/digits_blur.py
+python tools/benchmark.py serve --model=DIR
 """
 
 import importlib.util

@@ -75,6 +75,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     host, port = listening.getsockname()[:2]
+    listening.listen(512)  # from now on clients may come, as the lines below promise
     print(f"serving {', '.join(model.signatures)}", flush=True)
     if not _is_local(host):
       print(f"{host} is open to other machines: without TLS or passwords; put a proxy before it")
