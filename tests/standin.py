@@ -107,7 +107,8 @@ class StandIn(tf.Module):
     samplers = {name: {"evaluations": n, "sampler": name.rpartition("_")[0]}
                 for name, n in (("momentum_4", 4), ("two_step_2", 2))}  # fmt: skip
     manifest = {"name": "stand-in", "image_shape": [SIDE, SIDE, 1], "samplers": samplers,
-                "default_sampler": "momentum_4"}  # fmt: skip
+                "default_sampler": "momentum_4", "times": [0.0, 0.5, 1.0],
+                "level": [0.0, 1.0, 5.0], "sigma": [0.0, 0.1, 0.1]}  # fmt: skip
     (extra / "manifest.json").write_text(json.dumps(manifest))
     pathlib.Path(path, "README.md").write_text("# A stand-in\n")
 

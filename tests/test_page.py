@@ -144,6 +144,8 @@ def test_a_file_is_corrupted_and_restored(page, client, tmp_path):
   half[:, : SIDE // 2] = 255
   assert np.abs(original - half).mean() < 8  # the browser's shrinking may soften one edge
   set_level(page, "0.8")
+  shown = page.run('return document.getElementById("level-text").textContent')
+  assert shown == "0.80 (level 3.40, noise 0.10)"
   page.click("#corrupt")
   page.until('return document.getElementById("corrupted")')
   page.until(IDLE)

@@ -169,6 +169,20 @@ function showFrame() {
   $("frame").setAttribute("aria-valuetext", `t = ${times[k].toFixed(2)}`);
 }
 
+// What t means: level of the corruption and standard deviation of the noise, from the manifest's table.
+function meaning(t) {
+  const { times, level, sigma } = state.schedule;
+  if (!times || !level || !sigma) return "";
+  const k = Math.max(1, times.findIndex((u) => u >= t));
+  const at = (values) => values[k - 1] + ((values[k] - values[k - 1]) * (t - times[k - 1])) / (times[k] - times[k - 1]);
+  return ` (level ${at(level).toFixed(2)}, noise ${at(sigma).toFixed(2)})`;
+}
+
+function showLevel() {
+  const t = Number($("level").value);
+  $("level-text").textContent = t.toFixed(2) + meaning(t);
+}
+
 // Restoration.
 
 function take(image, caption) {
@@ -218,6 +232,8 @@ async function start() {
   state.signatures = metadata.signature_def.signature_def;
   const manifest = await ask("manifest.json");
   state.shape = manifest.image_shape;
+  state.schedule = manifest;
+  showLevel();
   state.samplers = Object.entries(manifest.samplers)
     .filter(([name]) => `sample_${name}` in state.signatures)
     .map(([name, about]) => ({ name, family: about.sampler || name, evaluations: about.evaluations ?? "adaptive" }));
@@ -240,7 +256,7 @@ $("draw-form").addEventListener("submit", (event) => (event.preventDefault(), dr
 $("restore-form").addEventListener("submit", (event) => (event.preventDefault(), restore()));
 $("corrupt").addEventListener("click", corrupt);
 $("frame").addEventListener("input", showFrame);
-$("level").addEventListener("input", () => ($("level-text").textContent = Number($("level").value).toFixed(2)));
+$("level").addEventListener("input", showLevel);
 $("file").addEventListener("change", () => takeFile($("file").files[0]));
 for (const type of ["dragover", "dragleave", "drop"])
   window.addEventListener(type, (event) => {
