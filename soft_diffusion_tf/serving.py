@@ -758,6 +758,7 @@ class App:
       raise Refused(503, "out of memory; ask for less at once", [(b"retry-after", b"5")]) from None
     finally:
       left.cancel()
+      future.cancel()  # at once; by way of `answer` it would wait for the loop's next turn
       answer.cancel()
 
 
