@@ -15,7 +15,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["soft_diffusion_tf", "soft_diffusion_tf.*"]),
-  package_data={"soft_diffusion_tf": ["pretrained/*"]},
+  package_data={"soft_diffusion_tf": ["pretrained/*", "page/*"]},
   install_requires=[
     "tensorflow>=2.20,<2.22",
     "keras>=3.10,<3.16",  # model.py overrides one private optimizer hook; a test holds it
@@ -38,8 +38,14 @@ setuptools.setup(
     "matplotlib>=3.9,<4",
   ],
   extras_require={
-    "plots": [],  # matplotlib is needed by every run's pictures, so it is no longer optional
-    "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12", "mypy>=1.15"],
+    "serve": ["uvicorn>=0.35,<1"],  # serving.py subclasses its h11 protocol; tests hold it
+    "test": [
+      "pytest>=8,<10",
+      "pytest-xdist>=3.6,<4",
+      "ruff>=0.12",
+      "mypy>=1.15",
+      "uvicorn>=0.35,<1",
+    ],
     "restoration": ["scikit-image>=0.24"],  # tools/measure_restoration.py, for its baselines alone
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },
@@ -50,6 +56,7 @@ setuptools.setup(
       "soft-diffusion-evaluate=soft_diffusion_tf.bin.evaluate:run",
       "soft-diffusion-export=soft_diffusion_tf.bin.export:run",
       "soft-diffusion-restore=soft_diffusion_tf.bin.restore:run",
+      "soft-diffusion-serve=soft_diffusion_tf.bin.serve:run",
     ],
   },
   classifiers=[

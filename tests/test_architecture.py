@@ -16,8 +16,9 @@ LAYERS = [
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",
   "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
-  "artefact",
+  "artefact", "serving",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.export", "bin.restore",
+  "bin.serve",
 ]  # fmt: skip
 
 # What a room must never know of (besides what LAYERS rules out).

@@ -6,6 +6,9 @@ python tools/benchmark.py sinkhorn
 python tools/benchmark.py train --config=configs/digits_blur.py
 python tools/benchmark.py data --config=configs/digits_blur.py
 python tools/benchmark.py schedule
+python tools/benchmark.py sample
+python tools/benchmark.py evaluate
+python tools/benchmark.py serve --model=DIR
 """
 
 import importlib.util
