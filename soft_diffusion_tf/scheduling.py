@@ -397,11 +397,15 @@ class Distances(abc.ABC):
     """A cheap guess of all weights, float64 [count, count].
 
     The search computes only the edges on paths that look shortest by it. The default is the
-    length along the line of candidates, which takes the distances between neighbours.
+    length along the line of candidates, which takes the distances between neighbours, less a
+    little for every candidate that is passed over: a step is never longer than the way along the
+    line, and of paths that looked equal the search would keep to the neighbours that it knows.
     """
     steps = self.pairs(itertools.pairwise(range(self.count)))
     along = np.concatenate([[0.0], np.cumsum(steps)])
-    return np.abs(along[:, None] - along[None, :])
+    node = np.arange(self.count)
+    over = np.maximum(np.abs(node[:, None] - node[None, :]) - 1, 0)
+    return np.abs(along[:, None] - along[None, :]) * (1 - 0.05 * over / self.count)
 
   def keep_in(self, journal: Journal, part: str = "") -> None:
     """Takes distances from a journal, and writes new ones to it, under the name `part`."""
@@ -766,6 +770,8 @@ def _tune(distances: Array, nodes: int) -> tuple[list[int], tuple[int, ...]]:
   """
   weights = np.unique(distances[~np.eye(len(distances), dtype=bool)])
   weights = weights[np.isfinite(weights)]
+  if not len(weights):
+    return [], ()
   found: dict[int, list[int]] = {}
 
   def path_at(k: int) -> list[int]:

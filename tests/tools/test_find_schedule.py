@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def run(*flags):
 
 
 def error_of(result):
-  lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+  # A progress bar may stand on the same line of the terminal.
+  lines = re.findall(r"(?:^|\])(error: .*)", result.stderr, re.MULTILINE)
   assert result.returncode == 2, result.stderr
   assert len(lines) == 1, result.stderr
   return lines[0]
@@ -75,7 +77,7 @@ def test_compare(folder):
   assert "say where by --plot" in error_of(run("--compare", *files))
   broken = folder / "broken.json"
   content = json.loads(files[0].read_text())
-  broken.write_text(json.dumps({**content, "levels": content["levels"][::-1][:3] + [9.0]}))
+  broken.write_text(json.dumps({**content, "levels": [0.01, 1.0, 2.0, 1.5]}))
   assert "out of order at number 4" in error_of(run("--compare", broken, f"--plot={folder}/x.png"))
   assert not (folder / "x.png").exists()
 
