@@ -12,6 +12,13 @@ def test_the_examples_run():
   assert result.failed == 0
 
 
+def test_the_page_on_restoration_runs():
+  page = str(ROOT / "docs" / "restoration.md")
+  result = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
+  assert result.attempted > 5
+  assert result.failed == 0
+
+
 def test_names_and_files_that_it_mentions_exist():
   text = README.read_text(encoding="utf-8")
   tests = "\n".join(f.read_text(encoding="utf-8") for f in (ROOT / "tests").rglob("test_*.py"))
