@@ -69,9 +69,12 @@ def test_sample_one_picture_and_a_folder(workdir, tmp_path):
     "--steps=2",
   )
   assert program("sample", *args).returncode == 0
-  assert sorted(f.name for f in folder.iterdir()) == ["000002.png", "000005.png"]
+  assert sorted(f.name for f in folder.iterdir()) == [
+    "000002.png", "000005.png", "samples.json"
+  ]  # fmt: skip
   before = (folder / "000002.png").read_bytes()
-  assert "is there already" in error_of(program("sample", *args))
+  assert "2 were there already" in program("sample", *args).stdout
+  assert "differ in" in error_of(program("sample", *args, "--sampler=ddim"))
   assert (folder / "000002.png").read_bytes() == before
 
 
