@@ -4,7 +4,7 @@
   python tools/tpu_compile_check.py --config=configs/cifar10_blur.py --topology=v5e:2x4
 
 The step is the project's own (`SoftDiffusionModel.update`: corruption, network, loss, gradient,
-sum over the chips, clip, Adam, averaging), and so is the sampler (`samplers.Sampler`: prior and
+sum over the chips, clip, Adam, averaging), and so is the sampler (`samplers.sample`: prior and
 loop, on the averaged weights). TensorFlow lowers them to StableHLO, and libtpu's compiler compiles
 that for the topology: what does not compile, or exceeds a chip's memory, fails here and now.
 What this proves, and what it does not, stands in docs/tpu.md.
@@ -179,7 +179,7 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
   import numpy as np
   import tensorflow as tf
 
-  from soft_diffusion_tf import priors, training
+  from soft_diffusion_tf import priors, samplers, training
 
   before = keras.config.dtype_policy()
   keras.config.set_dtype_policy(POLICIES[dtype])
@@ -202,10 +202,11 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
     arguments = [tf.TensorSpec([batch, *shape], tf.float32)]
   else:
     held = training.Run(experiment, model, 0)
-    sampler, table = held.sampler(), held.table()
+    denoiser, table = held.sampler().denoiser, held.table()
 
     def run(rows, seeds):
-      return sampler(rows, seeds)
+      x = model.diffusion.draw_prior(seeds)
+      return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
 
     arguments = [
       tf.TensorSpec(table.shape, tf.float32),
