@@ -36,8 +36,8 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "w"
   run = artefact.from_pretrained("digits")
   training.write(run, folder)
-  record = {"step": run.step, "sampler": "momentum", "steps": 60, "samples": 640,
-            "label": "FD[pixels]", "value": 0.5, "floor": 0.25}  # fmt: skip
+  record = {"step": run.step, "sampler": "momentum", "nfe": 60, "samples": 640,
+            "label": "FD[pixels]", "value": 0.5, "floor": {"value": 0.25}}  # fmt: skip
   (folder / "evaluations.jsonl").write_text(json.dumps(record) + "\n")
   return folder
 
