@@ -304,12 +304,15 @@ def section_convergence(book, labs, out):
            "squared Fréchet distance")  # fmt: skip
     rows = [[rule, *(number(v) for _, v in line)] for rule, line in lines.items()]
     texts.append(f"**{title}** (floor {floor:.3g})\n\n" + table(["evaluations", *SHOWN], rows))
-    row = {rule: needed_of(book, labs, setting, rule, bound) for rule in rules}
-    row["two_step, relative grid"] = needed_of(book, labs, setting, "two_step", bound,
-                                               grid="relative")  # fmt: skip
-    row["two_step, transport grid"] = needed_of(book, labs, setting, "two_step", bound,
-                                                grid="transport")  # fmt: skip
-    needs.append((title, row))
+    wanted = {rule: (rule, {}) for rule in rules}
+    for grid in ("relative", "transport"):
+      wanted[f"two_step, {grid} grid"] = ("two_step", {"grid": grid})
+    for what, limit in (("1.1 floors", 1.1 * floor), (f"{bound / floor:.2f} floors", bound)):
+      row = {
+        column: needed_of(book, labs, setting, rule, limit, **options)
+        for column, (rule, options) in wanted.items()
+      }
+      needs.append((f"{title}, {what}", row))
   axes[0, 0].legend(fontsize=7)
   save(figure, out / "samplers_convergence.png")
   return "\n\n".join(texts), needs

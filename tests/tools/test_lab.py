@@ -92,7 +92,9 @@ def test_the_naive_sampler_drifts_and_two_step_does_not(lab):
   for drift in (naive, two_step):
     assert drift[0][1] < 2 * drift[0][2]  # both start at q_1
   assert naive[-1][1] > 3 * naive[-1][2]
-  assert two_step[-1][1] < 1.5 * two_step[-1][2]
+  # One set of 400 samples varies by 28 %: a fresh set stays within three standard deviations.
+  spread = np.std([g.frechet for g in lab.floors], ddof=1)
+  assert two_step[-1][1] < lab.floor.frechet + 3 * spread < naive[-1][1]
 
 
 def test_needed_goes_up_the_ladder():
