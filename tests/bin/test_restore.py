@@ -50,7 +50,7 @@ def test_it_restores_a_folder(photos, tmp_path, digits):
   with np.load(out / "restored.npz") as content:
     for k in range(3):
       y, samples, x = content[f"{k}/input"], content[f"{k}/samples"], digits[k]
-      assert np.std(samples.mean(0) - x) < 0.7 * np.std(y - x)
+      assert np.std(samples.mean(0) - x) < 0.8 * np.std(y - x)  # a mean of four samples
       np.testing.assert_allclose(content[f"{k}/uncertainty"], samples.std(0, ddof=1), atol=1e-6)
   times = json.loads((out / "times.json").read_text())
   assert len(set(times.values())) == 1  # one level, one time
