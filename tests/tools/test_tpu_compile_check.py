@@ -123,7 +123,7 @@ def test_the_training_step_of_four_chips(small):
 
 def test_the_sampler(small):
   text = check.stablehlo(*check.program(small, "sample", batch=5)[:2])
-  assert "tensor<7x5xf32>" in text  # the table is an argument, with a row for every step
+  assert "tensor<7x6xf32>" in text  # the table is an argument, with a row for every step
   assert "stablehlo.while" in text
   assert "tensor<5x8x8x1xf32>" in text
   assert "bf16" not in text
