@@ -122,8 +122,10 @@ def _check_seeds(seeds):
 
 
 def _check_num(num):
+  """num, checked, and bounded: nothing large must be made while the check is under way."""
   tf.debugging.assert_positive(num, "num must be at least 1")
   tf.debugging.assert_less_equal(num, MOST, f"num must be at most {MOST}")
+  return tf.clip_by_value(num, 0, MOST)
 
 
 def _check_time(t, least=0.0):
@@ -225,7 +227,7 @@ def _drawing(drawer):
     return [tf.transpose(x_t, order), tf.transpose(predictions.stack(), order)]
 
   def sample(num, seed):
-    _check_num(num)
+    num = _check_num(num)
     return draw(seed + tf.range(tf.cast(num, tf.int64)))
 
   def draw(seeds):
@@ -249,7 +251,7 @@ def _restoring(diffusion, predict, options):
   def several(y, t, seed, num):
     _check_images(y, "y")
     _check_time(t)
-    _check_num(num)
+    num = _check_num(num)
     start = tf.clip_by_value(tf.cast(tf.round(t * LATTICE), tf.int32), 1, LATTICE)
     many = tf.repeat(y, num, axis=0)
     seeds = seed + tf.range(tf.cast(tf.shape(many)[0], tf.int64), dtype=tf.int64)
