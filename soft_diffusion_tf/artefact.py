@@ -538,7 +538,7 @@ def load(path):
     count = sum(name.startswith("ema/") for name in reader.get_variable_to_shape_map())
     weights = [reader.get_tensor(f"ema/{k}/.ATTRIBUTES/VARIABLE_VALUE") for k in range(count)]
     run = _make(experiment, prior, weights, manifest["step"], manifest["dtype"])
-  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+  except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
     text = str(error).strip().splitlines()[0]
     raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from None
   if digest_of(run) != manifest["weights_sha256"]:

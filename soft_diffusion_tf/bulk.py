@@ -82,6 +82,7 @@ class Drawer:
     self.sampler = samplers.Sampler(diffusion, denoiser)
     self.evaluations = None  # of the denoiser, for the last images
     self._replicas = strategy.num_replicas_in_sync if strategy else 1
+    self._traced: dict = {}  # shared by the copies that `with_options` makes
 
   def with_options(self, options):
     """The same with another sampler; what is traced is shared. Bounds of x̂_0 must stay."""
@@ -90,7 +91,6 @@ class Drawer:
       raise ValueError("another bound of x̂_0 takes a Drawer of its own")
     if options == mine:
       return self
-    _ = self._on_all  # made before the copy, so that both hold the same
     other = copy.copy(self)
     other.__dict__.pop("rows", None)
     other.options = options
@@ -121,9 +121,12 @@ class Drawer:
     rows = samplers.table(name, samplers.time_grid(steps), self.diffusion)
     return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
 
-  @functools.cached_property
-  def _on_all(self):
-    """One function for one device and for several: another graph may round another way."""
+  def _on_all(self, seeds):
+    """The function for seeds of one shape: several devices or one, any table.
+
+    Another graph may round another way, and TensorFlow relaxes a shape after it has seen two. So
+    every batch size has a graph of its own, whatever was drawn before.
+    """
 
     def one(seeds, rows):
       x = self.diffusion.draw_prior(seeds)
@@ -132,7 +135,13 @@ class Drawer:
     def every(seeds, rows):
       return one(seeds, rows) if self._replicas == 1 else self.strategy.run(one, (seeds, rows))
 
-    return tf.function(every, autograph=False, reduce_retracing=True)
+    spec = tf.type_spec_from_value(seeds)
+    if spec not in self._traced:
+      self._traced[spec] = tf.function(
+        every, autograph=False,
+        input_signature=[spec, tf.TensorSpec([None, samplers.COLUMNS], tf.float32)],
+      )  # fmt: skip
+    return self._traced[spec](seeds, self.rows)
 
   def _draw(self, drawn):
     """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""
@@ -143,12 +152,12 @@ class Drawer:
       return np.stack([x.numpy() for x, _ in parts])
     self.evaluations = int(self.rows.shape[0])
     if self._replicas == 1:
-      return np.stack([self._on_all(rng.image_seeds(d), self.rows).numpy() for d in drawn])
+      return np.stack([self._on_all(rng.image_seeds(d)).numpy() for d in drawn])
     filled = np.resize(drawn, (self._replicas, drawn.shape[1]))
     seeds = self.strategy.experimental_distribute_values_from_function(
       lambda context: rng.image_seeds(filled[context.replica_id_in_sync_group])
     )
-    parts = self.strategy.experimental_local_results(self._on_all(seeds, self.rows))
+    parts = self.strategy.experimental_local_results(self._on_all(seeds))
     return np.stack([part.numpy() for part in parts[: len(drawn)]])
 
   def parts(self, seeds):
@@ -161,9 +170,9 @@ class Drawer:
 
   def images(self, seeds, progress=None):
     """Images float32 [N, H, W, C] for image seeds [N]; `progress` is the text of a bar."""
-    distinct, back = np.unique(rng.image_seeds(seeds).numpy(), return_inverse=True)
-    if not len(distinct):
+    if not len(seeds):
       raise ValueError("there are no seeds to draw images for")
+    distinct, back = np.unique(rng.image_seeds(seeds).numpy(), return_inverse=True)
     images = np.empty([len(distinct), *self.diffusion.image_shape], np.float32)
     with tqdm.tqdm(total=len(distinct), desc=progress, disable=progress is None) as bar:
       for index, part in self.parts(distinct):

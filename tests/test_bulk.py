@@ -66,6 +66,15 @@ def test_an_image_is_its_seeds_to_the_bit(tiny, sampler):
   assert len({image.tobytes() for image in together}) == 40
 
 
+def test_what_was_drawn_before_changes_no_bit(tiny):
+  """Neither another batch size nor another number of steps, which share what is traced."""
+  fresh = drawer_of(tiny).images(range(16))
+  drawer = drawer_of(tiny, batch_size=5, steps=3)
+  drawer.images(range(5))
+  other = drawer.with_options(tiny.sampling)
+  np.testing.assert_array_equal(other.images(range(16)), fresh)
+
+
 def test_two_replicas_draw_what_one_device_draws(tiny):
   """Bit for bit: every replica draws whole batches of the one size."""
   devices = [d.name for d in tf.config.list_logical_devices("CPU")]
