@@ -25,7 +25,6 @@ seed + b; sample k of image b in `restore_map` has the image seed seed + b · nu
 num = 1), and t is rounded to a whole multiple of 1/`LATTICE` there.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -35,7 +34,6 @@ import pathlib
 import shutil
 import zipfile
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -44,7 +42,6 @@ from soft_diffusion_tf import bulk, priors, restoration, samplers, training
 from soft_diffusion_tf.experiment import Experiment
 
 FORMAT = 1
-DTYPES = ("float32", "bfloat16")
 LATTICE = 256  # times at which a restoration may start
 MOST = 65_536  # images in one call
 FRAMES = 24  # of a reverse process, at most
@@ -302,8 +299,6 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
   """
   out = pathlib.Path(out)
   refuse_to_overwrite(out, force)
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
   if options is None:
     options = [run.options(), run.options(sampler="two_step", steps=25)]
   by_name = {}
@@ -315,7 +310,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
       )
     if by_name.setdefault(name_of(o), o) != o:
       raise ValueError(f"two of the samplers to export would both be called {name_of(o)}")
-  if dtype != run.model.ema_network.dtype_policy.compute_dtype:
+  if dtype != run.experiment.network.dtype:
     run = _with_dtype(run, dtype)
   exported = _Exported(run, by_name, restoring)
   manifest = _manifest(run, by_name, exported, dtype, restoring, licence)
@@ -359,21 +354,9 @@ def write_whole(out, fill):
     old.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _policy(dtype):
-  """Networks made inside compute in this dtype."""
-  before = keras.config.dtype_policy()
-  keras.config.set_dtype_policy("mixed_bfloat16" if dtype == "bfloat16" else dtype)
-  try:
-    yield
-  finally:
-    keras.config.set_dtype_policy(before)
-
-
-def _make(experiment, prior, weights, step, dtype="float32"):
+def _make(experiment, prior, weights, step):
   """A `training.Run` of given weights, which stand for the averaged ones and for those trained."""
-  with _policy(dtype):
-    model = training.build(experiment, experiment.build_diffusion().with_prior(prior))
+  model = training.build(experiment, experiment.build_diffusion().with_prior(prior))
   for network in (model.network, model.ema_network):
     for variable, value in zip(network.variables, weights, strict=True):
       variable.assign(value)
@@ -383,7 +366,8 @@ def _make(experiment, prior, weights, step, dtype="float32"):
 
 def _with_dtype(run, dtype):
   weights = run.model.ema_network.get_weights()
-  return _make(run.experiment, run.diffusion.prior, weights, run.step, dtype)
+  experiment = run.experiment.replace(network={"dtype": dtype})
+  return _make(experiment, run.diffusion.prior, weights, run.step)
 
 
 def digest_of(run):
@@ -537,7 +521,7 @@ def load(path):
     reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
     count = sum(name.startswith("ema/") for name in reader.get_variable_to_shape_map())
     weights = [reader.get_tensor(f"ema/{k}/.ATTRIBUTES/VARIABLE_VALUE") for k in range(count)]
-    run = _make(experiment, prior, weights, manifest["step"], manifest["dtype"])
+    run = _make(experiment, prior, weights, manifest["step"])
   except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
     text = str(error).strip().splitlines()[0]
     raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from None

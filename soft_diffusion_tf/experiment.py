@@ -14,7 +14,7 @@ import itertools
 import json
 import pathlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -25,11 +25,12 @@ from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 CONFIG_FILE = "config.json"
 PREDICTIONS = ("residual", "score", "noise")
 CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
+DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # what Keras calls them
 
 
-def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+def _choice(field: str, value: str, choices: Iterable[str]) -> None:
   if value not in choices:
-    near = difflib.get_close_matches(str(value), choices, 1, cutoff=0)[0]
+    near = difflib.get_close_matches(str(value), list(choices), 1, cutoff=0)[0]
     raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
 
 
@@ -61,7 +62,8 @@ class Network:
   `prediction` says what the network gives and `conditioning` what it is told of t (see
   `model.SoftDiffusionModel`): the defaults are P's, the others those of published VE and VP models.
   `cond_min` and `cond_max` are the ends of the log-linear conditioning value: what the VE network
-  of the same data set sees as σ.
+  of the same data set sees as σ. With `dtype` "bfloat16" the network computes in it, as TPUs like;
+  weights, images, σ and the loss stay in float32.
   """
 
   nf: int = 128
@@ -90,6 +92,7 @@ class Network:
   conditioning: str = "log_linear"
   cond_min: float = 0.01
   cond_max: float = 50.0
+  dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +255,7 @@ class Experiment:
     _choice("training.weight", t.weight, losses.WEIGHTS)
     _choice("network.prediction", self.network.prediction, PREDICTIONS)
     _choice("network.conditioning", self.network.conditioning, CONDITIONINGS)
+    _choice("network.dtype", self.network.dtype, DTYPES)
     for prediction, kind in (("score", corruptions.Identity), ("noise", corruptions.Scale)):
       if self.network.prediction == prediction and not isinstance(self.corruption, kind):
         raise ValueError(
@@ -278,6 +282,7 @@ class Experiment:
     options = dataclasses.asdict(self.network)
     for name in ("prediction", "conditioning", "cond_min", "cond_max"):
       del options[name]
+    options["dtype"] = DTYPES[self.network.dtype]
     return options
 
   # --- Configs ------------------------------------------------------------------------------------

@@ -164,12 +164,10 @@ def test_the_fused_update_is_that_of_keras(rng):
 
 def test_bfloat16_leaves_images_and_times_in_float32(tiny, digits):
   """Keras would cast the arguments of the model itself: t = 0.123456 would become 0.1235."""
-  before = keras.config.dtype_policy()
-  keras.config.set_dtype_policy("mixed_bfloat16")
-  try:
-    model = build(tiny, tiny.build_diffusion())
-  finally:
-    keras.config.set_dtype_policy(before)
+  model = build(tiny.replace(network={"dtype": "bfloat16"}), tiny.build_diffusion())
+  assert model.network.dtype_policy.compute_dtype == "bfloat16"
+  assert model.ema_network.dtype_policy.compute_dtype == "bfloat16"
+  assert {v.dtype for v in model.network.trainable_variables} == {"float32"}
   seen, call = [], model.network.call
   model.network.call = lambda *args, **options: seen.append(args) or call(*args, **options)
   x, t = tf.constant(digits[:2]) * 0.987654, tf.constant([0.123456, 0.654321])

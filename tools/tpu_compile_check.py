@@ -30,7 +30,6 @@ COMPILER = pathlib.Path(__file__).with_name("tpu_compiler.py")
 # The compiler is called through functions that jaxlib does not promise to keep.
 PINS = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52", "numpy==2.4.6")
 NAMES = {"train": "training step", "sample": "sampler"}
-POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
   _CONFIG = cli.define_config()
@@ -46,7 +45,10 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
     "replicas", None, "Chips that share the batch; by default all of the topology."
   )
   _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", list(POLICIES), "The network's precision; weights, σ and loss are float32."
+    "dtype",
+    "bfloat16",
+    ["float32", "bfloat16"],
+    "The network's precision; weights, σ and loss are float32.",
   )
   _WHAT = flags.DEFINE_enum("what", "both", ["train", "sample", "both"], "What to compile.")
   _JSON = flags.DEFINE_string("json", None, "File to add the records to, one line of JSON each.")
@@ -175,23 +177,18 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
     The function, the specifications of its arguments (images, or the sampler's table and the
     images' seeds), and the model whose variables it uses.
   """
-  import keras
   import numpy as np
   import tensorflow as tf
 
   from soft_diffusion_tf import priors, samplers, training
 
-  before = keras.config.dtype_policy()
-  keras.config.set_dtype_policy(POLICIES[dtype])
-  try:
-    diffusion = experiment.build_diffusion()
-    shape = experiment.data.image_shape
-    # Any images: the prior's numbers change nothing, only its rank does.
-    images = np.random.default_rng(0).random([2 * experiment.prior.rank, *shape], np.float32)
-    prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
-    model = training.build(experiment, diffusion.with_prior(prior))
-  finally:
-    keras.config.set_dtype_policy(before)
+  experiment = experiment.replace(network={"dtype": dtype})
+  diffusion = experiment.build_diffusion()
+  shape = experiment.data.image_shape
+  # Any images: the prior's numbers change nothing, only its rank does.
+  images = np.random.default_rng(0).random([2 * experiment.prior.rank, *shape], np.float32)
+  prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
+  model = training.build(experiment, diffusion.with_prior(prior))
 
   if what == "train":
 
