@@ -45,7 +45,12 @@ setuptools.setup(
       "ruff>=0.12",
       "mypy>=1.15",
       "uvicorn>=0.35,<1",
+      "nbclient>=0.10,<1",  # runs the notebook
+      "ipykernel>=6.29,<8",
+      "mkdocs>=1.6,<2",
+      "mkdocstrings[python]>=0.30,<2",
     ],
+    "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"],
     "restoration": ["scikit-image>=0.24"],  # tools/measure_restoration.py, for its baselines alone
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },

@@ -276,7 +276,7 @@ def test_samplers_that_cannot_be_exported(exported, tmp_path):
   }.items():
     with pytest.raises(ValueError, match=text):
       artefact.export(run, out, options)
-  with pytest.raises(ValueError, match="network.dtype = .float8. is unknown"):
+  with pytest.raises(ValueError, match=r"network\.dtype = .float8. is unknown"):
     artefact.export(run, out, dtype="float8")
   assert not out.exists()
 

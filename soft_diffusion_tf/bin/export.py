@@ -50,12 +50,12 @@ def parse_samplers(text):
 
 
 def main():
-  from soft_diffusion_tf import artefact, training
+  from soft_diffusion_tf import artefact, experiment, training
 
   out = pathlib.Path(_OUT.value)
   pairs = parse_samplers(_SAMPLERS.value) if _SAMPLERS.value else None
   packed = out.suffix == ".npz"
-  known = ("float16", "float32") if packed else artefact.DTYPES
+  known = ("float16", "float32") if packed else tuple(experiment.DTYPES)
   dtype = _DTYPE.value or known[0]
   if dtype not in known:
     raise ValueError(f"--dtype={dtype} does not go with --out={out}; take {' or '.join(known)}")

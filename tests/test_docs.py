@@ -1,0 +1,163 @@
+"""The documents: every example runs, every command names what exists, the site builds."""
+
+import ast
+import doctest
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+PROGRAMS = {  # a command's name → the file that defines its flags
+  **{f"soft-diffusion-{f.stem}": f for f in (ROOT / "soft_diffusion_tf" / "bin").glob("[a-z]*.py")},
+  **{f"tools/{f.name}": f for f in (ROOT / "tools").glob("*.py")},
+}
+
+
+def blocks(page):
+  """(language, text) of each fenced block of a page."""
+  return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def with_examples():
+  return [page for page in PAGES if any(language == "python" for language, _ in blocks(page))]
+
+
+def name_of(page):
+  return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", with_examples(), ids=name_of)
+def test_the_examples_run(page):
+  result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
+  assert result.attempted == page.read_text(encoding="utf-8").count("\n>>> ")
+  assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_of_a_kind_that_is_tested(page):
+  assert {language for language, _ in blocks(page)} <= {"", "python", "bash"}
+  for language, text in blocks(page):
+    assert language != "python" or ">>> " in text
+    assert language != "bash" or page.name == "tutorial.md"
+
+
+def test_the_tutorial_runs(tmp_path):
+  """All its commands, in order, as one would type them, with less training."""
+  script = "set -eo pipefail\n" + "\n".join(
+    t for n, t in blocks(DOCS / "tutorial.md") if n == "bash"
+  )
+  port = 18501 + os.getpid() % 1000
+  assert script.count("8501") == 3
+  (tmp_path / "tools").symlink_to(ROOT / "tools")
+  (tmp_path / "mine").mkdir()
+  path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+  result = subprocess.run(
+    ["bash", "-c", script.replace("8501", str(port))], cwd=tmp_path / "mine",
+    env=os.environ | {"PATH": path, "STEPS": "6"}, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+  mine = tmp_path / "mine"
+  for made in ("levels.json", "samples.png", "fewer.png", "model/saved_model.pb"):
+    assert (mine / made).is_file()
+  assert "FD[pixels]" in result.stdout
+  assert len(json.loads((mine / "answer.json").read_text())["outputs"]["images"]) == 2
+
+
+def flags_of(file):
+  """The names of a program's absl flags, and whether it takes a config's fields."""
+  names, takes_config = {"debug", "help", "data_dir"}, False
+  text = file.read_text(encoding="utf-8")
+  for call in ast.walk(ast.parse(text)):
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+      continue
+    if call.func.attr.startswith("DEFINE_") and call.args:
+      names.add(ast.literal_eval(call.args[0]))
+  if "config" in text:
+    names, takes_config = names | {"config"}, True
+  return names, takes_config
+
+
+def commands():
+  for page in PAGES:
+    for language, text in blocks(page):
+      if language == "python":
+        continue
+      for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
+        for k, word in enumerate(words):
+          if word.removeprefix("../") in PROGRAMS and words[k:]:
+            yield name_of(page), word.removeprefix("../"), words[k + 1 :]
+
+
+def test_every_command_names_flags_and_files_that_exist():
+  seen = 0
+  for page, program, words in commands():
+    if program == "tools/benchmark.py":  # argparse, by subcommand
+      continue
+    known, takes_config = flags_of(PROGRAMS[program])
+    for word in words:
+      if match := re.match(r"--(?:no)?([a-z_]+)(\.[\w.]+)?(=(.*))?$", word):
+        name = match[1] if match[1] in known else word[2:].split("=")[0]
+        assert name in known or (takes_config and match[2]), f"{page}: {program} has no {word}"
+        if (
+          name == "config" and not match[2] and match[4].startswith("configs/") and "$" not in word
+        ):
+          assert (ROOT / match[4]).is_file(), f"{page}: no {match[4]}"
+        seen += 1
+  assert seen > 60
+
+
+def test_names_and_files_that_they_mention_exist():
+  tests = "\n".join(f.read_text(encoding="utf-8") for f in (ROOT / "tests").rglob("test_*.py"))
+  for page in PAGES:
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"`(test_\w+)`", text)):
+      assert f"def {name}(" in tests, f"{name_of(page)} names {name}, which is not a test"
+    for path in set(re.findall(r"(?:configs|tools|docs|tests)/[\w/]+\.(?:py|md|png)", text)):
+      assert (ROOT / path).is_file(), f"{name_of(page)} names {path}, which does not exist"
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet",
+     "--config-file", str(ROOT / "tools" / "mkdocs.yml"), "--site-dir", str(tmp_path / "site")],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stdout + result.stderr
+  page = (tmp_path / "site" / "reference" / "samplers.html").read_text(encoding="utf-8")
+  assert "soft_diffusion_tf.samplers.time_grid" in page  # the reference is not empty
+
+
+def test_every_module_has_its_place_in_the_reference():
+  public = {"bulk", "corruptions", "samplers", "scheduling", "artefact", "model"}
+  there = {f.stem for f in (DOCS / "reference").glob("*.md")}
+  assert public <= there
+  for name in there:
+    package = ROOT / "soft_diffusion_tf" / name
+    assert package.is_dir() or package.with_suffix(".py").is_file()
+  nav = (ROOT / "tools" / "mkdocs.yml").read_text(encoding="utf-8")
+  for name in there:
+    assert f"reference/{name}.md" in nav
+
+
+def test_the_notebook_runs(tmp_path):
+  notebook = nbformat.read(DOCS / "digits.ipynb", as_version=4)
+  assert not any(cell.get("outputs") for cell in notebook.cells)  # stored without its output
+  nbclient.NotebookClient(
+    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+  ).execute()
+  pictures = [
+    output for cell in notebook.cells for output in cell.get("outputs", [])
+    if "image/png" in output.get("data", {})
+  ]  # fmt: skip
+  assert len(pictures) == 8
