@@ -9,12 +9,14 @@ SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install quickstart test test-slow lint format docs study-digits study-cifar clean
 
 help:
 	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
 	@echo "make test        the tests;  make test-slow: the long ones too"
 	@echo "make lint        ruff and mypy;  make format: rewrite by ruff"
+	@echo "make study-digits, make study-cifar  the paper's claims, tried (an hour; hours); both go on"
+	@echo "make docs        the site, in site/"
 	@echo "make install     only the virtual environment in $(VENV)"
 
 install: $(STAMP)
@@ -45,6 +47,17 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --config-file tools/mkdocs.yml
+
+study-digits: $(STAMP)
+	$(BIN)/python tools/study.py --study=digits --out=runs/study_digits
+
+# DATA_DIR: where TFDS keeps CIFAR-10; FEATURE_NET: the folder of a SavedModel that judges images.
+study-cifar: $(STAMP)
+	$(BIN)/python tools/study.py --study=cifar --out=runs/study_cifar \
+		$(if $(DATA_DIR),--data_dir=$(DATA_DIR)) $(if $(FEATURE_NET),--feature_net=$(FEATURE_NET))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -117,8 +117,10 @@ def digits(models=None):
   """8×8 digits, every claim, three training seeds, within the hour on two cores."""
   quick = from_file(ROOT / "configs" / "digits_blur.py")
   base = quick.replace(
-    name="study_digits", network={"nf": 16},
-    training={"sample_every": 0, "checkpoint_every": 800, "keep": 1, "log_every": 100},
+    name="study_digits", network={"nf": 16, "num_res_blocks": 1},
+    training={
+      "steps": 2000, "sample_every": 0, "checkpoint_every": 500, "keep": 1, "log_every": 100,
+    },
     prior={"kind": "blurred_colour"},
   )  # fmt: skip
   if models is None:
@@ -127,7 +129,9 @@ def digits(models=None):
     models["mask"] = base.replace(corruption=masked.corruption, level=masked.level)
   nfes = (5, 10, 25, 50, 100, 200)
   few = (25, 50, 100, 200)
-  sweeps = {name: {("momentum", "own"): few} for name in models}
+  sweeps = {name: {("momentum", "own"): few[:3]} for name in models}
+  for slow in ("ve", "mask", "mse"):
+    sweeps[slow] = {("momentum", "own"): few}
   sweeps[MAIN] = {
     ("naive", "own"): few,
     ("momentum", "own"): nfes,
