@@ -71,7 +71,8 @@ def _in_batches(one, shapes, seeds, size):
   begin = tf.searchsorted(sorted_place, tf.range(size))
   rank = tf.range(tf.size(seeds)) - tf.gather(begin, sorted_place)
   batch = tf.scatter_nd(order[:, tf.newaxis], rank, tf.shape(seeds))
-  count = tf.reduce_max(batch) + 1
+  # Without seeds a batch is drawn all the same: only the check of their number may fail then.
+  count = tf.maximum(tf.reduce_max(batch), 0) + 1
   index = batch * size + place
   filling = tf.tile(tf.range(size, dtype=tf.int64), [count])
   drawn = tf.tensor_scatter_nd_update(filling, index[:, tf.newaxis], seeds)
@@ -119,10 +120,10 @@ def _check_seeds(seeds):
 
 
 def _check_num(num):
-  """num, checked, and bounded: nothing large must be made while the check is under way."""
+  """num, checked, and bounded: what runs beside the check must neither fail nor be large."""
   tf.debugging.assert_positive(num, "num must be at least 1")
   tf.debugging.assert_less_equal(num, MOST, f"num must be at most {MOST}")
-  return tf.clip_by_value(num, 0, MOST)
+  return tf.clip_by_value(num, 1, MOST)
 
 
 def _check_time(t, least=0.0):
