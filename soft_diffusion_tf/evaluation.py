@@ -431,7 +431,7 @@ def kernel_distance(one, two):
   eight blocks, a slight overestimate; it is NaN where these would have fewer than 2 rows.
   """
   kid = _classifier_metrics().kernel_classifier_distance_and_std_from_activations
-  one, two = (tf.constant(rows, tf.float64) for rows in (one, two))
+  one, two = (tf.cast(rows, tf.float64) for rows in (one, two))  # no second copy in NumPy
   larger, smaller = max(len(one), len(two)), min(len(one), len(two))
   with _quiet():
     value, error = kid(one, two, BLOCK)

@@ -654,7 +654,7 @@ class Sinkhorn(Distances):
       self._corrections[i, j] = result.g.numpy() - start
     if self.method == "regularised":
       return float(result.reg_ot_cost)
-    square = float(result.transport_cost)
+    square = float(result.transport_cost) + float(result.missed_cost)
     if self.method == "divergence":
       square = float(result.reg_ot_cost) - (self._self(i) + self._self(j)) / 2
     return math.sqrt(max(square, 0.0))

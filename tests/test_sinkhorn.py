@@ -499,3 +499,22 @@ def test_twenty_thousand_points_without_the_matrix():
   # x → 1.1 x + 0.1 has the second moment below as its cost; blur by ε adds, but not without bound.
   exact = np.mean(np.sum((0.1 * x + 0.1) ** 2, axis=1))
   assert exact < cold.reg_ot_cost < exact + 2.0 * np.log(20000)
+
+
+def test_missed_marginals_at_their_prices_make_the_cost_right_to_second_order(rng):
+  """Points in few dimensions, closer together than √ε, take many iterations."""
+  x = rng.standard_normal((300, 2))
+  y = 0.6 * x + 0.05 * rng.standard_normal((300, 2))
+  solve = lambda threshold: sinkhorn(
+    x, y, epsilon=0.02, threshold=threshold, max_iterations=100_000, dtype=tf.float64
+  )
+  truth = float(solve(1e-9).transport_cost)
+  raw, priced, errors = [], [], []
+  for threshold in (3e-2, 1e-2, 3e-3):
+    r = solve(threshold)
+    assert r.converged
+    errors.append(float(r.error))
+    raw.append(abs(float(r.transport_cost) - truth))
+    priced.append(abs(float(r.transport_cost + r.missed_cost) - truth))
+  assert np.all(np.array(priced) < 0.25 * np.array(raw))
+  assert abs(float(solve(1e-9).missed_cost)) < 1e-8
