@@ -288,7 +288,13 @@ def load_config(path):
   """Reads a configuration: JSON, or a Python file with `get_config()`."""
   path = pathlib.Path(path)
   if path.suffix == ".py":
-    return _plain(runpy.run_path(str(path))["get_config"]())
+    try:
+      return _plain(runpy.run_path(str(path))["get_config"]())
+    except Exception as error:  # it is someone else's program
+      raise ValueError(
+        f"{path}: running it ended with {type(error).__name__}: {error}; run this where its "
+        "imports can be found, or give the configuration as JSON"
+      ) from None
   return json.loads(path.read_text(encoding="utf-8"))
 
 

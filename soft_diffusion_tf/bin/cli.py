@@ -60,8 +60,13 @@ def _explain_override(argv, error):
 
   try:
     config = experiment.from_file(path).to_config()
-  except (OSError, KeyError, SyntaxError, ValueError) as cause:
-    _fail(f"{path}: {cause if str(cause) else error}")
+  except Exception as cause:  # whatever a user's own file raises
+    text = " ".join(str(cause).split())
+    _fail(
+      f"{path}: {text or error}"
+      if isinstance(cause, ValueError)
+      else f"{path}: {type(cause).__name__}: {text}; mend the config file (--debug shows where)"
+    )
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -83,7 +88,7 @@ def _parse(argv):
     _fail(f"{path}: no such config file; give --config=FILE, such as configs/digits_blur.py")
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except Exception as error:  # a config file is the user's own program
     if "--debug" in argv:
       raise
     return _explain_override(argv, str(error).strip().splitlines()[0])

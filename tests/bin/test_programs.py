@@ -132,6 +132,22 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
   assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+  ("code", "text"),
+  [
+    ("import a_module_that_is_not", "ModuleNotFoundError: No module named 'a_module_that_is_not'"),
+    ("def get_config(:", "SyntaxError: invalid syntax"),
+    ("def get_config():\n  return nothing", "NameError: name 'nothing' is not defined"),
+    ("x = 1", "KeyError: 'get_config'"),
+  ],
+)
+def test_what_a_config_file_raises_is_one_line(code, text, tmp_path):
+  (tmp_path / "mine.py").write_text(code)
+  error = error_of(program("train", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w"))
+  assert "mine.py" in error
+  assert text in error
+
+
 def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   assert "give --config" in error_of(program("train", f"--workdir={tmp_path}/w"))
   assert "no such config file" in error_of(

@@ -222,6 +222,9 @@ def test_configuration_files(tmp_path):
   for name in ("config.json", "config.py"):
     config_read = import_score_sde.load_config(tmp_path / name)
     assert import_score_sde.network_options(config_read) == want
+  (tmp_path / "alone.py").write_text("from configs.not_here import get_default_configs\n")
+  with pytest.raises(ValueError, match="running it ended with ModuleNotFoundError"):
+    import_score_sde.load_config(tmp_path / "alone.py")
 
 
 def test_a_converted_file_is_a_workdir(tmp_path):
