@@ -60,4 +60,4 @@ study-cifar: $(STAMP)
 		$(if $(DATA_DIR),--data_dir=$(DATA_DIR)) $(if $(FEATURE_NET),--feature_net=$(FEATURE_NET))
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

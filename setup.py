@@ -5,6 +5,7 @@ import pathlib
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
+DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"]
 
 setuptools.setup(
   name="soft-diffusion-tf",
@@ -47,10 +48,9 @@ setuptools.setup(
       "uvicorn>=0.35,<1",
       "nbclient>=0.10,<1",  # runs the notebook
       "ipykernel>=6.29,<8",
-      "mkdocs>=1.6,<2",
-      "mkdocstrings[python]>=0.30,<2",
+      *DOCS,
     ],
-    "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"],
+    "docs": DOCS,
     "restoration": ["scikit-image>=0.24"],  # tools/measure_restoration.py, for its baselines alone
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },

@@ -122,26 +122,27 @@ class Drawer:
     return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
 
   def _on_all(self, seeds):
-    """The function for seeds of one shape: several devices or one, any table.
+    """Images of one batch of seeds per replica.
 
     Another graph may round another way, and TensorFlow relaxes a shape after it has seen two. So
-    every batch size has a graph of its own, whatever was drawn before.
+    every batch size has a graph of its own, for any table, whatever was drawn before.
     """
-
-    def one(seeds, rows):
-      x = self.diffusion.draw_prior(seeds)
-      return samplers.sample(self.diffusion, self.sampler.denoiser, rows, seeds, x).x
-
-    def every(seeds, rows):
-      return one(seeds, rows) if self._replicas == 1 else self.strategy.run(one, (seeds, rows))
-
     spec = tf.type_spec_from_value(seeds)
     if spec not in self._traced:
       self._traced[spec] = tf.function(
-        every, autograph=False,
+        self._every, autograph=False,
         input_signature=[spec, tf.TensorSpec([None, samplers.COLUMNS], tf.float32)],
       )  # fmt: skip
     return self._traced[spec](seeds, self.rows)
+
+  def _every(self, seeds, rows):
+    if self._replicas == 1:
+      return self._one(seeds, rows)
+    return self.strategy.run(self._one, (seeds, rows))
+
+  def _one(self, seeds, rows):
+    x = self.diffusion.draw_prior(seeds)
+    return samplers.sample(self.diffusion, self.sampler.denoiser, rows, seeds, x).x
 
   def _draw(self, drawn):
     """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""

@@ -75,14 +75,14 @@ def test_the_tutorial_runs(tmp_path):
 
 def flags_of(file):
   """The names of a program's absl flags, and whether it takes a config's fields."""
-  names, takes_config = {"debug", "help", "data_dir"}, False
+  names, takes_config = {"debug", "help"}, False
   text = file.read_text(encoding="utf-8")
   for call in ast.walk(ast.parse(text)):
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
       continue
     if call.func.attr.startswith("DEFINE_") and call.args:
       names.add(ast.literal_eval(call.args[0]))
-  if "config" in text:
+  if "define_config()" in text:
     names, takes_config = names | {"config"}, True
   return names, takes_config
 
@@ -95,7 +95,7 @@ def commands():
       for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
         for k, word in enumerate(words):
-          if word.removeprefix("../") in PROGRAMS and words[k:]:
+          if word.removeprefix("../") in PROGRAMS:
             yield name_of(page), word.removeprefix("../"), words[k + 1 :]
 
 
@@ -109,9 +109,7 @@ def test_every_command_names_flags_and_files_that_exist():
       if match := re.match(r"--(?:no)?([a-z_]+)(\.[\w.]+)?(=(.*))?$", word):
         name = match[1] if match[1] in known else word[2:].split("=")[0]
         assert name in known or (takes_config and match[2]), f"{page}: {program} has no {word}"
-        if (
-          name == "config" and not match[2] and match[4].startswith("configs/") and "$" not in word
-        ):
+        if word.startswith("--config=configs/") and "$" not in word:
           assert (ROOT / match[4]).is_file(), f"{page}: no {match[4]}"
         seen += 1
   assert seen > 60

@@ -114,7 +114,7 @@ def variants(base, mse_levels, ve_stop):
 
 
 def digits(models=None):
-  """8×8 digits, every claim, three training seeds, within the hour on two cores."""
+  """8×8 digits, every claim, three training seeds; sized for an hour on two cores."""
   quick = from_file(ROOT / "configs" / "digits_blur.py")
   base = quick.replace(
     name="study_digits", network={"nf": 16, "num_res_blocks": 1},

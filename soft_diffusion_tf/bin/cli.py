@@ -91,7 +91,8 @@ def _parse(argv):
   except Exception as error:  # a config file is the user's own program
     if "--debug" in argv:
       raise
-    return _explain_override(argv, str(error).strip().splitlines()[0])
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return _explain_override(argv, lines[0])
 
 
 def _guarded(main):

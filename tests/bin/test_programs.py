@@ -139,6 +139,7 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
     ("def get_config(:", "SyntaxError: invalid syntax"),
     ("def get_config():\n  return nothing", "NameError: name 'nothing' is not defined"),
     ("x = 1", "KeyError: 'get_config'"),
+    ("assert False", "AssertionError"),  # an error without a text
   ],
 )
 def test_what_a_config_file_raises_is_one_line(code, text, tmp_path):
