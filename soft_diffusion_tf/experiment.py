@@ -100,9 +100,10 @@ class Training:
   """Optimisation (P App. D), and what is written how often (in steps; 0 means never).
 
   A batch is taken in `accumulate` parts, one after the other, where it does not fit in memory: the
-  step is the same. `t_min` is the smallest t drawn; `low_variance_t` draws one stratified sample of
-  t per batch instead of independent ones; `steps_per_loop` steps run in one call of the compiled
-  loop; the `keep` newest checkpoints stay, and one every `keep_every` steps.
+  step is the same. `weight`, `filtered` and `look_ahead` are those of the loss
+  (`losses.soft_score_matching`). `t_min` is the smallest t drawn; `low_variance_t` draws one
+  stratified sample of t per batch instead of independent ones; `steps_per_loop` steps run in one
+  call of the compiled loop; the `keep` newest checkpoints stay, and one every `keep_every` steps.
   """
 
   batch_size: int = 128
@@ -117,6 +118,7 @@ class Training:
   ema_decay: float = 0.999
   weight: str = "inverse_variance"
   filtered: bool = True
+  look_ahead: float = 0.0
   t_min: float = 1e-5
   low_variance_t: bool = False
   steps_per_loop: int = 10
@@ -252,6 +254,13 @@ class Experiment:
       raise ValueError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}")
     if not 0 <= t.t_min < 1:
       raise ValueError(f"training.t_min must be in [0, 1), got {t.t_min}")
+    if not 0 <= t.look_ahead <= 1:
+      raise ValueError(f"training.look_ahead is a time from 0 to 1, got {t.look_ahead}")
+    if t.look_ahead and not t.filtered:
+      raise ValueError(
+        f"training.look_ahead = {t.look_ahead} chooses the filter of the loss, and "
+        "training.filtered = False takes it away; set one of them only"
+      )
     _choice("training.weight", t.weight, losses.WEIGHTS)
     _choice("network.prediction", self.network.prediction, PREDICTIONS)
     _choice("network.conditioning", self.network.conditioning, CONDITIONINGS)

@@ -225,8 +225,9 @@ class SoftDiffusionModel(keras.Model):
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([v.value for v in variables])
         each = losses.soft_score_matching(
-          self.diffusion, denoiser, x_0, t, eta, weight=options.weight, filtered=options.filtered
-        )
+          self.diffusion, denoiser, x_0, t, eta, weight=options.weight, filtered=options.filtered,
+          look_ahead=options.look_ahead,
+        )  # fmt: skip
         loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
       return tape.gradient(loss, [v.value for v in variables]), each, t
 

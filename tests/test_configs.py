@@ -23,7 +23,8 @@ def test_the_papers_hyper_parameters(name):
   t = e.training
   assert (t.learning_rate, t.beta_1, t.beta_2, t.epsilon) == (2e-4, 0.9, 0.999, 1e-8)
   assert (t.clip_norm, t.warmup_steps, t.batch_size) == (1.0, 5000, 128)
-  assert (t.weight, t.filtered, t.keep_every) == ("inverse_variance", True, 10_000)
+  assert (t.weight, t.filtered, t.look_ahead) == ("inverse_variance", True, 0.0)
+  assert t.keep_every == 10_000
   n = e.network
   assert (n.nf, n.ch_mult, n.num_res_blocks, n.attn_resolutions) == (128, (1, 2, 2, 2), 4, (16,))
   assert (n.progressive_input, n.embedding_type, n.fourier_scale) == ("residual", "fourier", 16.0)

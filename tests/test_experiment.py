@@ -58,6 +58,7 @@ def _changed(tiny, group, name, value):
     ("sampling", "k", -1.0, "sampling.k must not be negative"),
     ("training", "weight", "snr", "training.weight = 'snr' is unknown"),
     ("training", "ema_decay", 1.0, r"must be in \[0, 1\)"),
+    ("training", "look_ahead", 1.5, "training.look_ahead is a time from 0 to 1, got 1.5"),
     ("sampling", "sampler", "momentun", "did you mean 'momentum'"),
     ("sampling", "grid", "log", "sampling.grid"),
     ("prior", "kind", "color", "did you mean 'colour'"),
@@ -69,6 +70,11 @@ def _changed(tiny, group, name, value):
 def test_bad_fields_are_named(tiny, group, name, value, text):
   with pytest.raises(ValueError, match=text):
     Experiment.from_config(_changed(tiny, group, name, value))
+
+
+def test_a_filter_is_chosen_once(tiny):
+  with pytest.raises(ValueError, match=r"look_ahead = 0\.1 chooses the filter.*set one of them"):
+    tiny.replace(training={"look_ahead": 0.1, "filtered": False})
 
 
 def test_replace_refuses_unknown_fields(tiny):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import losses
+from soft_diffusion_tf import losses, oracles
 
 
 @pytest.fixture
@@ -48,6 +48,51 @@ def test_the_filtered_loss_is_bounded_by_the_unfiltered(blur_diffusion, batch):
   assert plain[-1] > 2 * filtered[-1]  # at full blur they are far apart
   want = np.sum((denoiser(blur_diffusion.forward(x_0, t, eta), t) - x_0) ** 2, axis=(1, 2, 3))
   np.testing.assert_allclose(plain, want, rtol=1e-5)
+
+
+def test_the_look_ahead_filter_by_hand(blur_diffusion, batch):
+  x_0, t, eta = batch
+  error = denoiser(blur_diffusion.forward(x_0, t, eta), t) - x_0
+  earlier = np.float32([0.0, 0.0, 0.2, 0.6, 0.9])  # t − 0.1, but not before the clean image
+  norm = np.sum(blur_diffusion.corrupt(error, earlier).numpy() ** 2, axis=(1, 2, 3))
+  want = norm / blur_diffusion.sigma(t).numpy() ** 2  # w(t) is still that of t
+  args = (blur_diffusion, denoiser, x_0, t, eta)
+  np.testing.assert_allclose(losses.soft_score_matching(*args, look_ahead=0.1), want, rtol=1e-5)
+
+
+def test_the_look_ahead_filter_lies_between_the_papers_and_none(blur_diffusion, batch):
+  x_0, t, eta = batch
+  args = (blur_diffusion, denoiser, x_0, t, eta)
+  loss = lambda **options: losses.soft_score_matching(*args, **options).numpy()
+  np.testing.assert_array_equal(loss(look_ahead=0.0), loss())
+  # At t = 0 the blur's standard deviation is 0.01 pixels: its neighbours weigh exp(−5000) = 0.
+  np.testing.assert_allclose(loss(look_ahead=1.0), loss(filtered=False), rtol=1e-6)
+  rows = [loss(look_ahead=ahead)[2:] for ahead in (0.0, 0.1, 0.3, 1.0)]
+  assert np.all(np.diff(rows, axis=0) >= 0)
+  assert np.all(rows[-1][1:] > rows[0][1:])  # at t = 0.3 the blur has hardly begun
+
+
+@pytest.mark.parametrize("look_ahead", [0.0, 0.1, 1.0])
+def test_the_expectation_minimises_every_filter(blur_diffusion, digits, look_ahead):
+  # Along any direction v(x_t) the mean loss has slope 0 at E[x_0|x_t]; its estimate from n draws is
+  # normal with the standard error of the mean, so 4 of them are passed once in 16,000 times.
+  mixture = oracles.GaussianMixture(digits[:50], 0.1)
+  exact = oracles.denoiser(mixture, blur_diffusion)
+  x_0 = mixture.draw(4000, seed=3)
+  eta = np.random.default_rng(4).standard_normal(x_0.shape).astype(np.float32)
+  t = np.full(len(x_0), 0.6, np.float32)
+
+  def slopes(centre):
+    def loss(h):
+      estimate = lambda x_t, t: centre(x_t, t) + h * x_t
+      options = {"weight": "one", "look_ahead": look_ahead}
+      return losses.soft_score_matching(blur_diffusion, estimate, x_0, t, eta, **options).numpy()
+
+    each = loss(0.5) - loss(-0.5)
+    return abs(each.mean()) / (each.std() / np.sqrt(len(each)))
+
+  assert slopes(exact) < 4
+  assert slopes(lambda x_t, t: x_t) > 40  # the corrupted image itself is not the minimiser
 
 
 def test_a_perfect_denoiser_has_no_loss(blur_diffusion, batch):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -42,6 +43,8 @@ def records():
     ("ve", "momentum"): {25: 8.0, 50: 4.0, 100: 1.0},
     ("mask", "momentum"): {25: 8.0, 50: 4.0, 100: 2.0},
     ("unfiltered", "momentum"): {50: 0.8, 100: 0.7},
+    ("printed_loss", "momentum"): {50: 1.5, 100: 1.4},
+    ("printed_loss", "naive"): {50: 1.3, 100: 1.2},
   }
   for seed in (0, 1):
     for (model, sampler), curve in curves.items():
@@ -54,8 +57,10 @@ def test_the_scoreboard_says_what_the_values_say(records):
     claim.name.split()[0]: word
     for claim, _, word in study.scoreboard(study.Results(records, "train"))
   }
-  assert words["1."] == "reproduced"
-  assert words["2."] == "not reproduced"
+  assert words["1a."] == "not reproduced"
+  assert words["1b."] == "reproduced"
+  assert words["2a."] == words["2b."] == "not reproduced"
+  assert words["2c."] == "reproduced"
   assert words["3a."] == "not measured"
   assert words["4."] == "reproduced"  # 50 against 100 evaluations
   assert words["5a."] == words["5b."] == words["5c."] == "reproduced"
@@ -96,12 +101,18 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
   assert set(digits.sweeps) == set(digits.models)
   assert len(digits.seeds) >= 3
   for name, groups in {
-    "unfiltered": {"training"}, "mse": {"level"}, "sigma_005": {"sigma"}, "sigma_0025": {"sigma"},
-    "noise_throughout": {"sigma"}, "mask": {"corruption", "level"},
+    "printed_loss": {"training"}, "unfiltered": {"training"}, "mse": {"level"},
+    "sigma_005": {"sigma"}, "sigma_0025": {"sigma"}, "noise_throughout": {"sigma"},
+    "mask": {"corruption", "level"},
     "ve": {"corruption", "level", "sigma", "prior"},
   }.items():  # fmt: skip
     differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
     assert differs == groups, name
+  losses = {n: e.training for n, e in digits.models.items() if n in ("printed_loss", "unfiltered")}
+  for name, training in losses.items():
+    assert training.look_ahead == 0.0
+    assert training.filtered == (name == "printed_loss")
+    assert dataclasses.replace(training, look_ahead=0.1, filtered=True) == base.training
   again = study.open_study("digits", tmp_path)  # read, not worked out again
   assert again.models == digits.models
   with pytest.raises(ValueError, match="holds the study 'digits'"):
