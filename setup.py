@@ -48,10 +48,11 @@ setuptools.setup(
       "uvicorn>=0.35,<1",
       "nbclient>=0.10,<1",  # runs the notebook
       "ipykernel>=6.29,<8",
+      "scikit-image>=0.24,<0.27",
       *DOCS,
     ],
     "docs": DOCS,
-    "restoration": ["scikit-image>=0.24"],  # tools/measure_restoration.py, for its baselines alone
+    "restoration": ["scikit-image>=0.24,<0.27"],  # tools/measure_restoration.py, its baselines
     "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
   },
   entry_points={

@@ -22,6 +22,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", req
 _TIMES = flags.DEFINE_list("times", ["0.4", "0.6", "0.8"], "Times t to corrupt to.")
 _IMAGES = flags.DEFINE_integer("images", 297, "Test images, at most.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.")
+_FEATURE_NET = flags.DEFINE_string("feature_net", "pixels", "What the distances are taken in.")
+_REFERENCE = flags.DEFINE_integer("reference", 10_000, "Training images to compare with, at most.")
 _OUT = flags.DEFINE_string("out", None, "A new folder for the results.", required=True)
 
 _TUNING = 40  # training images by which the baselines' strengths are chosen
@@ -80,8 +82,9 @@ def main():
   )
   clean = part(e.data.test_split).floats(slice(0, _IMAGES.value))
   training_set = part(e.data.train_split)
-  tuning, reference = training_set.floats(slice(0, _TUNING)), training_set.images
-  network = features.feature_network("pixels")
+  tuning = training_set.floats(slice(0, _TUNING))
+  reference = training_set.images[: _REFERENCE.value]
+  network = features.feature_network(_FEATURE_NET.value, training_set)
 
   def moments(images):
     batches = evaluation.image_batches(images)
@@ -89,8 +92,11 @@ def main():
 
   real = moments(reference)
   distance = lambda x: evaluation.frechet(network.label, moments(plots.to_uint8(x)), real).exact
-  results = {"run": e.name, "step": run.step, "images": len(clean), "samples": _SAMPLES.value,
-             "clean": {"distance": distance(clean)}, "times": []}  # fmt: skip
+  results = {
+    "run": e.name, "step": run.step, "images": len(clean), "samples": _SAMPLES.value,
+    "judge": network.label, "reference": len(reference),
+    "clean": {"distance": distance(clean)}, "times": [],
+  }  # fmt: skip
   out.mkdir(parents=True)
   sheets = []
   for t in map(float, _TIMES.value):
@@ -144,7 +150,7 @@ def main():
       if not explain:
         shown["E[x|y]"], shown["mean"] = result.expected, result.mean
         shown["3 × spread"] = 3 * result.uncertainty
-        shown |= {f"sample {k + 1}": result.samples[:, k] for k in range(3)}
+        shown |= {f"sample {k + 1}": result.samples[:, k] for k in range(min(3, _SAMPLES.value))}
     shown["clean"] = clean
     results["times"].append({"t": t, "level": level, "sigma": sigma, "methods": rows})
     sheets.append((t, level, shown))
@@ -157,8 +163,8 @@ def figure(path, sheets, plots):
   """A block for each t; a row for each image, a column for each method."""
   import matplotlib.pyplot as plt
 
-  count = _SHOWN // max(1, len(sheets)) + 1
   names = list(sheets[0][2])
+  count = min(_SHOWN // len(sheets) + 1, len(sheets[0][2]["y"]))
   fig, axes = plt.subplots(len(sheets), 1, figsize=(0.92 * len(names), 0.95 * count * len(sheets)),
                            squeeze=False)  # fmt: skip
   for axis, (t, level, shown) in zip(axes[:, 0], sheets):
