@@ -38,6 +38,7 @@ def get_config():
       learning_rate=2e-3,
       warmup_steps=200,
       ema_decay=0.995,
+      look_ahead=0.1,
       log_every=50,
       checkpoint_every=600,
       keep_every=0,
