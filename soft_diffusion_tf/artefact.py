@@ -452,12 +452,14 @@ def card(run, manifest, evaluations=()):
       "real images.", "",
       "| sampler | NFE | images | distance | floor |", "|---|---|---|---|---|",
     ]  # fmt: skip
+    rows = []
     for r in records:
       floor = "–" if r.get("floor") is None else f"{r['floor']['value']:.4g}"
-      lines.append(
+      rows.append(
         f"| {r['sampler']} | {r['nfe']} | {r['samples']} | {r['label']} {r['value']:.4g} | "
         f"{floor} |"
       )
+    lines += dict.fromkeys(rows)  # the same evaluation made twice is one row
   else:
     lines.append("Not evaluated.")
   lines += ["", "## Use and limits", "", _LIMITS.format(data=e.data.name), ""]

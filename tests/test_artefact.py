@@ -42,7 +42,7 @@ def exported(tmp_path_factory, request):
             "value": 1.25, "floor": None}  # fmt: skip
   stale = record | {"step": 6, "value": 99.0}
   manifest = artefact.export(
-    run, folder, list(SAMPLERS.values()), restoring=RESTORING, evaluations=[record, stale],
+    run, folder, list(SAMPLERS.values()), restoring=RESTORING, evaluations=[record, stale, record],
     licence="CC0-1.0",
   )  # fmt: skip
   return run, folder, manifest
@@ -181,6 +181,7 @@ def test_manifest_and_card_say_what_it_is(exported):
   loaded = tf.saved_model.load(str(folder)).signatures
   assert set(loaded) == set(manifest["signatures"])
   card = (folder / "README.md").read_text()
+  assert card.count("| FD[pixels] ") == 1  # one evaluation made twice; the other is of old weights
   for text in (
     "GaussianBlur", "digits, split train", run.experiment.digest(), artefact.digest_of(run),
     "CC0-1.0", "| momentum | 3 | 64 | FD[pixels] 1.25 | – |", "sample_heun_ddim_4",
