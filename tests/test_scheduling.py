@@ -414,10 +414,11 @@ def test_warm_starts_save_iterations_and_change_nothing(images):
     s.Sinkhorn(clouds, clouds.paired(), epsilon=0.002, warm=warm, threshold=1e-3)
     for warm in (True, False)
   )
-  pairs = [(0, 3), (3, 6), (5, 9)]
+  # Two edges leave one node, as in a search. Where a count stops depends on the machine's rounding;
+  # without such a pair it is just about half of the cold one's.
+  pairs = [(0, 3), (0, 4), (3, 6), (5, 9)]
   np.testing.assert_allclose(warm.pairs(pairs), cold.pairs(pairs), rtol=2e-3)  # the threshold
-  # About half; where the threshold is passed, and so the count, depends on the machine's rounding.
-  assert sum(warm.iterations) < 0.67 * sum(cold.iterations)
+  assert sum(warm.iterations) < 0.5 * sum(cold.iterations)
 
 
 def test_neighbours_help_where_the_identity_is_not_optimal(images):

@@ -124,7 +124,7 @@ def digits(models=None):
   base = quick.replace(
     name="study_digits", network={"nf": 16, "num_res_blocks": 1},
     training={
-      "steps": 6000, "ema_decay": 0.999, "look_ahead": 0.1,
+      "steps": 6000, "ema_decay": 0.999,
       "sample_every": 0, "checkpoint_every": 1000, "keep": 1, "log_every": 100,
     },
     prior={"kind": "blurred_colour"},

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import restoration as skimage
 
 from soft_diffusion_tf import corruptions, training
-from tools import measure_restoration
+from tools import measure_restoration as tool
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,12 +22,8 @@ def blur(x, level=0.6):
 
 
 def test_psnr_of_a_known_error():
-  assert measure_restoration.psnr(
-    np.full([1, 8, 8, 1], 0.6), np.full([1, 8, 8, 1], 0.5)
-  ) == pytest.approx(20.0)
-  assert measure_restoration.psnr(
-    np.full([1, 8, 8, 1], 7.0), np.full([1, 8, 8, 1], 0.9)
-  ) == pytest.approx(20.0)
+  assert tool.psnr(np.full([1, 8, 8, 1], 0.6), np.full([1, 8, 8, 1], 0.5)) == pytest.approx(20.0)
+  assert tool.psnr(np.full([1, 8, 8, 1], 7.0), np.full([1, 8, 8, 1], 0.9)) == pytest.approx(20.0)
 
 
 def test_wiener_inverts_a_light_blur(digits):
@@ -37,33 +33,31 @@ def test_wiener_inverts_a_light_blur(digits):
   kernel = kernel / kernel.sum()
   # Its blur is periodic where ours is dark outside; digits are dark at the border as well.
   clean = np.pad(digits[:20], ((0, 0), (4, 4), (4, 4), (0, 0)))
-  restored = measure_restoration.wiener(blur(clean), kernel, 1e-4)
-  assert (
-    measure_restoration.psnr(restored, clean) > measure_restoration.psnr(blur(clean), clean) + 10
-  )
+  restored = tool.wiener(blur(clean), kernel, 1e-4)
+  assert tool.psnr(restored, clean) > tool.psnr(blur(clean), clean) + 10
 
 
 def test_total_variation_without_blur_is_chambolles(digits):
   same = lambda x: x
-  got = measure_restoration.total_variation(digits[:3], same, same, 0.05, steps=3)
+  got = tool.total_variation(digits[:3], same, same, 0.05, steps=3)
   want = [skimage.denoise_tv_chambolle(x, 0.05, channel_axis=-1) for x in digits[:3]]
   np.testing.assert_array_equal(got, want)
 
 
 def test_total_variation_deblurs(digits):
   y = blur(digits[:10])
-  got = measure_restoration.total_variation(y, blur, blur, 1e-4)  # this blur is its own adjoint
-  assert measure_restoration.psnr(got, digits[:10]) > measure_restoration.psnr(y, digits[:10]) + 3
+  got = tool.total_variation(y, blur, blur, 1e-4)  # this blur is its own adjoint
+  assert tool.psnr(got, digits[:10]) > tool.psnr(y, digits[:10]) + 3
 
 
 def test_bicubic_by_factor_one_changes_nothing(digits):
-  np.testing.assert_allclose(measure_restoration.bicubic(digits[:2], 1.0), digits[:2], atol=1e-6)
-  assert measure_restoration.bicubic(digits[:2], 2.0).shape == digits[:2].shape
+  np.testing.assert_allclose(tool.bicubic(digits[:2], 1.0), digits[:2], atol=1e-6)
+  assert tool.bicubic(digits[:2], 2.0).shape == digits[:2].shape
 
 
 def test_the_best_strength_is_the_one_of_the_best_psnr(digits):
   clean = digits[:4]
-  assert measure_restoration.best((0.3, 0.01, 0.1), lambda v: clean + v, clean) == 0.01
+  assert tool.best((0.3, 0.01, 0.1), lambda v: clean + v, clean) == 0.01
 
 
 def test_a_run_is_measured(tiny, tmp_path):

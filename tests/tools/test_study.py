@@ -108,8 +108,8 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
   }.items():  # fmt: skip
     differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
     assert differs == groups, name
-  losses = {n: e.training for n, e in digits.models.items() if n in ("printed_loss", "unfiltered")}
-  for name, training in losses.items():
+  for name in ("printed_loss", "unfiltered"):
+    training = digits.models[name].training
     assert training.look_ahead == 0.0
     assert training.filtered == (name == "printed_loss")
     assert dataclasses.replace(training, look_ahead=0.1, filtered=True) == base.training
