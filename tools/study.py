@@ -17,22 +17,25 @@ import pathlib
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 from absl import flags
 
-from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf import corruptions, samplers, schedules
 from soft_diffusion_tf.bin import cli
 from soft_diffusion_tf.experiment import Data, Experiment, Network, Training, from_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAIN = "blur"
 PRINTED = "printed_loss"
+STRATIFIED = "stratified_t"
+UNWEIGHTED = "unweighted"
 MODELS_FILE = "models.json"
 PRIORS = ("blurred_colour", "subspace", "colour")
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
-  _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits or cifar.")
+  _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits, cifar or defaults.")
   _OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
   _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.")
   _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
@@ -44,13 +47,23 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
 # --- What is studied ------------------------------------------------------------------------------
 
 
+class Draw(typing.NamedTuple):
+  """How samples are made: the prior is the experiment's own or of another kind of `PRIORS`, the
+  grid one of `samplers.GRIDS`.
+  """
+
+  sampler: str = "momentum"
+  prior: str = "own"
+  grid: str = "uniform"
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """Models by name, what each is sampled with, and what judges the samples.
+  """Models by name, what each is sampled with, what judges the samples, and what is claimed.
 
   Attributes:
     models: name → `Experiment`; the training seed comes from `seeds`.
-    sweeps: name → {(sampler, prior): NFEs}.
+    sweeps: name → {`Draw`: NFEs}.
     splits: real images to compare with; the first is the one that claims are judged by.
     samples: images per value, the same for all; `batch` of them side by side.
   """
@@ -63,6 +76,7 @@ class Study:
   feature_net: str
   splits: tuple = ("train",)
   batch: int = 128
+  claims: tuple = ()
 
 
 def open_study(name, out):
@@ -118,38 +132,61 @@ def variants(base, mse_levels, ve_stop):
   }
 
 
-def digits(models=None):
-  """8×8 digits, every claim, three training seeds; sized for an hour on two cores."""
+def _digits_base(name):
   quick = from_file(ROOT / "configs" / "digits_blur.py")
-  base = quick.replace(
-    name="study_digits", network={"nf": 16, "num_res_blocks": 1},
+  return quick.replace(
+    name=name, network={"nf": 16, "num_res_blocks": 1},
     training={
       "steps": 6000, "ema_decay": 0.999,
       "sample_every": 0, "checkpoint_every": 1000, "keep": 1, "log_every": 100,
     },
     prior={"kind": "blurred_colour"},
   )  # fmt: skip
+
+
+def digits(models=None):
+  """8×8 digits, every claim, three training seeds; sized for an hour on two cores."""
   if models is None:
+    base = _digits_base("study_digits")
     masked = from_file(ROOT / "configs" / "digits_mask.py")
     models = variants(base, _mse_levels(base), _largest_distance(base))
     models["mask"] = base.replace(corruption=masked.corruption, level=masked.level)
   nfes = (5, 10, 25, 50, 100, 200)
   few = (25, 50, 100)
-  sweeps = {name: {("momentum", "own"): few} for name in models}
+  sweeps = {name: {Draw(): few} for name in models}
   for slow in ("ve", "mask", "mse"):
-    sweeps[slow] = {("momentum", "own"): (*few, 200)}
-  sweeps[PRINTED] |= {("naive", "own"): few, ("two_step", "own"): (20,)}
+    sweeps[slow] = {Draw(): (*few, 200)}
+  sweeps[PRINTED] |= {Draw("naive"): few, Draw("two_step"): (20,)}
   sweeps[MAIN] = {
-    ("naive", "own"): few,
-    ("momentum", "own"): nfes,
-    ("probability_flow", "own"): (25, 50, 100, 200),
-    ("ddim", "own"): nfes,
-    ("predictor_corrector", "own"): few,
-    ("two_step", "own"): (5, 10, 20, 50),
-    ("momentum", "subspace"): (50,),
-    ("momentum", "colour"): (50,),
+    Draw("naive"): few,
+    Draw("momentum"): nfes,
+    Draw("probability_flow"): (25, 50, 100, 200),
+    Draw("ddim"): nfes,
+    Draw("predictor_corrector"): few,
+    Draw("two_step"): (5, 10, 20, 50),
+    Draw(prior="subspace"): (50,),
+    Draw(prior="colour"): (50,),
   }
-  return Study("digits", models, sweeps, (0, 1, 2), 512, "classifier", ("all",))
+  return Study(
+    "digits", models, sweeps, (0, 1, 2), 512, "classifier", ("all",), claims=PAPER_CLAIMS
+  )
+
+
+def defaults(models=None):
+  """What P leaves open: how t is drawn, the loss's weight, the sampler's time grid; on digits."""
+  if models is None:
+    base = _digits_base("study_defaults")
+    models = {
+      MAIN: base,
+      STRATIFIED: base.replace(training={"low_variance_t": True}),
+      UNWEIGHTED: base.replace(training={"weight": "one"}),
+    }
+  sweeps = {name: {Draw(): (50, 100), Draw("two_step"): (20,)} for name in models}
+  for grid in samplers.GRIDS:
+    sweeps[MAIN] |= {Draw(grid=grid): (25, 50, 100), Draw("two_step", grid=grid): (10, 20)}
+  return Study(
+    "defaults", models, sweeps, (0, 1, 2), 1024, "classifier", ("all",), claims=OPEN_CLAIMS
+  )
 
 
 def cifar(models=None):
@@ -177,20 +214,22 @@ def cifar(models=None):
     models = variants(base, mse, _largest_distance(base))
   nfes = (10, 25, 50, 100, 200)
   few = (25, 50, 100)
-  sweeps = {name: {("momentum", "own"): few} for name in models}
-  sweeps["ve"] = {("momentum", "own"): (25, 50, 100, 200)}
-  sweeps[PRINTED] |= {("naive", "own"): (50, 100)}
+  sweeps = {name: {Draw(): few} for name in models}
+  sweeps["ve"] = {Draw(): (25, 50, 100, 200)}
+  sweeps[PRINTED] |= {Draw("naive"): (50, 100)}
   sweeps[MAIN] = {
-    ("naive", "own"): (50, 100),
-    ("momentum", "own"): nfes,
-    ("probability_flow", "own"): few,
-    ("ddim", "own"): nfes,
-    ("predictor_corrector", "own"): few,
-    ("two_step", "own"): (10, 25, 50, 100),
-    ("momentum", "subspace"): (50,),
-    ("momentum", "colour"): (50,),
+    Draw("naive"): (50, 100),
+    Draw("momentum"): nfes,
+    Draw("probability_flow"): few,
+    Draw("ddim"): nfes,
+    Draw("predictor_corrector"): few,
+    Draw("two_step"): (10, 25, 50, 100),
+    Draw(prior="subspace"): (50,),
+    Draw(prior="colour"): (50,),
   }
-  return Study("cifar", models, sweeps, (0,), 5000, "efficientnet_lite0", ("train", "test"), 250)
+  return Study(
+    "cifar", models, sweeps, (0,), 5000, "efficientnet_lite0", ("train", "test"), 250, PAPER_CLAIMS
+  )
 
 
 def _images(experiment, count=2000):
@@ -236,7 +275,7 @@ def _mse_levels(experiment, nodes=32):
 
 def job(study, name, seed, out):
   """Trains the model with the seed and measures what is not yet measured."""
-  from soft_diffusion_tf import data, evaluation, features, priors, samplers, training
+  from soft_diffusion_tf import data, evaluation, features, priors, training
 
   workdir = out / "models" / f"{name}-{seed}"
   experiment = study.models[name].replace(seed=seed, name=f"{study.name}_{name}")
@@ -261,19 +300,21 @@ def job(study, name, seed, out):
     prior = priors.fit(kind, source.floats(slice(0, training.PRIOR_IMAGES)), own, 16)
     processes[kind] = own.with_prior(prior)
   path = out / "results" / f"{name}-{seed}.jsonl"
-  done = {(r["sampler"], r["prior"], r["nfe"]) for r in read(path)}
+  done = {(draw_of(r), r["nfe"]) for r in read(path)}
   sampler = samplers.Sampler(own, run.model.denoiser())
   # Other seeds than any other model's: the samples of two models are then independent.
   first = 1_000_000 * (1 + seed) + 10_000_000 * sorted(study.models).index(name)
-  for (rule, prior), nfes in study.sweeps[name].items():
+  clean = source.floats(slice(0, 128))
+  for draw, nfes in study.sweeps[name].items():
     for nfe in nfes:
-      if (rule, prior, nfe) in done:
+      if (draw, nfe) in done:
         continue
       begin = time.process_time()
-      times = samplers.time_grid(samplers.steps_for(rule, nfe), "uniform", own)
-      rows = samplers.table(rule, times, own)
+      steps = samplers.steps_for(draw.sampler, nfe)
+      times = samplers.time_grid(steps, draw.grid, own, images=clean)
+      rows = samplers.table(draw.sampler, times, own)
 
-      def batches(start, rows=rows, process=processes[prior]):
+      def batches(start, rows=rows, process=processes[draw.prior]):
         for k in range(start, study.samples, study.batch):
           seeds = np.arange(first + k, first + k + study.batch)
           yield np.clip(sampler(rows, seeds, process.draw_prior(seeds)).numpy(), 0.0, 1.0)
@@ -284,7 +325,7 @@ def job(study, name, seed, out):
         for split, reference in real.items()
       }
       record = {
-        "model": name, "seed": seed, "sampler": rule, "prior": prior, "nfe": nfe, "fd": values,
+        "model": name, "seed": seed, **draw._asdict(), "nfe": nfe, "fd": values,
         "floor": {s: (r.floor or {}).get("exact") for s, r in real.items()},
         "step": run.step, "samples": study.samples, "judge": network.label,
         "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
@@ -297,6 +338,10 @@ def job(study, name, seed, out):
 def _rounded(batches):
   """As 8-bit images, like the real ones."""
   return lambda start: (np.rint(images * 255).astype(np.uint8) for images in batches(start))
+
+
+def draw_of(record):
+  return Draw(record["sampler"], record["prior"], record.get("grid", Draw().grid))
 
 
 def append(path, record):
@@ -361,18 +406,18 @@ def work(study, out, workers, passed):
 
 
 class Results:
-  """Fréchet distances by model, seed, sampler, prior and NFE, on the study's first split."""
+  """Fréchet distances by model, seed, `Draw` and NFE, on the study's first split."""
 
   def __init__(self, records, split):
     self._values = {}
     for r in records:
-      key = (r["model"], r["seed"], r["sampler"], r["prior"])
+      key = (r["model"], r["seed"], draw_of(r))
       self._values.setdefault(key, {})[r["nfe"]] = r["fd"][split]
     self.seeds = sorted({r["seed"] for r in records})
 
-  def curve(self, seed, model=MAIN, sampler="momentum", prior="own"):
-    """{NFE: distance}, in rising NFE."""
-    return dict(sorted(self._values.get((model, seed, sampler, prior), {}).items()))
+  def curve(self, seed, model=MAIN, *draw):
+    """{NFE: distance}, in rising NFE; `draw` are the fields of a `Draw`."""
+    return dict(sorted(self._values.get((model, seed, Draw(*draw)), {}).items()))
 
   def best(self, seed, *which):
     """(distance, NFE) at the best number of evaluations."""
@@ -392,8 +437,8 @@ class Claim:
   sides: object
 
 
-def _best(model=MAIN, sampler="momentum", prior="own"):
-  return lambda r, seed: r.best(seed, model, sampler, prior)[0]
+def _best(model=MAIN, *draw):
+  return lambda r, seed: r.best(seed, model, *draw)[0]
 
 
 def _less(left, right):
@@ -414,8 +459,8 @@ def _near_own_best(model):
   return lambda r, seed: r.nfe_for(seed, 1.1 * r.best(seed, model)[0], model)
 
 
-def _at(nfe, sampler):
-  return lambda r, seed: r.curve(seed, MAIN, sampler)[nfe]
+def _at(nfe, *draw):
+  return lambda r, seed: r.curve(seed, MAIN, *draw)[nfe]
 
 
 def _rise(sampler):
@@ -442,11 +487,11 @@ def _between(r, seed):
   return worst, 1.0
 
 
-CLAIMS = (
+PAPER_CLAIMS = (
   Claim("1a. Momentum is better than Naive, trained with the printed loss", "1.85 < 27.82",
         _less(_best(PRINTED), _best(PRINTED, "naive"))),
   Claim("1b. … trained with the look-ahead loss", "–",
-        _less(_best(), _best(sampler="naive"))),
+        _less(_best(), _best(MAIN, "naive"))),
   Claim("2a. The printed loss is better than the unfiltered one", "1.85 < 5.91",
         _less(_best(PRINTED), _best("unfiltered"))),
   Claim("2b. The look-ahead loss is better than the unfiltered one", "ours",
@@ -460,11 +505,11 @@ CLAIMS = (
   Claim("5a. DDIM is better than Momentum at 25 evaluations", "yes",
         _less(_at(25, "ddim"), _at(25, "momentum"))),
   Claim("5b. Momentum is better than DDIM at the optimum", "yes",
-        _less(_best(), _best(sampler="ddim"))),
+        _less(_best(), _best(MAIN, "ddim"))),
   Claim("5c. Momentum gets worse again after its optimum, more than DDIM", "yes",
         _less(_rise("ddim"), _rise("momentum"))),
   Claim("6a. Momentum is better than probability flow at the optimum", "yes",
-        _less(_best(), _best(sampler="probability_flow"))),
+        _less(_best(), _best(MAIN, "probability_flow"))),
   Claim("6b. Probability flow is flatter beyond its optimum", "yes",
         _less(_rise("probability_flow"), _rise("momentum"))),
   Claim("7. Predictor-corrector is no worse than the worse of its parts", "yes", _between),
@@ -477,9 +522,22 @@ CLAIMS = (
         _less(_near_own_best(MAIN), _near_own_best("mask"))),
   Claim("10. Two-step reaches P's best quality with half of its evaluations", "ours", _half),
   Claim("11a. The C₁·colour prior is better than the colour prior", "ours",
-        _less(_best(), _best(prior="colour"))),
+        _less(_best(), _best(MAIN, "momentum", "colour"))),
   Claim("11b. The subspace prior is better than the colour prior", "ours",
-        _less(_best(prior="subspace"), _best(prior="colour"))),
+        _less(_best(MAIN, "momentum", "subspace"), _best(MAIN, "momentum", "colour"))),
+)  # fmt: skip
+
+
+OPEN_CLAIMS = (
+  Claim("A stratified draw of t is better than independent ones", "–",
+        _less(_best(STRATIFIED), _best())),
+  Claim("The weight 1/σ² is better than 1", "–", _less(_best(), _best(UNWEIGHTED))),
+  *(
+    Claim(f"The time grid {grid!r} is better than 'uniform': {sampler} at {nfe}", "–",
+          _less(_at(nfe, sampler, "own", grid), _at(nfe, sampler)))
+    for sampler, nfe in (("momentum", 50), ("two_step", 10), ("two_step", 20))
+    for grid in samplers.GRIDS[1:]
+  ),
 )  # fmt: skip
 
 
@@ -510,10 +568,10 @@ def verdict(pairs):
   return "reproduced" if logs[0] < 0 else "not reproduced"
 
 
-def scoreboard(results):
+def scoreboard(claims, results):
   """[(claim, pairs of all seeds, verdict)]; pairs are empty where something is not measured."""
   rows = []
-  for claim in CLAIMS:
+  for claim in claims:
     pairs = []
     for seed in results.seeds:
       try:
@@ -545,24 +603,24 @@ def report(study, out):
     f"{', '.join(map(str, results.seeds))}; {records[0]['step']} steps.", "",
     "| claim | paper | left (per seed) | right (per seed) | verdict |", "|---|---|---|---|---|",
   ]  # fmt: skip
-  for claim, pairs, word in scoreboard(results):
+  for claim, pairs, word in scoreboard(study.claims, results):
     left, right = (", ".join(_number(p[k]) for p in pairs) or "–" for k in range(2))
     lines.append(f"| {claim.name} | {claim.paper} | {left} | {right} | {word} |")
   lines += ["", "Means over the seeds (standard deviation in brackets):", ""]
   nfes = sorted({r["nfe"] for r in records})
   for one in study.splits:
-    lines += [f"| {one}: model, sampler, prior | " + " | ".join(map(str, nfes)) + " |",
+    lines += [f"| {one}: model, sampler, prior, grid | " + " | ".join(map(str, nfes)) + " |",
               "|---|" + "---|" * len(nfes)]  # fmt: skip
-    for key in sorted({(r["model"], r["sampler"], r["prior"]) for r in records}):
+    for model, draw in sorted({(r["model"], draw_of(r)) for r in records}):
       cells = []
       for nfe in nfes:
         values = [
           r["fd"][one] for r in records
-          if (r["model"], r["sampler"], r["prior"], r["nfe"]) == (*key, nfe)
+          if (r["model"], draw_of(r), r["nfe"]) == (model, draw, nfe)
         ]  # fmt: skip
         spread = f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.3g}{spread}" if values else "")
-      lines.append(f"| {', '.join(key)} | " + " | ".join(cells) + " |")
+      lines.append(f"| {', '.join((model, *draw))} | " + " | ".join(cells) + " |")
     lines.append("")
   (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
   _plot(records, split, judge, floor, out / "fd_against_nfe.png")
@@ -589,7 +647,7 @@ def _plot(records, split, judge, floor, path):
     for label, model, sampler in curves:
       points = {}
       for r in records:
-        if (r["model"], r["sampler"], r["prior"]) == (model, sampler, "own"):
+        if (r["model"], draw_of(r)) == (model, Draw(sampler)):
           points.setdefault(r["nfe"], []).append(r["fd"][split])
       if points:
         nfes = sorted(points)
@@ -606,7 +664,7 @@ def _plot(records, split, judge, floor, path):
   plt.close(figure)
 
 
-STUDIES = {"digits": digits, "cifar": cifar}
+STUDIES = {"digits": digits, "cifar": cifar, "defaults": defaults}
 
 
 def main():

@@ -55,7 +55,7 @@ def records():
 def test_the_scoreboard_says_what_the_values_say(records):
   words = {
     claim.name.split()[0]: word
-    for claim, _, word in study.scoreboard(study.Results(records, "train"))
+    for claim, _, word in study.scoreboard(study.PAPER_CLAIMS, study.Results(records, "train"))
   }
   assert words["1a."] == "not reproduced"
   assert words["1b."] == "reproduced"
@@ -84,10 +84,11 @@ def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
     study.append(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
   with open(tmp_path / "results" / "blur-0.jsonl", "a") as file:
     file.write('{"model": "blur", "se')  # a kill while writing
-  some = study.Study("digits", {}, {}, (0, 1), 64, "pixels")
+  claims = study.PAPER_CLAIMS
+  some = study.Study("digits", {}, {}, (0, 1), 64, "pixels", claims=claims)
   text = study.report(some, tmp_path)
-  assert all(claim.name in text for claim in study.CLAIMS)
-  assert "| blur, momentum, own | 5.03 (0.035) | 2.01 (0.014) |" in text
+  assert all(claim.name in text for claim in claims)
+  assert "| blur, momentum, own, uniform | 5.03 (0.035) | 2.01 (0.014) |" in text
   from PIL import Image
 
   assert np.asarray(Image.open(tmp_path / "fd_against_nfe.png").convert("L")).std() > 10
@@ -117,19 +118,46 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
   assert again.models == digits.models
   with pytest.raises(ValueError, match="holds the study 'digits'"):
     study.open_study("cifar", tmp_path)
-  with pytest.raises(ValueError, match="unknown study 'x'; choose one of digits, cifar"):
+  with pytest.raises(ValueError, match="unknown study 'x'; choose one of digits, cifar, defaults"):
     study.open_study("x", tmp_path)
+
+
+def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
+  defaults = study.open_study("defaults", tmp_path)
+  base = defaults.models["blur"]
+  differences = {name: list(base.differences(e)) for name, e in defaults.models.items()}
+  assert differences["blur"] == []
+  assert len(differences["stratified_t"]) == len(differences["unweighted"]) == 1
+  assert defaults.models["stratified_t"].training.low_variance_t
+  assert defaults.models["unweighted"].training.weight == "one"
+
+  def value(model, draw, nfe):
+    worse = {"stratified_t": 0.8, "unweighted": 3.0}.get(model, 1.0)
+    return worse * (1 + 10 / nfe) * (0.5 if draw.grid == "transport" else 1.0)
+
+  rows = [
+    record(name, seed, draw.sampler, nfe, value(name, draw, nfe), draw.prior) | {"grid": draw.grid}
+    for name, draws in defaults.sweeps.items()
+    for draw, nfes in draws.items()
+    for nfe in nfes
+    for seed in defaults.seeds
+  ]
+  board = study.scoreboard(defaults.claims, study.Results(rows, "train"))
+  assert all(len(pairs) == len(defaults.seeds) for _, pairs, _ in board)
+  for claim, _, word in board:
+    same = "time grid" in claim.name and "transport" not in claim.name
+    assert word == ("undecided" if same else "reproduced"), claim.name
 
 
 @pytest.mark.slow
 def test_a_job_resumes_value_by_value(tiny, tmp_path):
-  sweeps = {"blur": {("momentum", "own"): (2, 4), ("two_step", "colour"): (2,)}}
-  some = study.Study("tiny", {"blur": tiny}, sweeps, (0,), 64, "pixels", ("train",), 32)
+  draws = {study.Draw(): (2, 4), study.Draw("two_step", "colour", "level"): (2,)}
+  some = study.Study("tiny", {"blur": tiny}, {"blur": draws}, (0,), 64, "pixels", ("train",), 32)
   study.job(some, "blur", 0, tmp_path)
   path = tmp_path / "results" / "blur-0.jsonl"
   whole = study.read(path)
-  assert [(r["sampler"], r["prior"], r["nfe"]) for r in whole] == [
-    ("momentum", "own", 2), ("momentum", "own", 4), ("two_step", "colour", 2)
+  assert [(study.draw_of(r), r["nfe"]) for r in whole] == [
+    (draw, nfe) for draw, nfes in draws.items() for nfe in nfes
   ]  # fmt: skip
   assert all(r["fd"]["train"] > 0 for r in whole)
   path.write_text(json.dumps(whole[0]) + "\n")
