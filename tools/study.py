@@ -6,7 +6,8 @@ A study trains every model of a claim with several seeds, samples each with seve
 numbers of network evaluations (NFE), and writes a scoreboard: a row per claim with the values of
 every seed and a verdict. All models share one set of hyper-parameters; only what the claim is about
 differs. What is done is on disk, model by model and value by value: the same command goes on after
-a kill. Results are in OUT/results/*.jsonl, tables in OUT/report.md, plots beside it.
+a kill. Results are in OUT/results/*.jsonl, tables in OUT/report.md, plots beside it. The folders of
+docs/studies hold the models and results of our own runs: a copy of one as OUT goes on from there.
 """
 
 import dataclasses
@@ -277,6 +278,15 @@ def job(study, name, seed, out):
   """Trains the model with the seed and measures what is not yet measured."""
   from soft_diffusion_tf import data, evaluation, features, priors, training
 
+  path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
+  measured = {(draw_of(r), r["nfe"]) for r in read(path)}
+  todo = [
+    (draw, nfe)
+    for draw, nfes in study.sweeps[name].items() for nfe in nfes if (draw, nfe) not in measured
+  ]  # fmt: skip
+  if not todo:  # as where results came without their checkpoints
+    _mark(done)
+    return
   workdir = out / "models" / f"{name}-{seed}"
   experiment = study.models[name].replace(seed=seed, name=f"{study.name}_{name}")
   run = training.train(experiment, workdir, progress=False)
@@ -299,40 +309,38 @@ def job(study, name, seed, out):
   for kind in PRIORS:
     prior = priors.fit(kind, source.floats(slice(0, training.PRIOR_IMAGES)), own, 16)
     processes[kind] = own.with_prior(prior)
-  path = out / "results" / f"{name}-{seed}.jsonl"
-  done = {(draw_of(r), r["nfe"]) for r in read(path)}
   sampler = samplers.Sampler(own, run.model.denoiser())
   # Other seeds than any other model's: the samples of two models are then independent.
   first = 1_000_000 * (1 + seed) + 10_000_000 * sorted(study.models).index(name)
   clean = source.floats(slice(0, 128))
-  for draw, nfes in study.sweeps[name].items():
-    for nfe in nfes:
-      if (draw, nfe) in done:
-        continue
-      begin = time.process_time()
-      steps = samplers.steps_for(draw.sampler, nfe)
-      times = samplers.time_grid(steps, draw.grid, own, images=clean)
-      rows = samplers.table(draw.sampler, times, own)
+  for draw, nfe in todo:
+    begin = time.process_time()
+    times = samplers.time_grid(samplers.steps_for(draw.sampler, nfe), draw.grid, own, images=clean)
+    rows = samplers.table(draw.sampler, times, own)
 
-      def batches(start, rows=rows, process=processes[draw.prior]):
-        for k in range(start, study.samples, study.batch):
-          seeds = np.arange(first + k, first + k + study.batch)
-          yield np.clip(sampler(rows, seeds, process.draw_prior(seeds)).numpy(), 0.0, 1.0)
+    def batches(start, rows=rows, process=processes[draw.prior]):
+      for k in range(start, study.samples, study.batch):
+        seeds = np.arange(first + k, first + k + study.batch)
+        yield np.clip(sampler(rows, seeds, process.draw_prior(seeds)).numpy(), 0.0, 1.0)
 
-      found = evaluation.measure(network, _rounded(batches), study.samples)
-      values = {
-        split: evaluation.frechet(network.label, found.moments, reference.statistics.moments).exact
-        for split, reference in real.items()
-      }
-      record = {
-        "model": name, "seed": seed, **draw._asdict(), "nfe": nfe, "fd": values,
-        "floor": {s: (r.floor or {}).get("exact") for s, r in real.items()},
-        "step": run.step, "samples": study.samples, "judge": network.label,
-        "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
-      }  # fmt: skip
-      append(path, record)
-  (out / "done").mkdir(exist_ok=True)
-  (out / "done" / f"{name}-{seed}").touch()
+    found = evaluation.measure(network, _rounded(batches), study.samples)
+    values = {
+      split: evaluation.frechet(network.label, found.moments, reference.statistics.moments).exact
+      for split, reference in real.items()
+    }
+    record = {
+      "model": name, "seed": seed, **draw._asdict(), "nfe": nfe, "fd": values,
+      "floor": {s: (r.floor or {}).get("exact") for s, r in real.items()},
+      "step": run.step, "samples": study.samples, "judge": network.label,
+      "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
+    }  # fmt: skip
+    append(path, record)
+  _mark(done)
+
+
+def _mark(path):
+  path.parent.mkdir(exist_ok=True)
+  path.touch()
 
 
 def _rounded(batches):

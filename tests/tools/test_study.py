@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -165,3 +166,8 @@ def test_a_job_resumes_value_by_value(tiny, tmp_path):
   again = study.read(path)
   assert [r["fd"] for r in again] == [r["fd"] for r in whole]
   assert (tmp_path / "done" / "blur-0").exists()
+  shutil.rmtree(tmp_path / "models")
+  shutil.rmtree(tmp_path / "done")
+  study.job(some, "blur", 0, tmp_path)  # all is measured: nothing is trained
+  assert (tmp_path / "done" / "blur-0").exists()
+  assert not (tmp_path / "models").exists()
