@@ -434,8 +434,15 @@ class Results:
     return min((value, nfe) for nfe, value in self.curve(seed, *which).items())
 
   def nfe_for(self, seed, quality, *which):
-    """The smallest NFE at which the distance is at most `quality`, or infinity."""
-    return min((n for n, v in self.curve(seed, *which).items() if v <= quality), default=math.inf)
+    """The smallest NFE at which the distance is at most `quality`, or infinity.
+
+    Raises:
+      KeyError: nothing of that is measured.
+    """
+    curve = self.curve(seed, *which)
+    if not curve:
+      raise KeyError(which)
+    return min((n for n, v in curve.items() if v <= quality), default=math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
