@@ -43,6 +43,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
+_GRID = flags.DEFINE_string("grid", None, "Time grid instead of the config's (not of a sweep).")
 _FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.")
 _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
@@ -205,8 +206,9 @@ def _evaluate(job):
     )
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
+    grid = "" if options.grid == "uniform" else f" (grid {options.grid})"
     print_as = (
-      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}, "
+      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}{grid}, "
       f"{options.steps} NFE, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
   evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
@@ -226,7 +228,7 @@ def _run(job):
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
   run = training.load(job.workdir, step)
-  return run, run.options(sampler=sampler, steps=steps)
+  return run, run.options(sampler=sampler, steps=steps, grid=_GRID.value)
 
 
 def _sweep(job):
@@ -304,6 +306,10 @@ def main():
       raise ValueError(f"--{what} needs --workdir=FOLDER")
   if _SWEEP.value and _IMAGES.value:
     raise ValueError("--sweep samples by itself; leave --images out")
+  if _SWEEP.value and _GRID.value:
+    raise ValueError(
+      f"--sweep takes the grid of the workdir's config; leave --grid={_GRID.value} out"
+    )
   job = _Job()
   if _SWEEP.value:
     _sweep(job)

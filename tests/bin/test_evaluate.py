@@ -74,6 +74,18 @@ def test_every_number_comes_with_its_conditions(workdir):
   assert list((workdir / "references").glob("*.npz"))
 
 
+def test_another_time_grid_is_said_and_makes_other_samples(workdir):
+  flags = (f"--workdir={workdir}", "--samples=70", "--sampler=two_step", "--steps=3")
+  code, out, err = evaluate(*flags, "--grid=quadratic")
+  assert code == 0, err
+  assert out.startswith("step 6 (EMA 0.999), two_step (grid quadratic), 3 NFE")
+  code, uniform, err = evaluate(*flags)
+  assert code == 0, err
+  assert out.splitlines()[0].split("FD")[1] != uniform.splitlines()[0].split("FD")[1]
+  assert "did you mean 'level'" in error_of(*flags, "--grid=levels")
+  assert "leave --grid=level out" in error_of(f"--workdir={workdir}", "--sweep", "--grid=level")
+
+
 def test_a_folder_of_images_against_another(folders):
   code, out, err = evaluate(
     f"--images={folders}/one", f"--reference=folder:{folders}/two", "--feature_net=pixels:4",
