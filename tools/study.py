@@ -286,6 +286,7 @@ def job(study, name, seed, out):
     (draw, nfe)
     for draw, nfes in study.sweeps[name].items() for nfe in nfes if (draw, nfe) not in measured
   ]  # fmt: skip
+  todo.sort(key=lambda one: one[1])  # the cheap ones first: a table is of use early
   if not todo:  # as where results came without their checkpoints
     _mark(done)
     return

@@ -159,7 +159,7 @@ def test_a_job_resumes_value_by_value(tiny, tmp_path):
   path = tmp_path / "results" / "blur-0.jsonl"
   whole = study.read(path)
   assert [(study.draw_of(r), r["nfe"]) for r in whole] == [
-    (draw, nfe) for draw, nfes in draws.items() for nfe in nfes
+    (study.Draw(), 2), (study.Draw("two_step", "colour", "level"), 2), (study.Draw(), 4)
   ]  # fmt: skip
   assert all(r["fd"]["train"] > 0 for r in whole)
   path.write_text(json.dumps(whole[0]) + "\n")
