@@ -170,7 +170,7 @@ def digits(models=None):
     Draw(prior="colour"): (50,),
   }
   return Study(
-    "digits", models, sweeps, (0, 1, 2), 2048, "classifier", ("all",), claims=PAPER_CLAIMS
+    "digits", models, sweeps, (0, 1, 2), 1792, "classifier", ("all",), claims=PAPER_CLAIMS
   )
 
 
@@ -187,7 +187,7 @@ def defaults(models=None):
   for grid in samplers.GRIDS:
     sweeps[MAIN] |= {Draw(grid=grid): (25, 50, 100), Draw("two_step", grid=grid): (10, 20)}
   return Study(
-    "defaults", models, sweeps, (0, 1, 2), 2048, "classifier", ("all",), claims=OPEN_CLAIMS
+    "defaults", models, sweeps, (0, 1, 2), 1792, "classifier", ("all",), claims=OPEN_CLAIMS
   )
 
 
