@@ -20,7 +20,7 @@ class _Drawing(keras.callbacks.Callback):
     if count < 1 or every < 1:
       raise ValueError(f"count and every must be at least 1, got {count} and {every}")
     self.count, self.every = count, every
-    self.options = options or Sampling(steps=50)
+    self.options = options or Sampling()
     self._drawer = None
 
   def images(self):

@@ -2,7 +2,8 @@
 
 A config file's `get_config` returns `Experiment(...).to_config()`; flags override its fields;
 `from_config` makes the experiment again and checks it; `save` and `load` carry it in a workdir.
-The defaults are the paper's.
+The defaults are the paper's, but for the prior and the sampler, where better ones are measured
+(docs/reproduction.md); the configs that are named after its experiments say what it took.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ class Sampling:
   side by side, always: kernels round by it, so it is part of what an image is (`bulk`).
   """
 
-  sampler: str = "momentum"
-  steps: int = 280
+  sampler: str = "two_step"
+  steps: int = 25
   grid: str = "uniform"
   times: tuple[float, ...] = ()
   k: float = 0.0

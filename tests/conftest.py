@@ -65,7 +65,7 @@ def tiny():
       sample_every=0,
       steps_per_loop=2,
     ),
-    sampling=Sampling(steps=4, batch_size=16),
+    sampling=Sampling(sampler="momentum", steps=4, batch_size=16),
     evaluation=Evaluation(samples=64),
   )
 

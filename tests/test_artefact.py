@@ -273,7 +273,10 @@ def test_samplers_that_cannot_be_exported(exported, tmp_path):
   out = tmp_path / "m"
   for text, options in {
     "cannot be exported": [Sampling(sampler=samplers.ADAPTIVE)],
-    "would both be called momentum_3": [Sampling(steps=3), Sampling(steps=3, clip=True)],
+    "would both be called momentum_3": [
+      Sampling("momentum", 3),
+      Sampling("momentum", 3, clip=True),
+    ],
   }.items():
     with pytest.raises(ValueError, match=text):
       artefact.export(run, out, options)

@@ -230,7 +230,8 @@ from soft_diffusion_tf import bulk, corruptions, diffusion, priors, schedules
 from soft_diffusion_tf.experiment import Sampling
 process = diffusion.Diffusion((4, 4, 1), corruptions.Identity(), schedules.Constant(0.0),
                               schedules.Geometric(0.01, 1.0)).with_prior(priors.zero((4, 4, 1)))
-drawer = bulk.Drawer(process, lambda x, t: tf.tanh(x), Sampling(steps=3, batch_size=4))
+options = Sampling("momentum", steps=3, batch_size=4)
+drawer = bulk.Drawer(process, lambda x, t: tf.tanh(x), options)
 draw = drawer._draw
 def slow(drawn):
   time.sleep(0.01)

@@ -10,7 +10,7 @@ from soft_diffusion_tf import callbacks, data, priors, rng
 from soft_diffusion_tf.experiment import Sampling
 from soft_diffusion_tf.model import SoftDiffusionModel
 
-OPTIONS = Sampling(steps=3, batch_size=16)
+OPTIONS = Sampling(sampler="momentum", steps=3, batch_size=16)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ def test_the_papers_hyper_parameters(name):
   assert (t.clip_norm, t.warmup_steps, t.batch_size) == (1.0, 5000, 128)
   assert (t.weight, t.filtered, t.look_ahead) == ("inverse_variance", True, 0.0)
   assert t.keep_every == 10_000
+  steps = 1000 if name == "cifar10_ve" else 280
+  assert (e.sampling.sampler, e.sampling.steps, e.sampling.grid) == ("momentum", steps, "uniform")
   n = e.network
   assert (n.nf, n.ch_mult, n.num_res_blocks, n.attn_resolutions) == (128, (1, 2, 2, 2), 4, (16,))
   assert (n.progressive_input, n.embedding_type, n.fourier_scale) == ("residual", "fourier", 16.0)

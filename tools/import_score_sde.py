@@ -354,7 +354,7 @@ def experiment(config):
     prior=PriorOptions(kind="zero"),
     network=Network(**network),
     training=Training(ema_decay=float(model.get("ema_rate", 0.999))),
-    sampling=Sampling(steps=1000),
+    sampling=Sampling(sampler="momentum", steps=1000),
     **process,
   )
 

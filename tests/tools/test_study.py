@@ -1,12 +1,15 @@
 import dataclasses
 import json
 import math
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
 from tools import study
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def record(model, seed, sampler, nfe, value, prior="own"):
@@ -96,6 +99,16 @@ def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
   assert np.asarray(Image.open(tmp_path / "fd_against_nfe.png").convert("L")).std() > 10
   with pytest.raises(ValueError, match="nothing is measured yet"):
     study.report(some, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", sorted(study.STUDIES))
+def test_the_page_says_what_the_records_say(name):
+  kept = ROOT / "docs" / "studies" / name
+  page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").splitlines()
+  some = study.open_study(name, kept)
+  rows = [r for r in study.tables(some, study.all_records(kept)) if r.startswith("| ")]
+  assert len(rows) > len(some.claims)
+  assert [r for r in rows if r not in page] == []
 
 
 def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
