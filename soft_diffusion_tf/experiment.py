@@ -52,7 +52,7 @@ class Data:
 class PriorOptions:
   """See `priors.fit`."""
 
-  kind: str = "blurred_colour"
+  kind: str = "subspace"
   rank: int = 16
 
 

@@ -25,6 +25,7 @@ def test_the_papers_hyper_parameters(name):
   assert (t.clip_norm, t.warmup_steps, t.batch_size) == (1.0, 5000, 128)
   assert (t.weight, t.filtered, t.look_ahead) == ("inverse_variance", True, 0.0)
   assert t.keep_every == 10_000
+  assert e.prior.kind == ("zero" if name == "cifar10_ve" else "blurred_colour")
   steps = 1000 if name == "cifar10_ve" else 280
   assert (e.sampling.sampler, e.sampling.steps, e.sampling.grid) == ("momentum", steps, "uniform")
   n = e.network
