@@ -325,13 +325,12 @@ def job(study, name, seed, out):
     )
   own = run.diffusion
   processes = {"own": own}
+  clean = source.floats(slice(0, training.PRIOR_IMAGES))
   for kind in PRIORS:
-    prior = priors.fit(kind, source.floats(slice(0, training.PRIOR_IMAGES)), own, 16)
-    processes[kind] = own.with_prior(prior)
+    processes[kind] = own.with_prior(priors.fit(kind, clean, own, 16))
   sampler = samplers.Sampler(own, run.model.denoiser())
   # Other seeds than any other model's: the samples of two models are then independent.
   first = 1_000_000 * (1 + seed) + 10_000_000 * sorted(study.models).index(name)
-  clean = source.floats(slice(0, 128))
   for draw, nfe in todo:
     begin = time.process_time()
     times = samplers.time_grid(samplers.steps_for(draw.sampler, nfe), draw.grid, own, images=clean)
@@ -676,12 +675,11 @@ def report(study, out):
     raise ValueError(f"{out}: nothing is measured yet; run the study without --report first")
   text = "\n".join(tables(study, records))
   (out / "report.md").write_text(text, encoding="utf-8")
-  split = study.splits[0]
-  _plot(records, split, records[0]["judge"], records[0]["floor"][split], out / "fd_against_nfe.png")
+  _plot(records, study.splits[0], out / "fd_against_nfe.png")
   return text
 
 
-def _plot(records, split, judge, floor, path):
+def _plot(records, split, path):
   import matplotlib
 
   matplotlib.use("Agg")
@@ -707,12 +705,13 @@ def _plot(records, split, judge, floor, path):
         means = [np.mean(points[n]) for n in nfes]
         spans = [np.ptp(points[n]) / 2 for n in nfes]
         axis.errorbar(nfes, means, spans, marker="o", ms=3, capsize=2, label=label)
+    floor = records[0]["floor"][split]
     if floor is not None:
       axis.axhline(floor, color="grey", ls=":", label="floor")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations (NFE)", title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, framealpha=0.6)
-  left.set_ylabel(judge)
+  left.set_ylabel(records[0]["judge"])
   figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
   plt.close(figure)
 
