@@ -184,12 +184,24 @@ class Sampling:
 
   def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:
     """The options with other values for what is not None; `nfe` picks the steps that take as many
-    evaluations of the network.
+    evaluations of the network. A number of steps or a grid takes the place of `times`, and `times`
+    that of both.
+
+    Raises:
+      ValueError: two of them at once.
     """
-    options = dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+    given = {k: v for k, v in changes.items() if v is not None}
+    chosen = [name for name in ("steps", "grid") if name in given]
+    if chosen and given.get("times"):
+      raise ValueError(
+        f"times stand in the place of {chosen[0]} = {given[chosen[0]]}: give one of them"
+      )
+    if chosen:
+      given["times"] = ()
+    options = dataclasses.replace(self, **given)
     if nfe is None:
       return options
-    if options.sampler == samplers.ADAPTIVE or changes.get("steps") or changes.get("times"):
+    if options.sampler == samplers.ADAPTIVE or given.get("steps") or given.get("times"):
       raise ValueError(
         f"nfe = {nfe} chooses the number of steps: leave out steps and times, and take a sampler "
         f"other than {samplers.ADAPTIVE}, whose number follows from its tolerance"

@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from soft_diffusion_tf import corruptions, schedules
-from soft_diffusion_tf.experiment import Experiment, level_from_file
+from soft_diffusion_tf.experiment import Experiment, Sampling, level_from_file
 
 
 def test_an_experiment_survives_config_and_json(tiny, tmp_path):
@@ -80,6 +80,17 @@ def test_a_filter_is_chosen_once(tiny):
 def test_replace_refuses_unknown_fields(tiny):
   with pytest.raises(ValueError, match=r"did you mean training\.steps"):
     tiny.replace(training={"step": 3})
+
+
+def test_steps_and_times_take_each_others_place():
+  own = Sampling(sampler="heun", times=(1.0, 0.3, 0.0))
+  assert own.changed(sampler="momentum").times == (1.0, 0.3, 0.0)
+  assert own.evaluations == 3
+  for change, evaluations in (({"steps": 5}, 9), ({"nfe": 8}, 7), ({"grid": "level"}, 49)):
+    assert own.changed(**change).evaluations == evaluations
+  assert own.changed(steps=5).changed(times=(1.0, 0.0)).evaluations == 1
+  with pytest.raises(ValueError, match=r"times stand in the place of steps = 5: give one"):
+    own.changed(steps=5, times=(1.0, 0.0))
 
 
 def test_a_workdir_without_config(tmp_path):

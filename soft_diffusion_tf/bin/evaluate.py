@@ -49,8 +49,10 @@ _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
 )
 _NFE = flags.DEFINE_string(
-  "nfe", None, "Numbers of steps of a sweep: FIRST-LAST:STEP or A,B,C (default: 200-1000:80)."
-)
+  "nfe", None,
+  "Evaluations of the network in place of --steps; of a sweep FIRST-LAST:STEP or A,B,C (default: "
+  "200-1000:80).",
+)  # fmt: skip
 _SAMPLERS = flags.DEFINE_list("samplers", None, "Samplers of a sweep; by default the config's.")
 _CHECKPOINTS = flags.DEFINE_string(
   "checkpoints", "all", "Checkpoints of a sweep: all, kept, newest, or steps A,B,C."
@@ -209,26 +211,38 @@ def _evaluate(job):
     grid = "" if options.grid == "uniform" else f" (grid {options.grid})"
     print_as = (
       f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}{grid}, "
-      f"{options.steps} NFE, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
+      f"{_effort(options)}, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
   evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
   _print(result, print_as)
+
+
+def _effort(options):
+  if options.evaluations is None:
+    return f"tolerance {options.tolerance:g}"
+  return f"{options.evaluations} NFE"
 
 
 def _run(job):
   """The run at --checkpoint, and its sampling options."""
   from soft_diffusion_tf import sweeps, training
 
-  sampler, steps, step = _SAMPLER.value, _STEPS.value, None
+  sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
+  if _NFE.value is not None:
+    if not _NFE.value.isdigit():
+      raise ValueError(f"--nfe={_NFE.value}: give one number, or --sweep for several")
+    nfe = int(_NFE.value)
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
-    step, sampler, steps = found["step"], sampler or found["sampler"], steps or found["nfe"]
+    step, sampler = found["step"], sampler or found["sampler"]
+    if steps is None and nfe is None:
+      nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
     if not _CHECKPOINT.value.isdigit():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
   run = training.load(job.workdir, step)
-  return run, run.options(sampler=sampler, steps=steps, grid=_GRID.value)
+  return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
 
 
 def _sweep(job):
@@ -281,7 +295,7 @@ def _memorisation(job):
         "some samples are not finite; lower the number of steps or look at the model"
       )
     names = seeds.tolist()
-    title = f"step{run.step}_{options.sampler}_{options.steps}"
+    title = f"step{run.step}_{options.sampler}_{options.evaluations or 'adaptive'}"
   train = job.train().images
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images
   found = memorisation.report(job.network, generated, train, held_out, "nearest images")

@@ -75,9 +75,11 @@ def main():
     print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
     print(f'next: artefact.from_pretrained("{out}").images(range(16))')
     return
+  size = {"batch_size": _BATCH_SIZE.value}
   if pairs is None:
-    pairs = [(run.options().sampler, run.options().steps), ("two_step", 25)]
-  asked = [run.options(sampler=s, steps=n, batch_size=_BATCH_SIZE.value) for s, n in pairs]
+    asked = [run.options(**size), run.options(sampler="two_step", steps=25, **size)]
+  else:
+    asked = [run.options(sampler=s, steps=n, **size) for s, n in pairs]
   manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")

@@ -58,11 +58,13 @@ def folders(tmp_path_factory):
 
 
 def test_every_number_comes_with_its_conditions(workdir):
-  code, out, err = evaluate(f"--workdir={workdir}", "--samples=70", "--first_seed=5", "--steps=3")
+  code, out, err = evaluate(
+    f"--workdir={workdir}", "--samples=70", "--first_seed=5", "--steps=2", "--sampler=heun"
+  )
   assert code == 0, err
   assert "FID" not in out
   first, floor, conditions, *rest = out.splitlines()
-  assert first.startswith("step 6 (EMA 0.999), momentum, 3 NFE, N = 70, seeds 5-74: FD[pixels] ")
+  assert first.startswith("step 6 (EMA 0.999), heun, 3 NFE, N = 70, seeds 5-74: FD[pixels] ")
   assert floor.startswith("floor (real against real): FD[pixels] ")
   assert "reference 70 of digits train" in conditions
   assert rest == []  # 70 images are more than 64 features
@@ -128,6 +130,9 @@ def test_bad_input_is_one_line(workdir, folders, tmp_path):
   before = (workdir / "evaluations.jsonl").read_text()
   assert "did you mean 'momentum'" in error_of(
     f"--workdir={workdir}", "--sweep", "--samplers=momentun", "--nfe=2"
+  )
+  assert error_of(f"--workdir={workdir}", "--nfe=2,3") == (
+    "error: --nfe=2,3: give one number, or --sweep for several"
   )
   assert (workdir / "evaluations.jsonl").read_text() == before
   assert not (workdir / "best.json").exists()
