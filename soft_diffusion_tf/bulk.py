@@ -75,10 +75,7 @@ class Drawer:
     self.options = options
     self.strategy = strategy
     self.diffusion = diffusion
-    if options.threshold:
-      denoiser = samplers.thresholded(denoiser, options.threshold)
-    elif options.clip:
-      denoiser = samplers.clipped(denoiser)
+    denoiser = samplers.bounded(denoiser, options.clip, options.threshold)
     self.sampler = samplers.Sampler(diffusion, denoiser)
     self.evaluations = None  # of the denoiser, for the last images
     self._replicas = strategy.num_replicas_in_sync if strategy else 1
@@ -95,6 +92,10 @@ class Drawer:
     other.__dict__.pop("rows", None)
     other.options = options
     return other
+
+  def refresh(self):
+    """Says that the denoiser's weights have changed: a grid that images measure is found anew."""
+    self.__dict__.pop("rows", None)
 
   @property
   def adaptive(self):

@@ -21,12 +21,15 @@ class _Drawing(keras.callbacks.Callback):
       raise ValueError(f"count and every must be at least 1, got {count} and {every}")
     self.count, self.every = count, every
     self.options = options or Sampling()
-    self._drawer = None
+    self._drawer, self._drawn = None, None
 
   def images(self):
     """Samples float32 [count, H, W, C] of the model as it is now."""
-    if self._drawer is None or self._drawer.diffusion is not self.model.diffusion:
+    drawn = (self.model, self.model.diffusion)
+    if self._drawn != drawn:
+      self._drawn = drawn
       self._drawer = bulk.Drawer(self.model.diffusion, self.model.denoiser(), self.options)
+    self._drawer.refresh()
     return self._drawer.images(np.arange(self.count))
 
   def _due(self, epoch):
@@ -39,7 +42,7 @@ class SampleGrid(_Drawing):
   Args:
     folder: made if need be; a picture of the same epoch is replaced.
     count: samples in the grid.
-    options: `experiment.Sampling`; by default momentum in 50 steps.
+    options: `experiment.Sampling`; by default its defaults.
     every: epochs between two pictures.
   """
 

@@ -20,7 +20,7 @@ import difflib
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,9 +80,19 @@ class Corruption(abc.ABC):
     return tf.linalg.LinearOperatorFullMatrix(tf.transpose(columns))
 
   def svd(self, level, image_shape) -> Svd:
-    """Singular value decomposition at one level; the default is dense, O((H·W)³)."""
+    """Singular value decomposition at one level; the default is dense, O((H·W)³).
+
+    Raises:
+      ValueError: the operator mixes channels, so that it is not one on the pixels of each.
+    """
     h, w = image_shape[:2]
-    s, u, v = tf.linalg.svd(self.operator(level, image_shape).to_dense())
+    operator = self.operator(level, image_shape)
+    if int(operator.domain_dimension) != h * w:
+      raise ValueError(
+        f"{type(self).__name__} mixes channels; only an operator that acts on each alike has the "
+        "singular values that are asked for here"
+      )
+    s, u, v = tf.linalg.svd(operator.to_dense())
 
     def multiply(matrix, transpose):
       def function(x):
@@ -370,7 +380,7 @@ class Compose(Corruption):
       object.__setattr__(self, name, value)
 
     for part, schedule in ((self.inner, self.inner_level), (self.outer, self.outer_level)):
-      low, high = sorted(part.level_range)
+      low, high = map(np.float32, sorted(part.level_range))  # a schedule's ends are float32
       ends = schedules.ends(schedule)
       if not all(low <= end <= high for end in ends):
         raise ValueError(
@@ -439,7 +449,12 @@ class Family(Corruption):
           f"pixels and {pixels * shape[2]} numbers"
         )
       flat = tf.reshape(batch, [-1, size, shape[2] if size == pixels else 1])
-      return tf.reshape(operator.matmul(flat, adjoint=adjoint), [-1, *shape])
+      if isinstance(operator, tf.linalg.LinearOperatorKronecker) and batch.shape[0] is None:
+        # TensorFlow's product of factors takes a batch of static size only.
+        product = tf.matmul(operator.to_dense(), flat, adjoint_a=adjoint)
+      else:
+        product = operator.matmul(flat, adjoint=adjoint)
+      return tf.reshape(product, [-1, *shape])
 
     level = tf.reshape(level, [-1])
     if level.shape[0] == 1:
@@ -512,6 +527,8 @@ def _import(name):
 
 def from_config(config) -> Corruption:
   """The corruption that `get_config` described: one of this module's, or "module:Class"."""
+  if not isinstance(config, Mapping):
+    raise ValueError(f"corruption = {config!r}: give its kind and fields, as {{'kind': 'Mask'}}")
   name = config.get("kind", "")
   if ":" in name:
     kind = _import(name)
@@ -551,8 +568,9 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
 
   The properties: "linear", "identity" (C = I at the clean end), "matrix" (equals its own matrix,
   channels alike), "adjoint" (⟨Cx, y⟩ = ⟨x, Cᵀy⟩), "svd", "gradients" (finite in x and level),
-  "broadcast" (one level per image equals one image at a time), "float32" (also from bfloat16),
-  "finite" and "config" (get_config and from_config give the same operator).
+  "broadcast" (one level per image equals one image at a time), "graph" (the same when compiled for
+  any number of images), "float32" (also from bfloat16), "finite" and "config" (get_config and
+  from_config give the same operator).
 
   Args:
     corruption: a `Corruption`.
@@ -610,11 +628,7 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
 
   def svd():
     level = levels[n // 2]
-    if (
-      int(corruption.operator(level, image_shape).domain_dimension)
-      == x[0].size
-      != x[0, :, :, 0].size
-    ):
+    if int(corruption.operator(level, image_shape).domain_dimension) != x[0, :, :, 0].size:
       return  # an operator that mixes channels has no decomposition of one channel
     parts = corruption.svd(level, image_shape)
     same("svd", parts.from_left(parts.values * parts.to_right(x)), corruption(x, level),
@@ -634,6 +648,14 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
     alone = tf.concat([corruption(x[k : k + 1], levels[k]) for k in range(n)], 0)
     same("broadcast", together, alone, "one level per image differs from one image at a time")
 
+  def graph():
+    images, one = tf.TensorSpec([None, *image_shape]), tf.TensorSpec([])
+    for level, spec in ((levels, tf.TensorSpec([None])), (levels[n // 2], one)):
+      compiled = tf.function(
+        lambda x, level: corruption(x, level), input_signature=[images, spec], autograph=False
+      )
+      same("graph", compiled(x, level), corruption(x, level), "differs when compiled")
+
   def float32():
     result = corruption(tf.cast(x, tf.bfloat16), levels)
     if result.dtype != tf.float32:
@@ -645,7 +667,7 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
     same("config", again(x, levels), corruption(x, levels), "from_config(get_config()) differs")
 
   for check in (
-    linear, identity, finite, matrix, adjoint, svd, gradients, broadcast, float32, config
+    linear, identity, finite, matrix, adjoint, svd, gradients, broadcast, graph, float32, config
   ):  # fmt: skip
     attempt(check.__name__, check)
   return Verdict(type(corruption).__name__, failures)

@@ -130,6 +130,9 @@ class Training:
   sample_every: int = 10_000
 
 
+_READ_BY = {"k": "ddim", "noise": "stochastic_two_step", "tolerance": samplers.ADAPTIVE}
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """See `samplers.table` and `samplers.time_grid`.
@@ -166,8 +169,12 @@ class Sampling:
         raise ValueError(f"sampling.{field} must not be negative, got {getattr(self, field)}")
     if not 0 <= self.threshold <= 100:
       raise ValueError(f"sampling.threshold is a percentile up to 100, got {self.threshold}")
+    if self.clip and self.threshold:
+      raise ValueError(
+        f"sampling.clip and sampling.threshold = {self.threshold:g} both bound x̂_0; set one of them"
+      )
     if self.times and not (
-      len(self.times) > 1 and self.times[0] == 1 and self.times[-1] >= 0
+      len(self.times) > 1 and self.times[0] == 1 and self.times[-1] == 0
       and all(s < t for t, s in itertools.pairwise(self.times))
     ):  # fmt: skip
       raise ValueError(
@@ -199,14 +206,29 @@ class Sampling:
     if chosen:
       given["times"] = ()
     options = dataclasses.replace(self, **given)
+    options._check_read(given if nfe is None else given | {"nfe": nfe})
     if nfe is None:
       return options
-    if options.sampler == samplers.ADAPTIVE or given.get("steps") or given.get("times"):
-      raise ValueError(
-        f"nfe = {nfe} chooses the number of steps: leave out steps and times, and take a sampler "
-        f"other than {samplers.ADAPTIVE}, whose number follows from its tolerance"
-      )
+    if given.get("steps") or given.get("times"):
+      raise ValueError(f"nfe = {nfe} chooses the number of steps: leave out steps and times")
     return dataclasses.replace(options, steps=samplers.steps_for(options.sampler, nfe), times=())
+
+  def _check_read(self, given: Mapping[str, Any]) -> None:
+    """Raises the ValueError of a value that was asked for and that the sampler does not read."""
+    adaptive = self.sampler == samplers.ADAPTIVE
+    turns = (self.sampler,) if adaptive else samplers.parts(self.sampler)
+    for field, reader in _READ_BY.items():
+      if given.get(field) and reader not in turns:
+        raise ValueError(
+          f"{field} = {given[field]:g} is for the sampler {reader}; {self.sampler} does not read "
+          "it, so leave it out"
+        )
+    for field in ("steps", "nfe", "grid", "times"):
+      if given.get(field) and adaptive:
+        raise ValueError(
+          f"{self.sampler} chooses its own steps by its tolerance: leave out {field} = "
+          f"{given[field]}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +268,7 @@ class Experiment:
     positive = {
       "training.batch_size": t.batch_size, "training.steps": t.steps,
       "training.learning_rate": t.learning_rate, "evaluation.samples": self.evaluation.samples,
-      "training.clip_norm": t.clip_norm, "training.keep": t.keep,
+      "training.clip_norm": t.clip_norm, "training.keep": t.keep, "training.epsilon": t.epsilon,
       "training.steps_per_loop": t.steps_per_loop, "training.accumulate": t.accumulate,
       "evaluation.subset": self.evaluation.subset,
       "evaluation.neighbours": self.evaluation.neighbours,
@@ -285,6 +307,30 @@ class Experiment:
           f"{type(self.corruption).__name__}; use 'residual'"
         )
     _choice("prior.kind", self.prior.kind, priors.KINDS)
+    if self.prior.rank < 1:
+      raise ValueError(f"prior.rank: a subspace has at least 1 dimension, got {self.prior.rank}")
+    for field in ("beta_1", "beta_2"):
+      if not 0 <= getattr(t, field) < 1:
+        raise ValueError(f"training.{field} must be in [0, 1), got {getattr(t, field)}")
+    self._check_conditioning()
+
+  def _check_conditioning(self) -> None:
+    n = self.network
+    if not 0 < n.cond_min < n.cond_max:
+      raise ValueError(
+        f"network.cond_min = {n.cond_min:g} and cond_max = {n.cond_max:g} must be positive and rise"
+      )
+    labels = n.conditioning != "log_linear"
+    if labels and n.embedding_type == "fourier":
+      raise ValueError(
+        f"network.conditioning = {n.conditioning!r} gives labels from 0 on, whose logarithm "
+        "embedding_type = 'fourier' takes; use 'positional', or the conditioning 'log_linear'"
+      )
+    if n.scale_by_sigma and n.embedding_type == "positional" and not labels:
+      raise ValueError(
+        "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
+        f"use the conditioning {' or '.join(CONDITIONINGS[1:])}, not {n.conditioning!r}"
+      )
 
   # --- Parts --------------------------------------------------------------------------------------
 

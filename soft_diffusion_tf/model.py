@@ -233,6 +233,10 @@ class SoftDiffusionModel(keras.Model):
 
     if options.accumulate == 1:
       return of_rows(x_0, first)
+    tf.debugging.assert_equal(
+      rows % options.accumulate, 0,
+      f"training.accumulate = {options.accumulate} parts must share a replica's batch evenly",
+    )  # fmt: skip
     size = rows // options.accumulate
 
     def body(k, total, each, t):

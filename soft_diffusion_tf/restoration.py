@@ -47,6 +47,7 @@ def time_of_level(diffusion, level):
       f"this process has the level {levels[0]:g} at every t, which tells no t; give t itself"
     )
   low, high = sorted((levels[0], levels[-1]))
+  level = float(np.float32(level))  # as the schedule rounds its own
   if not low <= level <= high:
     raise ValueError(
       f"level {level:g} is outside of {low:g} … {high:g}, which this model was trained on"
@@ -282,11 +283,7 @@ class Restorer:
     self.diffusion = diffusion
     self.options = options
     self._explain, self._overlap = explain, overlap
-    if options.threshold:
-      denoiser = samplers.thresholded(denoiser, options.threshold)
-    elif options.clip:
-      denoiser = samplers.clipped(denoiser)
-    self._denoiser = denoiser
+    self._denoiser = samplers.bounded(denoiser, options.clip, options.threshold)
     self._by_shape = {}
 
   def check_shape(self, shape, name="an image"):

@@ -347,6 +347,13 @@ def thresholded(denoiser: Denoiser, percentile: float) -> Denoiser:
   return bounded
 
 
+def bounded(denoiser: Denoiser, clip: bool, threshold: float) -> Denoiser:
+  """The denoiser as the options of those names in `experiment.Sampling` bound it, or not."""
+  if threshold:
+    return thresholded(denoiser, threshold)
+  return clipped(denoiser) if clip else denoiser
+
+
 # --- The loop -----------------------------------------------------------------------------------
 
 

@@ -40,7 +40,16 @@ class Schedule:
     raise NotImplementedError
 
   def get_config(self) -> dict[str, Any]:
-    """The class's name under "kind" and its fields, ready for JSON."""
+    """The class's name under "kind" and its fields, ready for JSON.
+
+    Raises:
+      ValueError: a class from elsewhere, which `from_config` would not find.
+    """
+    if globals().get(type(self).__name__) is not type(self):
+      raise ValueError(
+        f"the schedule {type(self).__name__} cannot travel in a config; give its values at even "
+        "times to schedules.piecewise instead"
+      )
     fields: dict[str, Any] = {"kind": type(self).__name__}
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
       value = getattr(self, field.name)
@@ -227,8 +236,12 @@ def ends(schedule: Schedule) -> tuple[float, float]:
   return float(first), float(last)
 
 
-def from_config(config: Mapping[str, Any]) -> Schedule:
+def from_config(config: Mapping[str, Any] | float) -> Schedule:
   """The schedule that `get_config` described; a lone number means Constant."""
+  if isinstance(config, int | float):
+    return Constant(float(config))
+  if not isinstance(config, Mapping):
+    raise ValueError(f"a schedule is a number or a kind with its fields, got {config!r}")
   fields = dict(config)
   name = fields.pop("kind", None)
   if name not in __all__:
@@ -239,7 +252,10 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
   unknown = set(fields) - known
   if unknown:
     raise ValueError(f"{name} has no field {sorted(unknown)[0]!r}; it has {sorted(known)}")
-  return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  try:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+  except TypeError as error:
+    raise ValueError(f"{name} does not take these fields: {error}") from None
 
 
 # --- Levels on disk -----------------------------------------------------------------------------

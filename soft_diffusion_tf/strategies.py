@@ -13,8 +13,8 @@ import tensorflow as tf
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
-def make_strategy(name: str = "auto", tpu: str = "",
-                  peer_timeout: float = 300.0) -> tf.distribute.Strategy:  # fmt: skip
+def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0,
+                  alone: bool = False) -> tf.distribute.Strategy:  # fmt: skip
   """A distribution strategy by name; call it before anything else touches a device.
 
   Args:
@@ -24,6 +24,7 @@ def make_strategy(name: str = "auto", tpu: str = "",
       "one_device".
     tpu: the TPU's name, or "local".
     peer_timeout: seconds to wait for the other workers to come up.
+    alone: this process has no peers, so that "auto" does not look at TF_CONFIG.
 
   Raises:
     ValueError: an unknown name, a TF_CONFIG that is none, a worker that does not come up, or a TPU
@@ -33,10 +34,9 @@ def make_strategy(name: str = "auto", tpu: str = "",
     near = difflib.get_close_matches(str(name), STRATEGIES, 1, cutoff=0)[0]
     raise ValueError(f"strategy = {name!r} is unknown; did you mean {near!r}?")
   if name == "auto":
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    name = (
-      "multi_worker" if os.environ.get("TF_CONFIG") else "mirrored" if gpus > 1 else "one_device"
-    )
+    name = "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
+    if os.environ.get("TF_CONFIG") and not alone:
+      name = "multi_worker"
   if name == "one_device":
     return tf.distribute.get_strategy()
   if name == "mirrored":
@@ -48,10 +48,12 @@ def make_strategy(name: str = "auto", tpu: str = "",
     try:
       content = json.loads(text)
       workers, index = content["cluster"]["worker"], content["task"]["index"]
+      assert content["cluster"].keys() == {"worker"}  # the first of them is the chief
+      assert content["task"].get("type", "worker") == "worker"
       assert 0 <= index < len(workers)
     except (ValueError, KeyError, TypeError, AssertionError):
       raise ValueError(
-        f"TF_CONFIG = {text!r} is not a cluster; give JSON such as "
+        f"TF_CONFIG = {text!r} is not a cluster of workers alone; give JSON such as "
         '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
       ) from None
     _meet(workers, index, peer_timeout)

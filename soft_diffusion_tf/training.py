@@ -173,19 +173,21 @@ def _make_loop(model, strategy):
   """`loop(iterator, n)`: n steps in one call of one compiled function.
 
   It returns sums over the steps ("wait" is the time spent on waiting for input, in seconds), and
-  the step and a t of the first loss or gradient that was not finite, or −1.
+  of the first loss or gradient that was not finite the step, or −1, and the mean t of the examples
+  whose loss was not, or NaN where only the gradient was not.
   """
 
   def replica_step(x_0):
     out = model.update(x_0)
     bucket = tf.minimum(tf.cast(out["t"] * BUCKETS, tf.int32), BUCKETS - 1)
-    odd = tf.cast(~tf.math.is_finite(out["losses"]), tf.int32)
+    odd = ~tf.math.is_finite(out["losses"])
     return {
       "loss": out["loss"],
       "norm": out["gradient_norm"] / strategy.num_replicas_in_sync,
       "sums": tf.math.unsorted_segment_sum(out["losses"], bucket, BUCKETS),
       "counts": tf.math.unsorted_segment_sum(tf.ones_like(out["losses"]), bucket, BUCKETS),
-      "odd_t": out["t"][tf.argmax(odd)] / strategy.num_replicas_in_sync,
+      "odd": tf.reduce_sum(tf.cast(odd, tf.float32)),
+      "odd_t": tf.reduce_sum(tf.where(odd, out["t"], 0.0)),
     }
 
   def loop(iterator, n):
@@ -203,7 +205,8 @@ def _make_loop(model, strategy):
       totals = {key: totals[key] + out[key] for key in totals}
       finite = tf.math.is_finite(out["loss"]) & tf.math.is_finite(out["norm"])
       first = (odd_step < 0) & ~finite
-      odd_step, odd_t = tf.where(first, step, odd_step), tf.where(first, out["odd_t"], odd_t)
+      odd_step = tf.where(first, step, odd_step)
+      odd_t = tf.where(first, out["odd_t"] / out["odd"], odd_t)
       with tf.control_dependencies([out["loss"], out["norm"]]):
         return k + 1, totals, odd_step, odd_t
 
@@ -230,8 +233,8 @@ def train(experiment, workdir, strategy=None, progress=True):
 
   Raises:
     ValueError: bad input, or a workdir that belongs to another config or process.
-    NonFiniteLoss: names step, t and σ; the last checkpoint stays.
-    Preempted: SIGTERM came; the state is saved.
+    NonFiniteLoss: names step and, of a loss, t and σ; the last checkpoint stays.
+    Preempted: SIGTERM came, to this worker or another; the state is saved.
     WorkerLost: another worker of a multi-worker run has died.
   """
   workdir = pathlib.Path(workdir)
@@ -310,6 +313,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   )
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
   loop, norms = _make_loop(model, strategy), _make_norms(model)
+  anywhere = _make_anywhere(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
   with monitor, _sigterm() as asked:
     show = _Pictures(run, source, monitor) if chief else None
@@ -321,10 +325,11 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       totals, odd_step, odd_t = loop(iterator, tf.constant(n))
       if int(odd_step) >= 0:
         checkpoints.wait()
-        sigma = float(diffusion.sigma(odd_t))
+        what = "the gradient"
+        if np.isfinite(odd_t):
+          what = f"the loss (t = {float(odd_t):.4f}, σ = {float(diffusion.sigma(odd_t)):.4g})"
         raise NonFiniteLoss(
-          f"the loss or its gradient is not finite at step {int(odd_step)} "
-          f"(t = {float(odd_t):.4f}, σ = {sigma:.4g}); the last good checkpoint is "
+          f"{what} is not finite at step {int(odd_step)}; the last good checkpoint is "
           f"{checkpoints.paths()[0]}; lower training.learning_rate or look at the data"
         )
       step += n
@@ -336,11 +341,11 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       if show and options.sample_every and (_due(step, options.sample_every) or last):
         show.samples()
         show.predictions()
-      keep = _due(step, options.keep_every)
-      if chief and (_due(step, options.checkpoint_every) or keep or last or asked):
+      keep, stop = _due(step, options.keep_every), anywhere(asked)
+      if chief and (_due(step, options.checkpoint_every) or keep or last or stop):
         monitor.flush()
-        checkpoints.save(for_good=keep, wait=last or bool(asked))
-      if asked and not last:
+        checkpoints.save(for_good=keep, wait=last or stop)
+      if stop and not last:
         raise Preempted(f"asked to end at step {step}, which is saved; start again to go on")
   return run
 
@@ -363,7 +368,9 @@ class _Pictures:
 
   def samples(self):
     """A grid from fixed seeds, by the averaged weights."""
-    images = self._run.images(np.arange(GRID_IMAGES))
+    drawer = self._run.drawer()
+    drawer.refresh()
+    images = drawer.images(np.arange(GRID_IMAGES))
     self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
 
   def predictions(self):
@@ -377,6 +384,18 @@ class _Pictures:
       rows += [x_t.numpy(), self._denoise(x_t, t).numpy()]
     picture = plots.grid(np.concatenate(rows), columns=len(clean), zoom=4)
     self._monitor.image("predictions", picture, self._run.step)
+
+
+def _make_anywhere(strategy):
+  """A function that says whether a flag is set in any worker; all of them have to call it."""
+  if not _several_workers(strategy):
+    return bool
+
+  @tf.function(autograph=False)
+  def count(flag):
+    return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: flag), None)
+
+  return lambda flag: float(count(tf.constant(float(bool(flag))))) > 0
 
 
 def _make_norms(model):

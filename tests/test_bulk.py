@@ -110,6 +110,16 @@ def test_a_grid_in_transport_length_measures_the_models_own_images(tiny):
   assert np.abs(times - np.linspace(1, 1 / 6, 6)).max() > 0.01  # not the uniform one
 
 
+def test_a_measured_grid_follows_the_weights(tiny, tmp_path):
+  """Pictures are drawn while training; what is drawn afterwards is as from the checkpoint."""
+  measured = tiny.replace(
+    sampling={"grid": "transport", "sampler": "two_step", "steps": 6},
+    training={"sample_every": 3, "learning_rate": 0.05, "warmup_steps": 0, "ema_decay": 0.0},
+  )
+  run = training.train(measured, tmp_path, progress=False)
+  np.testing.assert_array_equal(run.table(), training.load(tmp_path).table())
+
+
 def test_bounds_of_the_prediction(tiny):
   free, clipped, bounded = (
     drawer_of(tiny, **options).images(range(16))

@@ -85,6 +85,21 @@ def test_sample_grids(model, pipeline, tmp_path):
   assert np.any(one != other)  # the weights have changed, and the grid saw it
 
 
+def test_one_callback_for_two_models(model, tmp_path):
+  """Two models of one process, as where two losses are compared: each draws its own samples."""
+  other = SoftDiffusionModel.from_config(model.get_config())
+  other.diffusion = model.diffusion
+  for variable in other.ema_network.variables:
+    variable.assign(0.5 * variable + 0.1)
+  grid, fresh = (callbacks.SampleGrid(tmp_path, count=4, options=OPTIONS) for _ in range(2))
+  grid.set_model(model)
+  first = grid.images()
+  grid.set_model(other)
+  fresh.set_model(other)
+  np.testing.assert_array_equal(grid.images(), fresh.images())
+  assert np.any(first != fresh.images())
+
+
 def test_the_frechet_distance_is_logged(model, pipeline, digits):
   distance = callbacks.FrechetDistance(digits[:80], count=70, options=OPTIONS, every=2)
   history = model.fit(pipeline, steps_per_epoch=1, epochs=2, verbose=0, callbacks=[distance])

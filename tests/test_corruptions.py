@@ -119,6 +119,14 @@ class BadSlope(c.Corruption):
 
 
 @dataclasses.dataclass(frozen=True)
+class EagerOnly(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return tf.concat([(1.0 - 0.5 * level[k % len(level)]) * x[k : k + 1] for k in range(len(x))], 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Breaks(c.Corruption):
   level_range = (0.0, 1.0)
 
@@ -131,7 +139,7 @@ class Breaks(c.Corruption):
   [
     (Squares(), "linear"), (NotIdentity(), "identity"), (WrongAdjoint(), "adjoint"),
     (WrongMatrix(), "matrix"), (FirstLevelOnly(), "broadcast"), (BadSlope(), "gradients"),
-    (Breaks(), "linear"),
+    (EagerOnly(), "graph"), (Breaks(), "linear"),
   ],
   ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
@@ -215,6 +223,8 @@ def test_compose_applies_inner_first(rng):
   composed = c.Compose(c.GaussianBlur(), c.Mask(), (0.0, 2.0), (0.0, 1.0))
   want = c.Mask()(c.GaussianBlur()(x, 1.0), 0.5)
   np.testing.assert_allclose(composed(x, 0.5), want, atol=1e-7)
+  fading = c.Family(fade_family, high=0.1)  # no float32 is 0.1: its ends are, as it rounds them
+  assert c.Compose(c.GaussianBlur(), fading, (0.0, 2.0), (0.0, 0.1)).outer is fading
 
 
 def test_a_user_matrix_and_family(rng):
@@ -248,6 +258,8 @@ def test_configs_survive_json():
     (lambda: c.GaussianBlur()(np.zeros([1, 4, 4, 1]), [[1.0]]), "one per image"),
     (lambda: c.from_config({"kind": "GausianBlur"}), "did you mean 'GaussianBlur'"),
     (lambda: c.from_config({"kind": "Mask", "shape": 3}), "does not take these fields"),
+    (lambda: c.from_config("Mask"), "corruption = 'Mask': give its kind and fields"),
+    (lambda: c.Family(mixing_family).svd(0.5, (6, 4, 2)), "Family mixes channels"),
     (lambda: c.from_config({"kind": "no_such:Thing"}), "cannot import"),
     (lambda: c.Matrix(np.zeros([2, 3])), "square"),
     (lambda: c.GaussianBlur(-1), "half_size"),

@@ -64,12 +64,29 @@ def _changed(tiny, group, name, value):
     ("prior", "kind", "color", "did you mean 'colour'"),
     ("", "training", 3, "training must be a group"),
     ("", "level", {"kind": "Line"}, "did you mean 'Linear'"),
+    ("", "level", {"kind": "Linear", "start": 0.0}, "Linear does not take these fields"),
+    ("", "level", "Linear", "a schedule is a number or a kind with its fields, got 'Linear'"),
     ("", "corruption", {"kind": "Blur"}, "did you mean"),
+    ("", "corruption", "Blur", "give its kind and fields"),
+    ("sampling", "times", [1.0, 0.5], "must descend from 1 to 0, got 1 … 0.5"),
+    ("", "sampling", {"clip": True, "threshold": 99.0}, "threshold = 99 both bound x̂_0"),
+    ("prior", "rank", -1, "at least 1 dimension, got -1"),
+    ("training", "beta_1", 1.0, r"training.beta_1 must be in \[0, 1\), got 1.0"),
+    ("training", "epsilon", -1.0, "training.epsilon must be positive"),
+    ("network", "cond_min", 0.0, "cond_min = 0 and cond_max = 50 must be positive and rise"),
+    ("network", "conditioning", "ve_label", "gives labels from 0 on, whose logarithm"),
   ],
 )
 def test_bad_fields_are_named(tiny, group, name, value, text):
   with pytest.raises(ValueError, match=text):
     Experiment.from_config(_changed(tiny, group, name, value))
+
+
+def test_the_sigma_of_a_label_needs_a_label(tiny):
+  positional = {"embedding_type": "positional", "scale_by_sigma": True}
+  tiny.replace(network=positional | {"conditioning": "ve_label"})
+  with pytest.raises(ValueError, match="divides by the σ of a label; use the condit"):
+    tiny.replace(network=positional)
 
 
 def test_a_filter_is_chosen_once(tiny):
@@ -91,6 +108,23 @@ def test_steps_and_times_take_each_others_place():
   assert own.changed(steps=5).changed(times=(1.0, 0.0)).evaluations == 1
   with pytest.raises(ValueError, match=r"times stand in the place of steps = 5: give one"):
     own.changed(steps=5, times=(1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"k": 0.5}, "k = 0.5 is for the sampler ddim; two_step does not read it"),
+    ({"sampler": "momentum", "noise": 2.0}, "noise = 2 is for the sampler stochastic_two_step"),
+    ({"tolerance": 1e-3}, "tolerance = 0.001 is for the sampler dormand_prince"),
+    ({"sampler": "dormand_prince", "steps": 9}, "by its tolerance: leave out steps = 9"),
+    ({"sampler": "dormand_prince", "nfe": 9}, "by its tolerance: leave out nfe = 9"),
+    ({"steps": 5, "nfe": 9}, "nfe = 9 chooses the number of steps: leave out steps"),
+  ],
+)
+def test_what_a_sampler_does_not_read_is_refused(changes, text):
+  with pytest.raises(ValueError, match=text):
+    Sampling().changed(**changes)
+  Sampling().changed(sampler="ddim+momentum", k=0.5)
 
 
 def test_a_workdir_without_config(tmp_path):

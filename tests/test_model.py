@@ -147,6 +147,8 @@ def test_a_batch_in_parts_is_the_same_step(tiny, digits):
   np.testing.assert_allclose(whole["gradient_norm"], parts["gradient_norm"], rtol=1e-5)
   for a, b in zip(one, two):
     np.testing.assert_allclose(a, b, atol=1e-6)
+  with pytest.raises(tf.errors.InvalidArgumentError, match="accumulate = 4 parts must share"):
+    model.update(tf.constant(digits[:10]))
 
 
 def test_the_fused_update_is_that_of_keras(rng):

@@ -45,6 +45,7 @@ def test_a_level_tells_its_time(blur_diffusion):
     (8, 8, 1), corruptions.Scale(), schedules.Linear(1.0, 0.2), schedules.Geometric(0.01, 0.1)
   )
   assert restoration.time_of_level(fading, 0.6) == pytest.approx(0.5, abs=1e-3)
+  assert restoration.time_of_level(fading, 0.2) == 1.0  # though float32(0.2) is above 0.2
 
 
 def test_levels_that_tell_no_time(blur_diffusion, ve_diffusion):

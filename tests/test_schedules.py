@@ -42,6 +42,16 @@ def test_shape_dtype_finite_gradient_and_config(schedule):
   np.testing.assert_array_equal(tf.function(schedule)(t), value)
 
 
+class Elsewhere(s.Constant):
+  pass
+
+
+def test_what_travels_in_a_config():
+  assert s.from_config(0.5) == s.Constant(0.5)
+  with pytest.raises(ValueError, match=r"Elsewhere cannot travel.*give its values.*piecewise"):
+    Elsewhere(0.5).get_config()
+
+
 def test_values():
   np.testing.assert_allclose(s.Geometric(0.01, 50.0)(T), 0.01 * 5000.0**T, rtol=1e-5)
   np.testing.assert_allclose(

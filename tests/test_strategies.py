@@ -20,10 +20,13 @@ def test_strategies_by_name(monkeypatch):
     "{",
     '{"cluster": {}}',
     '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}',
+    '{"cluster": {"worker": ["a:1"], "chief": ["b:1"]}, "task": {"type": "chief", "index": 0}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "evaluator", "index": 0}}',
   ):
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ValueError, match="is not a cluster; give JSON"):
+    with pytest.raises(ValueError, match="is not a cluster of workers alone; give JSON"):
       make_strategy("multi_worker")
+    assert make_strategy(alone=True).num_replicas_in_sync == 1
   with pytest.raises(ValueError, match="TPU 'none' cannot be used"):
     make_strategy("tpu", "none")
 

@@ -122,11 +122,23 @@ def test_a_non_finite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
   original = training.SoftDiffusionModel.call
 
   def poisoned(self, x_t, t, **options):
-    x_0 = original(self, x_t, t, **options)
-    return x_0 + tf.where(self.optimizer.iterations >= 3, np.float32(np.inf), 0.0)
+    late = (t > 0.6) & (self.optimizer.iterations >= 3)
+    return (
+      original(self, x_t, t, **options)
+      + tf.where(late, np.float32(np.inf), 0.0)[:, None, None, None]
+    )
+
+  def steep(self, x_t, t, **options):
+    return tf.sqrt(0.0 * original(self, x_t, t, **options))  # its derivative is not finite
 
   monkeypatch.setattr(training.SoftDiffusionModel, "call", poisoned)
-  with pytest.raises(training.NonFiniteLoss, match=r"not finite at step 3 \(t = 0\.\d+, σ = 0"):
+  text = r"the loss \(t = 0\.[6-9]\d+, σ = 0\.1\) is not finite at step 3; the last good"
+  with pytest.raises(training.NonFiniteLoss, match=text):
+    training.train(tiny, tmp_path, progress=False)
+  monkeypatch.setattr(training.SoftDiffusionModel, "call", steep)
+  with pytest.raises(
+    training.NonFiniteLoss, match="the gradient is not finite at step 2; the last"
+  ):
     training.train(tiny, tmp_path, progress=False)
   monkeypatch.undo()
   assert training.load(tmp_path).step == 2
@@ -287,30 +299,51 @@ def test_two_devices_equal_one(tiny, tmp_path):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def _start_program(config, workdir, index, ports, steps):
+  cluster = {"worker": [f"127.0.0.1:{p}" for p in ports]}
+  task = {"type": "worker", "index": index}
+  environment = {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
+  return subprocess.Popen(
+    [sys.executable, "-m", "soft_diffusion_tf.bin.train", f"--config={config}",
+     f"--workdir={workdir}", f"--config.training.steps={steps}"],
+    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+def _two_at_work(experiment, tmp_path):
+  """Two workers some steps on, through the program; and how to start others, given their number."""
+  config = tmp_path / "config.py"
+  config.write_text(f"from ml_collections import ConfigDict\nget_config = lambda: "
+                    f"ConfigDict({experiment.to_dict()!r}, convert_dict=True)\n")  # fmt: skip
+
+  def start(ports, steps):
+    return [_start_program(config, tmp_path / "w", k, ports, steps) for k in range(2)]
+
+  both = start(_free_ports(2), 100_000)
+  while not (tmp_path / "w" / "metrics.jsonl").exists() or len(metrics(tmp_path / "w")) < 5:
+    assert all(p.poll() is None for p in both)
+    time.sleep(0.2)
+  return both, start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_worker_that_is_to_end_saves_for_all(tiny, tmp_path, asked):
+  both, _ = _two_at_work(tiny.replace(training={"checkpoint_every": 0}), tmp_path)
+  both[asked].send_signal(signal.SIGTERM)
+  errors = [p.communicate(timeout=120)[1] for p in both]
+  step = training.load(tmp_path / "w").step
+  assert step >= 10
+  for process, error in zip(both, errors):
+    assert process.returncode == 75
+    assert f"asked to end at step {step}, which is saved" in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_worker_ends_the_others_and_all_can_go_on(tiny, tmp_path, victim):
   """Through the program, as it is used: exit code 75 and one line, in less than 30 seconds."""
-  config = tmp_path / "config.py"
-  values = tiny.replace(training={"checkpoint_every": 4}).to_dict()
-  config.write_text(f"from ml_collections import ConfigDict\nget_config = lambda: "
-                    f"ConfigDict({values!r}, convert_dict=True)\n")  # fmt: skip
-
-  def start(index, ports, steps):
-    cluster = {"worker": [f"127.0.0.1:{p}" for p in ports]}
-    task = {"type": "worker", "index": index}
-    environment = {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
-    return subprocess.Popen(
-      [sys.executable, "-m", "soft_diffusion_tf.bin.train", f"--config={config}",
-       f"--workdir={tmp_path / 'w'}", f"--config.training.steps={steps}"],
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-  ports = _free_ports(2)
-  both = [start(k, ports, 100_000) for k in range(2)]
-  while not (tmp_path / "w" / "metrics.jsonl").exists() or len(metrics(tmp_path / "w")) < 5:
-    assert all(p.poll() is None for p in both)
-    time.sleep(0.2)
+  both, start = _two_at_work(tiny.replace(training={"checkpoint_every": 4}), tmp_path)
   both[victim].kill()
   begin = time.monotonic()
   _, error = both[1 - victim].communicate(timeout=120)
@@ -321,8 +354,7 @@ def test_a_lost_worker_ends_the_others_and_all_can_go_on(tiny, tmp_path, victim)
 
   step = training.Checkpoints(tmp_path / "w" / "checkpoints", training.load(tmp_path / "w").model)
   steps = step.restore() + 4
-  ports = _free_ports(2)
-  for process in [start(k, ports, steps) for k in range(2)]:
+  for process in start(_free_ports(2), steps):
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-2000:]
   resumed = training.load(tmp_path / "w")

@@ -21,6 +21,7 @@ import time
 import typing
 
 import numpy as np
+import scipy.stats
 from absl import flags
 
 from soft_diffusion_tf import corruptions, samplers, schedules
@@ -297,7 +298,8 @@ def job(study, name, seed, out):
   from soft_diffusion_tf import data, evaluation, features, priors, training
 
   path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
-  measured = {(draw_of(r), r["nfe"]) for r in read(path)}
+  records = evaluation.read_records(path)
+  measured = {(draw_of(r), r["nfe"]) for r in records}
   todo = [
     (draw, nfe)
     for draw, nfes in study.sweeps[name].items() for nfe in nfes if (draw, nfe) not in measured
@@ -308,7 +310,6 @@ def job(study, name, seed, out):
     return
   workdir = out / "models" / f"{name}-{seed}"
   experiment = study.models[name].replace(seed=seed, name=f"{study.name}_{name}")
-  run = training.train(experiment, workdir, progress=False)
   d = experiment.data
 
   def load(split):
@@ -316,6 +317,8 @@ def job(study, name, seed, out):
 
   source = load(d.train_split)
   network = features.feature_network(study.feature_net, source, progress=False)
+  check_judge([*all_records(out), {"judge": network.label, "judge_sha256": network.digest}])
+  run = training.train(experiment, workdir, progress=False)
   real = {}
   for split in study.splits:
     about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, study.samples)
@@ -352,7 +355,7 @@ def job(study, name, seed, out):
       "step": run.step, "samples": study.samples, "judge": network.label,
       "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
     }  # fmt: skip
-    append(path, record)
+    evaluation.append_record(path, record)
   _mark(done)
 
 
@@ -368,24 +371,6 @@ def _rounded(batches):
 
 def draw_of(record):
   return Draw(record["sampler"], record["prior"], record.get("grid", Draw().grid))
-
-
-def append(path, record):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, "a", encoding="utf-8") as file:
-    file.write(json.dumps(record) + "\n")
-
-
-def read(path):
-  """The records of a file; a line torn by a kill is left out."""
-  records = []
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        records.append(json.loads(line))
-      except ValueError:
-        continue
-  return records
 
 
 # --- All jobs -------------------------------------------------------------------------------------
@@ -586,8 +571,8 @@ OPEN_CLAIMS = (
 def verdict(pairs):
   """What seeds' pairs (left, right) say of left < right.
 
-  With several seeds: decided if all of them agree, and the mean of log(left/right) is more than two
-  standard errors from 0; with one, only a gap of 10 % decides.
+  With several seeds: decided if all of them agree, and the mean of log(left/right) is beyond 0 by
+  Student's t at the level of 5 %, one-sided; with one, only a gap of 10 % decides.
   """
   pairs = [(a, b) for a, b in pairs if not (math.isinf(a) and math.isinf(b))]
   if not pairs:
@@ -604,7 +589,9 @@ def verdict(pairs):
     sure = abs(logs[0]) > math.log(1.1)
   else:
     error = logs.std(ddof=1) / math.sqrt(len(logs))
-    sure = (np.all(logs < 0) or np.all(logs > 0)) and abs(logs.mean()) > 2 * error
+    sure = (np.all(logs < 0) or np.all(logs > 0)) and abs(logs.mean()) > error * float(
+      scipy.stats.t.ppf(0.95, len(logs) - 1)
+    )
   if not sure:
     return "undecided"
   return "reproduced" if logs[0] < 0 else "not reproduced"
@@ -632,7 +619,21 @@ def _number(value):
 
 
 def all_records(out):
-  return [r for file in sorted((out / "results").glob("*.jsonl")) for r in read(file)]
+  from soft_diffusion_tf import evaluation
+
+  files = sorted((out / "results").glob("*.jsonl"))
+  return [r for file in files for r in evaluation.read_records(file)]
+
+
+def check_judge(records):
+  """Raises the ValueError of records whose distances are not of one feature network."""
+  judges = {(r["judge"], r["judge_sha256"]) for r in records}
+  if len(judges) > 1:
+    named = " and ".join(f"{label} ({digest[:8]})" for label, digest in sorted(judges))
+    raise ValueError(
+      f"distances by {named} do not compare: give the study its first --feature_net, or another "
+      "--out with its models.json alone"
+    )
 
 
 def tables(study, records):
@@ -673,6 +674,7 @@ def report(study, out):
   records = all_records(out)
   if not records:
     raise ValueError(f"{out}: nothing is measured yet; run the study without --report first")
+  check_judge(records)
   text = "\n".join(tables(study, records))
   (out / "report.md").write_text(text, encoding="utf-8")
   _plot(records, study.splits[0], out / "fd_against_nfe.png")

@@ -79,7 +79,7 @@ def main():
   picture = out.suffix == ".png"
   if picture and out.exists() and not _FORCE.value:
     raise ValueError(f"{out} is there already; give another --out or --force")
-  strategy = strategies.make_strategy(_STRATEGY.value)
+  strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(_WORKDIR.value, _STEP.value)
   options = run.options(

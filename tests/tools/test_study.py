@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from soft_diffusion_tf import evaluation
 from tools import study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -16,7 +17,7 @@ def record(model, seed, sampler, nfe, value, prior="own"):
   return {
     "model": model, "seed": seed, "sampler": sampler, "prior": prior, "nfe": nfe,
     "fd": {"train": value}, "floor": {"train": 0.5}, "step": 10, "samples": 64,
-    "judge": "FD[pixels]",
+    "judge": "FD[pixels]", "judge_sha256": "0" * 64,
   }  # fmt: skip
 
 
@@ -25,6 +26,8 @@ def test_verdicts():
   assert study.verdict([(2.0, 1.0), (2.1, 1.1), (2.2, 0.9)]) == "not reproduced"
   assert study.verdict([(1.0, 2.0), (2.0, 1.0), (0.9, 2.2)]) == "undecided"  # seeds disagree
   assert study.verdict([(1.0, 1.01), (1.0, 2.0), (1.0, 1.02)]) == "undecided"  # within the spread
+  assert study.verdict([(1.0, 1.05), (1.0, 1.2), (1.0, 1.3)]) == "undecided"  # t = 2.7 of 2.92
+  assert study.verdict([(1.0, 1.15), (1.0, 1.2), (1.0, 1.25)]) == "reproduced"
   assert study.verdict([(1.0, 1.05)]) == "undecided"  # one seed, a small gap
   assert study.verdict([(1.0, 1.5)]) == "reproduced"
   assert study.verdict([(10.0, math.inf), (25.0, math.inf)]) == "reproduced"  # never reached
@@ -86,7 +89,7 @@ def test_results_know_best_and_reach(records):
 
 def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
   for row in records:
-    study.append(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
+    evaluation.append_record(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
   with open(tmp_path / "results" / "blur-0.jsonl", "a") as file:
     file.write('{"model": "blur", "se')  # a kill while writing
   claims = study.PAPER_CLAIMS
@@ -99,6 +102,10 @@ def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
   assert np.asarray(Image.open(tmp_path / "fd_against_nfe.png").convert("L")).std() > 10
   with pytest.raises(ValueError, match="nothing is measured yet"):
     study.report(some, tmp_path / "other")
+  stranger = records[0] | {"model": "ve", "judge_sha256": "f" * 64}
+  evaluation.append_record(tmp_path / "results" / "ve-0.jsonl", stranger)
+  with pytest.raises(ValueError, match=r"distances by .*ffffffff.* do not compare: give the study"):
+    study.report(some, tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(study.STUDIES))
@@ -170,14 +177,14 @@ def test_a_job_resumes_value_by_value(tiny, tmp_path):
   some = study.Study("tiny", {"blur": tiny}, {"blur": draws}, (0,), 64, "pixels", ("train",), 32)
   study.job(some, "blur", 0, tmp_path)
   path = tmp_path / "results" / "blur-0.jsonl"
-  whole = study.read(path)
+  whole = evaluation.read_records(path)
   assert [(study.draw_of(r), r["nfe"]) for r in whole] == [
     (study.Draw(), 2), (study.Draw("two_step", "colour", "level"), 2), (study.Draw(), 4)
   ]  # fmt: skip
   assert all(r["fd"]["train"] > 0 for r in whole)
   path.write_text(json.dumps(whole[0]) + "\n")
   study.job(some, "blur", 0, tmp_path)
-  again = study.read(path)
+  again = evaluation.read_records(path)
   assert [r["fd"] for r in again] == [r["fd"] for r in whole]
   assert (tmp_path / "done" / "blur-0").exists()
   shutil.rmtree(tmp_path / "models")
