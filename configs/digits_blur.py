@@ -30,7 +30,7 @@ def get_config():
     data=Data(
       name="digits", train_split="all", test_split="all", image_shape=(8, 8, 1), flip=False
     ),
-    prior=PriorOptions(kind="blurred_colour"),
+    prior=PriorOptions(kind="subspace"),
     network=Network(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0),
     training=Training(
       batch_size=64,
@@ -38,12 +38,13 @@ def get_config():
       learning_rate=2e-3,
       warmup_steps=200,
       ema_decay=0.995,
+      weight="one",
       look_ahead=0.1,
       log_every=50,
       checkpoint_every=600,
       keep_every=0,
       sample_every=800,
     ),
-    sampling=Sampling(sampler="momentum", steps=60, batch_size=128),
+    sampling=Sampling(sampler="two_step", steps=20, batch_size=128),
     evaluation=Evaluation(feature_net="pixels", samples=640),
   ).to_config()

@@ -42,7 +42,8 @@ def main():
   run = training.train(experiment, workdir)
   plots.schedule(workdir / "schedule.png", run.diffusion, "blur std (pixels)")
 
-  print("3/4  sampling with the Momentum Sampler, Fréchet distances", flush=True)
+  how = f"{experiment.sampling.sampler}, {experiment.sampling.evaluations} evaluations"
+  print(f"3/4  sampling ({how}), Fréchet distances", flush=True)
   network = features.feature_network(experiment.evaluation.feature_net, source)
   count = min(experiment.evaluation.samples, len(source) // 2)
   about = evaluation.conditions_of(network, d.name, d.train_split, d.image_shape, d.crop, count)
@@ -56,9 +57,8 @@ def main():
   real = source.floats(np.random.default_rng(0).permutation(len(source))[:100])
   plots.side_by_side(
     workdir / "samples.png",
-    [("real digits", real), (f"samples (Momentum, {run.experiment.sampling.steps} steps)",
-                             np.concatenate(samples)[:100])],
-  )  # fmt: skip
+    [("real digits", real), (f"samples ({how})", np.concatenate(samples)[:100])],
+  )
   rows = run.table()
   times, states, predictions = run.sampler().trajectory(rows, np.arange(10), 10)
   plots.process(workdir / "reverse_process.png", times, states, predictions)
@@ -79,9 +79,9 @@ def main():
   print(f"  samples            {trained}")
   print(f"  real against real  {trained.floor_line()}   (the floor)")
   print(f"  untrained network  {untrained}")
-  print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes. Next, fewer steps:")
-  print(f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=two_step --steps=20 "
-        f"--out={workdir}/two_step.png")  # fmt: skip
+  print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes. Next, another sampler:")
+  print(f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=momentum --steps=60 "
+        f"--out={workdir}/momentum.png")  # fmt: skip
 
 
 if __name__ == "__main__":

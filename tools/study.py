@@ -150,7 +150,7 @@ def _digits_base(name):
   return quick.replace(
     name=name, network={"nf": 16, "num_res_blocks": 1},
     training={
-      "steps": 6000, "ema_decay": 0.999,
+      "steps": 6000, "ema_decay": 0.999, "weight": "inverse_variance",
       "sample_every": 0, "checkpoint_every": 1000, "keep": 1, "log_every": 100,
     },
     prior={"kind": "blurred_colour"},
