@@ -39,7 +39,7 @@ import tensorflow as tf
 
 import soft_diffusion_tf
 from soft_diffusion_tf import bulk, priors, restoration, samplers, training
-from soft_diffusion_tf.experiment import Experiment
+from soft_diffusion_tf.experiment import Experiment, Sampling, options_from_config
 
 FORMAT = 1
 LATTICE = 256  # times at which a restoration may start
@@ -47,6 +47,7 @@ MOST = 65_536  # images in one call
 FRAMES = 24  # of a reverse process, at most
 EXTRA = "assets.extra"
 MANIFEST, CONFIG, CARD = "manifest.json", "config.json", "README.md"
+MARK = f"{EXTRA}/{MANIFEST}"  # by which an exported folder is known
 SHOWN_TIMES = np.linspace(0, 1, 33, dtype=np.float32)  # at which the manifest lists level and σ
 UNSTATED = "not stated; the terms of the training data apply"
 
@@ -290,7 +291,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     restoring: `experiment.Sampling` of `restore`.
     evaluations: records of `evaluations.jsonl`, for the model card.
     licence: of the weights, for the model card.
-    force: replace what is at `out`.
+    force: replace the exported model at `out`.
 
   Returns:
     The manifest.
@@ -299,7 +300,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     ValueError: `out` is there already, or a sampler cannot be exported.
   """
   out = pathlib.Path(out)
-  refuse_to_overwrite(out, force)
+  refuse_to_overwrite(out, force, MARK)
   if options is None:
     options = [run.options(), run.options(sampler="two_step", steps=25)]
   by_name = {}
@@ -325,18 +326,40 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     (extra / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card(run, manifest, evaluations), encoding="utf-8")
 
-  write_whole(out, fill)
+  write_whole(out, fill, force, MARK)
   return manifest
 
 
-def refuse_to_overwrite(out, force):
-  """Raises the ValueError of an `out` that is there already, unless `force`."""
-  if pathlib.Path(out).exists() and not force:
+def keep_apart(out, source, inside=False):
+  """Raises the ValueError of an `out` that is, holds or, if not `inside`, lies in what is read."""
+  to, read = pathlib.Path(out).resolve(), pathlib.Path(source).resolve()
+  if read.exists() and (read.is_relative_to(to) or (to.is_relative_to(read) and not inside)):
+    raise ValueError(f"--out={out} would mix with {source}, which is read; give another --out")
+
+
+def refuse_to_overwrite(out, force, mark=None):
+  """Raises the ValueError of an `out` that is there already, unless `force` may replace it.
+
+  Args:
+    force: replaces what its own kind has written: a file, or a folder with `mark` in it.
+    mark: the path of a file in every such folder; None where `out` is a file.
+  """
+  out = pathlib.Path(out)
+  if not out.exists():
+    return
+  if not force:
     raise ValueError(f"{out} is there already; give another --out, or --force to replace it")
+  if not (out.is_file() if mark is None else (out / mark).is_file()):
+    own = "a file" if mark is None else f"a folder with {mark} in it"
+    raise ValueError(f"{out} is not {own}, and --force replaces nothing else; give another --out")
 
 
-def write_whole(out, fill):
-  """Makes a folder by `fill(folder)`; it appears whole, in place of what was at `out`."""
+def write_whole(out, fill, force=False, mark=None):
+  """Makes a folder by `fill(folder)`; it appears whole or not at all.
+
+  Args:
+    force, mark: see `refuse_to_overwrite`.
+  """
   out = pathlib.Path(out)
   partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
   for left in (partial, old):
@@ -344,15 +367,13 @@ def write_whole(out, fill):
   partial.mkdir(parents=True)
   try:
     fill(partial)
+    refuse_to_overwrite(out, force, mark)  # what came meanwhile, too
     if out.exists():
       out.rename(old)
     partial.rename(out)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  if old.is_dir():
-    shutil.rmtree(old)
-  else:
-    old.unlink(missing_ok=True)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(experiment, prior, weights, step):
@@ -445,7 +466,14 @@ def card(run, manifest, evaluations=()):
     f"| licence of the weights | {manifest['licence']} |", "",
     "## Measured", "",
   ]  # fmt: skip
-  records = [r for r in evaluations if r.get("step") == manifest["step"]]
+  train = {
+    "data": e.data.name, "split": e.data.train_split, "crop": e.data.crop,
+    "image_shape": list(e.data.image_shape),
+  }  # fmt: skip
+  records = [
+    r for r in evaluations
+    if r.get("step") == manifest["step"] and train.items() <= r.get("reference", {}).items()
+  ]  # fmt: skip
   if records:
     lines += [
       "Fréchet distance of samples to training images; the floor is the same between two sets of "
@@ -456,12 +484,12 @@ def card(run, manifest, evaluations=()):
     for r in records:
       floor = "–" if r.get("floor") is None else f"{r['floor']['value']:.4g}"
       rows.append(
-        f"| {r['sampler']} | {r['nfe']} | {r['samples']} | {r['label']} {r['value']:.4g} | "
-        f"{floor} |"
+        f"| {options_from_config(Sampling, r['sampling']).summary} | {r['nfe']} | {r['samples']} | "
+        f"{r['label']} {r['value']:.4g} | {floor} |"
       )
     lines += dict.fromkeys(rows)  # the same evaluation made twice is one row
   else:
-    lines.append("Not evaluated.")
+    lines.append("Not evaluated against its training images.")
   lines += ["", "## Use and limits", "", _LIMITS.format(data=e.data.name), ""]
   if manifest.get("signatures"):
     lines += ["## Signatures", "", "| signature | inputs | outputs |", "|---|---|---|"]

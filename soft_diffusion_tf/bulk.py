@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 import queue
 import threading
@@ -222,8 +223,8 @@ class _Writer:
 
 
 def _save(path, content):
-  """Writes a file whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial")
+  """Writes a file whole or not at all, whoever else is writing it."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
   partial.write_bytes(content)
   partial.replace(path)
 
@@ -282,15 +283,16 @@ def _claim(out, settings, force):
       theirs = json.loads(path.read_text())
     except ValueError:
       theirs = {}
-  elif out.exists() and any(out.iterdir()) and not force:
-    raise ValueError(f"{out} holds other files; give a new folder as --out, or --force")
+  # What begins with a dot is another shard's half file, or what a kill left of one.
+  elif out.exists() and any(f.name[0] != "." for f in out.iterdir()):
+    raise ValueError(f"{out} holds other files than samples; give a new folder as --out")
   if theirs not in (None, mine) and not force:
     changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     raise ValueError(
       f"{out} holds samples that differ in {', '.join(changed)}; give another --out, "
       "or --force to replace them"
     )
-  if theirs not in (None, mine) or (theirs is None and force and out.exists()):
+  if theirs not in (None, mine):
     for old in (*out.glob("samples-*.npz"), *out.glob("[0-9]*.png")):
       old.unlink()
   out.mkdir(parents=True, exist_ok=True)

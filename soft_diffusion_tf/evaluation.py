@@ -336,13 +336,14 @@ def check_count(count, available, what="the data set"):
 
 
 def reference(network, images, conditions, subset=SUBSET, floor_count=None, folder=None,
-              progress=True):  # fmt: skip
+              progress=True, k=3):  # fmt: skip
   """The `Reference` of the first `conditions["count"]` images in a fixed random order.
 
   Args:
     images: uint8 [M, H, W, C]; the ones after the reference's, as many as `floor_count` (by default
       as many as the reference has), give the floor where there are enough.
     folder: where it is kept and found again.
+    k: precision and recall of the floor look at the k-th neighbours.
   """
   count = conditions["count"]
   check_count(count, len(images))
@@ -351,7 +352,7 @@ def reference(network, images, conditions, subset=SUBSET, floor_count=None, fold
   conditions = {**conditions, "content": content}
   path = None
   if folder is not None:
-    text = json.dumps([conditions, subset, floor_count], sort_keys=True)
+    text = json.dumps([conditions, subset, floor_count, k], sort_keys=True)
     path = pathlib.Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     if _read_npz(path) is not None:
       return Reference.load(path).check(path, **conditions)
@@ -366,13 +367,14 @@ def reference(network, images, conditions, subset=SUBSET, floor_count=None, fold
     others = measure(
       network, image_batches(images, rest), floor_count, subset, say("features (floor)")
     )
-    floor = {"samples": floor_count} | compare(network, others, statistics, spread=False).numbers()
+    result = compare(network, others, statistics, k, spread=False)
+    floor = {"samples": floor_count, "neighbours": k} | result.numbers()
   else:
     why = f"needs {floor_count} more real images, {len(rest)} are left"
-  result = Reference(statistics, conditions, floor, why)
+  real = Reference(statistics, conditions, floor, why)
   if path is not None:
-    result.save(path)
-  return result
+    real.save(path)
+  return real
 
 
 # --- Numbers ------------------------------------------------------------------------------------
@@ -485,10 +487,10 @@ class Result:
 
   Attributes:
     distance: the headline.
-    kid, kid_error: TF-GAN's kernel distance and its standard error, on `subset` images a side;
-      kid_all_pairs: the same without its blocks.
+    kid, kid_error: TF-GAN's kernel distance and its standard error, on the first `subset` images
+      and `real_subset` real ones; kid_all_pairs: the same without its blocks.
     inception_score: None where the network has no logits.
-    precision, recall: on the same subset.
+    precision, recall: on the same subsets.
     spread: exact Fréchet distances of three disjoint parts (a third of N each) to the reference; []
       where a part would have no more images than features.
     seconds: of the computation after extraction.
@@ -504,6 +506,7 @@ class Result:
   precision: float | None
   recall: float | None
   subset: int
+  real_subset: int
   spread: list
   seconds: float
   conditions: dict = dataclasses.field(default_factory=dict)
@@ -516,7 +519,8 @@ class Result:
       **dataclasses.asdict(self.distance),
       "kid": self.kid, "kid_error": self.kid_error, "kid_all_pairs": self.kid_all_pairs,
       "inception_score": self.inception_score, "precision": self.precision,
-      "recall": self.recall, "subset": self.subset, "spread": self.spread,
+      "recall": self.recall, "subset": self.subset, "real_subset": self.real_subset,
+      "spread": self.spread,
     }  # fmt: skip
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in values.items()}
 
@@ -584,16 +588,18 @@ def compare(network, one, two, k=3, spread=True, conditions=None):
     precision, recall = neighbours.precision_recall(two.rows, one.rows, k)
   return Result(
     distance, kid, kid_error, all_pairs, one.inception_score, precision, recall,
-    min(len(one.rows), len(two.rows)), parts, time.monotonic() - start, conditions or {},
+    len(one.rows), len(two.rows), parts, time.monotonic() - start, conditions or {},
   )  # fmt: skip
 
 
 def with_reference(network, one, real, k=3, conditions=None):
-  """`compare` against a `Reference`, with its floor if that is at the same N."""
+  """`compare` against a `Reference`, with its floor if that is at the same N and k."""
   result = compare(network, one, real.statistics, k, conditions=conditions)
   floor, why = real.floor, real.why_no_floor
   if floor is not None and floor["samples"] != one.count:
     floor, why = None, f"the reference's floor is at N = {floor['samples']}"
+  elif floor is not None and (its := floor.get("neighbours", 3)) != k:  # older files: always 3
+    floor, why = None, f"the reference's floor looks at {its} neighbours, not at {k}"
   return dataclasses.replace(result, floor=floor, why_no_floor=why)
 
 

@@ -189,6 +189,19 @@ class Sampling:
       return None
     return samplers.evaluations(self.sampler, len(self.times) - 1 if self.times else self.steps)
 
+  @property
+  def summary(self) -> str:
+    """The sampler and whatever else is not the default, as "two_step (grid level)".
+
+    Without steps, which the evaluations say, and the batch size.
+    """
+    said = ("sampler", "steps", "batch_size")
+    other = [
+      f"{field.name} {value}" for field in dataclasses.fields(self)
+      if field.name not in said and (value := getattr(self, field.name)) != field.default
+    ]  # fmt: skip
+    return f"{self.sampler} ({', '.join(other)})" if other else self.sampler
+
   def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:
     """The options with other values for what is not None; `nfe` picks the steps that take as many
     evaluations of the network. A number of steps or a grid takes the place of `times`, and `times`

@@ -14,6 +14,8 @@ dictionary with OUTPUT [B, ...] and perhaps "logits" [B, K]. Where its signature
 a width, images are brought to them by antialiased bilinear interpolation
 (`tf.image.resize(..., antialias=True)`), real and generated ones alike; where it leaves them open,
 it gets images as they are and resizes as it likes. TF-GAN's module gets 299×299.
+
+Numbers are called by the name; a SavedModel's by its folder's, "./pixels" where that is taken.
 """
 
 import contextlib
@@ -33,6 +35,7 @@ TFGAN_SIZE, TFGAN_FEATURES, TFGAN_CLASSES = 299, 2048, 1008
 TIMEOUT = 30  # seconds without an answer from the network
 OUTPUT = "pool_3"
 MAX_DIMENSION = 4096  # the largest covariance whose eigenvalues come in minutes
+_BUILT_IN = ("pixels", "classifier", "tfgan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +47,19 @@ class FeatureNetwork:
     function: the network on float32 images in [0, 1] → (features, logits or None).
     digest: SHA-256 of its weights ("" where it has none).
     note: a remark on its quality, or "".
+    fid: whether it is TF-GAN's Inception, whose Fréchet distance alone is an FID.
   """
 
   name: str
   function: Callable
   digest: str = ""
   note: str = ""
+  fid: bool = False
 
   @property
   def label(self):
-    """What a Fréchet distance by this network is called: FID is TF-GAN's Inception's alone."""
-    return "FID" if self.name == "tfgan" else f"FD[{self.name}]"
+    """What a Fréchet distance by this network is called."""
+    return "FID" if self.fid else f"FD[{self.name}]"
 
   def __call__(self, images):
     images = np.asarray(images)
@@ -93,7 +98,10 @@ def feature_network(name, source=None, progress=True):
     return _tfgan(rest or _fetch())
   folder, _, output = name.partition("#")
   call, digest, _ = _saved_model(pathlib.Path(folder), output or OUTPUT)
-  return FeatureNetwork(pathlib.Path(folder).resolve().name + name[len(folder) :], call, digest)
+  own = pathlib.Path(folder).resolve().name
+  if own.partition(":")[0] in _BUILT_IN:  # must not pass for one
+    own = f"./{own}"
+  return FeatureNetwork(own + name[len(folder) :], call, digest)
 
 
 def resize(images, height, width):
@@ -139,7 +147,7 @@ def _tfgan(folder):
       f"{folder}: not TF-GAN's Inception, which gives {TFGAN_FEATURES} features and "
       f"{TFGAN_CLASSES} logits, not {sizes[0]} and {sizes[1]}; give it as --feature_net={folder}"
     )
-  return FeatureNetwork("tfgan", call, digest)
+  return FeatureNetwork("tfgan", call, digest, fid=True)
 
 
 def _entry(module, folder):

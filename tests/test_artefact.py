@@ -38,12 +38,22 @@ def exported(tmp_path_factory, request):
   tiny = request.getfixturevalue("tiny")
   run = make_run(tiny, request.getfixturevalue("digits"))
   folder = tmp_path_factory.mktemp("artefact") / "model"
-  record = {"step": 7, "sampler": "momentum", "nfe": 3, "samples": 64, "label": "FD[pixels]",
-            "value": 1.25, "floor": None}  # fmt: skip
-  stale = record | {"step": 6, "value": 99.0}
+  own = {"data": "digits", "split": "train", "image_shape": [8, 8, 1], "crop": "auto", "count": 64}
+  record = {
+    "step": 7, "sampler": "momentum", "nfe": 3, "samples": 64, "label": "FD[pixels]",
+    "value": 1.25, "floor": None, "reference": own,
+    "sampling": {"sampler": "momentum", "steps": 3, "batch_size": 5, "times": []},
+  }  # fmt: skip
+  others = [
+    record | {"step": 6, "value": 99.0},
+    record | {"reference": own | {"split": "test"}, "value": 99.1},
+    record | {"reference": own | {"data": "folder:mine"}, "value": 99.2},
+    record | {"images": "x", "value": 99.3, "reference": {}},
+    record | {"sampling": record["sampling"] | {"grid": "level", "noise": 2.0}, "value": 1.5},
+  ]
   manifest = artefact.export(
-    run, folder, list(SAMPLERS.values()), restoring=RESTORING, evaluations=[record, stale, record],
-    licence="CC0-1.0",
+    run, folder, list(SAMPLERS.values()), restoring=RESTORING,
+    evaluations=[record, *others, record], licence="CC0-1.0",
   )  # fmt: skip
   return run, folder, manifest
 
@@ -181,13 +191,15 @@ def test_manifest_and_card_say_what_it_is(exported):
   loaded = tf.saved_model.load(str(folder)).signatures
   assert set(loaded) == set(manifest["signatures"])
   card = (folder / "README.md").read_text()
-  assert card.count("| FD[pixels] ") == 1  # one evaluation made twice; the other is of old weights
+  assert card.count("| FD[pixels] ") == 2  # one evaluation made twice, and one on another grid
   for text in (
     "GaussianBlur", "digits, split train", run.experiment.digest(), artefact.digest_of(run),
     "CC0-1.0", "| momentum | 3 | 64 | FD[pixels] 1.25 | – |", "sample_heun_ddim_4",
+    "| momentum (grid level, noise 2.0) | 3 | 64 | FD[pixels] 1.5 | – |",
   ):  # fmt: skip
     assert text in card
-  assert "99" not in card.split("## Measured")[1].split("##")[0]  # of another step
+  # Of another step, another split, another data set.
+  assert "99" not in card.split("## Measured")[1].split("##")[0]
   assert "Not evaluated" in artefact.card(run, manifest)
 
 
@@ -248,6 +260,26 @@ def test_nothing_is_overwritten_unless_forced(exported, tmp_path):
   assert out.read_text() == "mine"
   artefact.pack(run, out, force=True)
   assert artefact.unpack(out).step == 7
+  photos = tmp_path / "photos"
+  photos.mkdir()
+  (photos / "1.png").write_text("mine")
+  for other in (photos, out):
+    with pytest.raises(ValueError, match=r"not a folder with assets\.extra/manifest\.json in it"):
+      artefact.export(run, other, force=True)
+  assert (photos / "1.png").read_text() == "mine"
+  assert artefact.unpack(out).step == 7
+
+
+def test_what_is_written_lies_apart_from_what_is_read(tmp_path):
+  photos = tmp_path / "a" / "photos"
+  photos.mkdir(parents=True)
+  (tmp_path / "link").symlink_to(tmp_path / "a")
+  for out in (photos, tmp_path / "a", photos / "x", tmp_path / "link" / "photos"):
+    with pytest.raises(ValueError, match=r"--out=.* would mix with .*photos, which is read"):
+      artefact.keep_apart(out, photos)
+  artefact.keep_apart(tmp_path / "a" / "photos2", photos)
+  artefact.keep_apart(photos / "x", photos, inside=True)
+  artefact.keep_apart("digits", "digits")  # the name of a model, and no folder
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -260,10 +292,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     raise OSError("no space")
 
   with pytest.raises(OSError, match="no space"):
-    artefact.write_whole(out, broken)
+    artefact.write_whole(out, broken, True, "old")
+  write = lambda folder: (folder / "new").write_text("new")
+  for given in ((), (True, "new")):
+    with pytest.raises(ValueError, match=r"is there already|is not a folder with new in it"):
+      artefact.write_whole(out, write, *given)
   assert [f.name for f in tmp_path.iterdir()] == ["out"]
   assert (out / "old").read_text() == "old"
-  artefact.write_whole(out, lambda folder: (folder / "new").write_text("new"))
+  artefact.write_whole(out, write, True, "old")
   assert [f.name for f in out.iterdir()] == ["new"]
   assert [f.name for f in tmp_path.iterdir()] == ["out"]
 

@@ -206,8 +206,21 @@ def test_other_samples_are_not_overwritten(drawer, tmp_path):
   assert list(contents(folder)) == [2]
   (tmp_path / "b").mkdir()
   (tmp_path / "b" / "note.txt").write_text("mine")
-  with pytest.raises(ValueError, match="holds other files"):
-    bulk.write(drawer, [1], tmp_path / "b", SETTINGS, progress=False)
+  (tmp_path / "b" / "000001.png").write_text("mine")
+  for force in (False, True):
+    with pytest.raises(ValueError, match="holds other files"):
+      bulk.write(drawer, [1], tmp_path / "b", SETTINGS, force=force, progress=False)
+  assert (tmp_path / "b" / "000001.png").read_text() == "mine"
+
+
+def test_what_another_shard_has_half_written_is_no_other_file(drawer, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:  # killed before the file was whole
+    patch.setattr(pathlib.Path, "replace", lambda *_: None)
+    bulk._save(tmp_path / bulk.SETTINGS_FILE, b"{")
+  [half] = tmp_path.iterdir()
+  assert half.name == f".{bulk.SETTINGS_FILE}.{os.getpid()}.partial"  # each process has its own
+  half.rename(half.with_name(".samples.json.1.partial"))
+  assert bulk.write(drawer, [1], tmp_path, SETTINGS, progress=False) == (1, 0)
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])

@@ -107,6 +107,8 @@ def test_every_command_names_flags_and_files_that_exist():
     if program == "tools/benchmark.py":  # argparse, by subcommand
       continue
     known, takes_config = flags_of(PROGRAMS[program])
+    if program == "tools/lab.py":  # it writes, and only where it is told
+      assert any(w.startswith(("--out=", "--report=")) for w in words), f"{page}: lab.py, no --out"
     for word in words:
       if match := re.match(r"--(?:no)?([a-z_]+)(\.[\w.]+)?(=(.*))?$", word):
         name = match[1] if match[1] in known else word[2:].split("=")[0]

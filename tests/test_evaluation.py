@@ -12,7 +12,16 @@ import scipy.linalg
 import scipy.special
 import tensorflow as tf
 
-from soft_diffusion_tf import data, evaluation, features, gaussians, plots, priors, training
+from soft_diffusion_tf import (
+  data,
+  evaluation,
+  features,
+  gaussians,
+  neighbours,
+  plots,
+  priors,
+  training,
+)
 
 PIXELS = features.feature_network("pixels")
 
@@ -188,7 +197,7 @@ def test_all_numbers_of_one_comparison(rng):
   assert result.warnings() == []
   record = json.loads(json.dumps(result.record()))
   assert record["value"] == result.distance.value
-  assert record["subset"] == 500
+  assert (record["subset"], record["real_subset"]) == (600, 500)
 
 
 def test_few_images_are_warned_of(rng):
@@ -284,6 +293,21 @@ def test_a_reference_and_its_floor(images):
   assert few.why_no_floor == "needs 1000 more real images, 797 are left"
   with pytest.raises(ValueError, match="5000 images asked for, but the data set has 1797"):
     evaluation.reference(PIXELS, images, conditions(5000), progress=False)
+
+
+def test_the_floor_looks_at_the_same_neighbours_as_the_samples(images, tmp_path):
+  make = lambda k: evaluation.reference(
+    PIXELS, images, conditions(200), folder=tmp_path, progress=False, k=k
+  )
+  three, five = make(3), make(5)
+  flat = images.reshape(len(images), -1)[np.random.default_rng(0).permutation(len(images))] / 255.0
+  for real, k in ((three, 3), (five, 5), (make(3), 3)):
+    want = neighbours.precision_recall(flat[:200], flat[200:400], k)
+    assert (real.floor["precision"], real.floor["recall"]) == pytest.approx(want)
+  assert three.floor["precision"] != five.floor["precision"]
+  result = evaluation.with_reference(PIXELS, statistics(flat[400:600]), five, k=3)
+  assert result.floor is None
+  assert result.why_no_floor == "the reference's floor looks at 5 neighbours, not at 3"
 
 
 def test_a_reference_is_stored_once(images, tmp_path, monkeypatch):

@@ -41,6 +41,13 @@ def test_a_saved_model_in_tfgans_format(tmp_path, rng):
   np.testing.assert_array_equal(net(grey)[0], net(np.repeat(grey, 3, 3))[0])
 
 
+@pytest.mark.parametrize("name", ["tfgan", "pixels", "classifier", "pixels:4"])
+def test_a_saved_model_does_not_pass_for_what_is_built_in(name, tmp_path):
+  net = features.feature_network(network(SPEC, flat, tmp_path / name))
+  assert net.name == f"./{name}"
+  assert net.label == f"FD[./{name}]"
+
+
 def test_the_digest_is_of_what_computes(tmp_path):
   folder = network(SPEC, flat, tmp_path / "flat")
   before = features.feature_network(folder).digest

@@ -41,6 +41,12 @@ class _Runs:
     from soft_diffusion_tf import training
 
     self.workdirs = [pathlib.Path(w) for w in workdirs]
+    names = [w.name for w in self.workdirs]
+    for name in names:  # by which figures tell the runs apart
+      if names.count(name) > 1:
+        raise ValueError(
+          f"--workdir: {names.count(name)} of the folders are called {name!r}; rename one of them"
+        )
     self.all = {w.name: training.load(w) for w in self.workdirs}
     self.first = next(iter(self.all.values()))
     self._samples = {}

@@ -47,7 +47,7 @@ _NFE = flags.DEFINE_integer(
 _HALVES = flags.DEFINE_bool("halves", True, "Find how far two halves of the slice disagree.")
 _COMPARE = flags.DEFINE_list("compare", [], "Schedule files to draw together, instead of a search.")
 _PLOT = flags.DEFINE_string("plot", None, "The picture; beside --out if not given, or none.")
-_FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
+_FORCE = flags.DEFINE_bool("force", False, "Overwrite the file and the picture.")
 
 
 class _Bars:
@@ -76,11 +76,17 @@ def _times(content):
   return content.get("times") or np.linspace(0, 1, len(content["levels"])).tolist()
 
 
+def _refuse_to_overwrite(path, flag):
+  if pathlib.Path(path).exists() and not _FORCE.value:
+    raise ValueError(f"{path} is there already; give another --{flag} or --force")
+
+
 def _compare():
   from soft_diffusion_tf import plots, schedules
 
   if _PLOT.value is None:
     raise ValueError("--compare draws a picture; say where by --plot=FILE.png")
+  _refuse_to_overwrite(_PLOT.value, "plot")
   files = {path: schedules.load_levels(path) for path in _COMPARE.value}
   names = {path: pathlib.Path(path).stem for path in files}
   if len(set(names.values())) < len(names):
@@ -137,8 +143,10 @@ def main():
   if _OUT.value is None:
     raise ValueError("give --out=FILE.json to write to, or --compare FILES")
   out = pathlib.Path(_OUT.value)
-  if out.exists() and not _FORCE.value:
-    raise ValueError(f"{out} is there already; give another --out or --force")
+  picture = _PLOT.value or out.with_suffix(".png")
+  _refuse_to_overwrite(out, "out")
+  if picture != "none":
+    _refuse_to_overwrite(picture, "plot")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
   joint = _JOINT.value or _NFE.value is not None
@@ -199,8 +207,7 @@ def main():
     )
   if "sensitivity" in content:
     print(f"two halves of the slice differ by at most {content['sensitivity']:.2g} steps")
-  if _PLOT.value != "none":
-    picture = _PLOT.value or out.with_suffix(".png")
+  if picture != "none":
     plots.schedule_search(
       picture, grid, matrix, indices, content["levels"], _times(content), content.get("sigmas")
     )

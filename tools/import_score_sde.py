@@ -14,14 +14,30 @@ import collections.abc
 import dataclasses
 import json
 import pathlib
+import pickle
 import runpy
+import zipfile
+import zlib
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from soft_diffusion_tf import corruptions, priors, schedules, training
+from soft_diffusion_tf.bin import cli
 from soft_diffusion_tf.experiment import Data, Experiment, Network, PriorOptions, Sampling, Training
 from soft_diffusion_tf.networks import NCSNpp, blocks
+
+if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
+  _CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Published checkpoint, .pth or .npz.", required=True
+  )
+  _CONFIG = flags.DEFINE_string(
+    "config", None, "Its configuration, .json or .py; an .npz may have its own."
+  )
+  _OUT = flags.DEFINE_string("out", None, "Workdir to make.", required=True)
+  _EMA = flags.DEFINE_bool(
+    "ema", True, "Sample from the averaged weights of a .pth, not the last ones."
+  )
 
 _PREFIX = "param/"  # of tensors in an .npz that holds other arrays, too
 _PARALLEL = "module."  # put before every name by torch's DataParallel
@@ -252,7 +268,11 @@ def _ema(state):
   model = state["model"]
   frozen = [name for name in model if name.endswith(("sigmas", "all_modules.0.W"))]
   names = [name for name in model if name not in frozen]
-  averages = state["ema"]["shadow_params"]
+  averages = state.get("ema", {}).get("shadow_params")
+  if averages is None:
+    raise ValueError(
+      "the checkpoint has no averages (ema.shadow_params); --noema imports the last weights instead"
+    )
   if len(averages) != len(names):
     raise ValueError(
       f"the checkpoint has {len(names)} trainable tensors, but averages of {len(averages)}; "
@@ -265,8 +285,11 @@ def load_arrays(path, ema=True):
   """Reads `.pth` or `.npz` → (arrays by published name, configuration or None, step)."""
   path = pathlib.Path(path)
   if path.suffix == ".npz":
-    with np.load(path, allow_pickle=False) as file:
-      arrays = dict(file)
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+      raise ValueError(f"{path}: cannot be read as .npz ({error}); copy it anew") from None
     config = arrays.pop("config_json", None)
     return arrays, None if config is None else json.loads(str(config)), 0
   try:
@@ -276,7 +299,10 @@ def load_arrays(path, ema=True):
       f"reading {path.name} needs PyTorch; pip install 'soft-diffusion-tf[import]', "
       "or save its tensors as .npz with the same names elsewhere"
     ) from None
-  state = torch.load(path, map_location="cpu", weights_only=True)
+  try:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+  except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    raise ValueError(f"{path}: cannot be read as .pth ({error}); copy it anew") from None
   if "model" not in state:
     raise ValueError(f"{path.name} has no 'model' entry; is it a score_sde checkpoint?")
   tensors = _ema(state) if ema else state["model"]
@@ -386,27 +412,12 @@ def convert(checkpoint, config, out, ema=True):
   return network
 
 
-FLAGS = flags.FLAGS
-
-
-def define_flags():
-  flags.DEFINE_string("checkpoint", None, "Published checkpoint, .pth or .npz.", required=True)
-  flags.DEFINE_string("config", None, "Its configuration, .json or .py; an .npz may have its own.")
-  flags.DEFINE_string("out", None, "Workdir to make.", required=True)
-  flags.DEFINE_bool("ema", True, "Sample from the averaged weights of a .pth, not the last ones.")
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  try:
-    network = convert(FLAGS.checkpoint, FLAGS.config, FLAGS.out, FLAGS.ema)
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"import_score_sde: {error}") from None
-  print(f"wrote {network.count_params():,} parameters to {FLAGS.out}")
-  print(f"next: soft-diffusion-sample --workdir={FLAGS.out} --out={FLAGS.out}/samples.png")
+def main():
+  out = _OUT.value
+  network = convert(_CHECKPOINT.value, _CONFIG.value, out, _EMA.value)
+  print(f"wrote {network.count_params():,} parameters to {out}")
+  print(f"next: soft-diffusion-sample --workdir={out} --out={out}/samples.png")
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main)
+  cli.run(main)

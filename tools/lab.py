@@ -41,6 +41,7 @@ _COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.")
 _OUT = flags.DEFINE_string("out", None, "Folder for lab.md, lab.json and lab.png.")
 _REPORT = flags.DEFINE_string("report", None, "Folder to write samplers.md and its figures into.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+_OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
 
 PAPER = ("momentum", "probability_flow", "ddim", "predictor_corrector")
 LADDER = (5, 7, 10, 14, 20, 28, 40, 57, 80)
@@ -56,29 +57,34 @@ COLOURS = {
 # --- Pieces ---------------------------------------------------------------------------------------
 
 
+def corruption_of(name):
+  """The corruption of --corruption=name."""
+  from soft_diffusion_tf import corruptions
+
+  if ":" in name:
+    return corruptions.from_config({"kind": name})
+  kinds = {
+    "blur": corruptions.GaussianBlur(), "mask": corruptions.Mask(),
+    "soft_mask": corruptions.Mask(edge=1.0), "ve": corruptions.Identity(),
+  }  # fmt: skip
+  if name not in kinds:
+    raise ValueError(
+      f"unknown corruption {name!r}; choose one of {', '.join(kinds)} or module:Class"
+    )
+  return kinds[name]
+
+
 def make_lab(name, images, labels, *, schedule="transport", prior="", components="image", std=0.05,
              count=1000, error=None):  # fmt: skip
   """A `Laboratory` of one of the project's processes on images."""
-  from soft_diffusion_tf import corruptions, diffusion, laboratory, schedules
+  from soft_diffusion_tf import diffusion, laboratory, schedules
 
-  shape = images.shape[1:]
+  shape, corruption = images.shape[1:], corruption_of(name)
   if name == "ve":
     process = diffusion.Diffusion(
-      shape, corruptions.Identity(), schedules.Constant(0.0), schedules.Geometric(0.01, 50.0)
+      shape, corruption, schedules.Constant(0.0), schedules.Geometric(0.01, 50.0)
     )
   else:
-    kinds = {
-      "blur": corruptions.GaussianBlur(), "mask": corruptions.Mask(),
-      "soft_mask": corruptions.Mask(edge=1.0),
-    }  # fmt: skip
-    if name in kinds:
-      corruption = kinds[name]
-    elif ":" in name:
-      corruption = corruptions.from_config({"kind": name})
-    else:
-      raise ValueError(
-        f"unknown corruption {name!r}; choose one of {', '.join([*kinds, 've'])} or module:Class"
-      )
     first = 0.01 if name == "blur" else corruption.level_range[0]
     last = laboratory.strongest(corruption, shape[0])
     level, _ = laboratory.level_schedule(schedule, corruption, first, last, images)
@@ -166,8 +172,8 @@ def grade_samplers(images, labels):
   )  # fmt: skip
   rows, record, lines = [], [], {}
   floor = lab.floor
+  options = {"k": _K.value, "noise": _NOISE.value}
   for name in names:
-    options = {} if name == samplers.ADAPTIVE else {"k": _K.value, "noise": _NOISE.value}
     for nfe in nfes[:1] if name == samplers.ADAPTIVE else nfes:
       grade = lab.grade(name, nfe, _GRID.value, full=True, **options)
       record.append({"sampler": name, **dataclasses.asdict(grade)})
@@ -176,7 +182,7 @@ def grade_samplers(images, labels):
   rows.append(["floor", "", *map(number, dataclasses.astuple(floor)[1:])])
   header = ["sampler", "evaluations", "Fréchet", "sliced W₂²", "frequency error", "Sinkhorn"]
   last = names[-1] if names[-1] != samplers.ADAPTIVE else "two_step"
-  drift = lab.drift(last, nfes[-1], grid=_GRID.value)
+  drift = lab.drift(last, nfes[-1], grid=_GRID.value, **options)
   text = (
     f"# {_CORRUPTION.value} on {_DATA.value}\n\n{table(header, rows)}\n\n"
     f"Drift of {last} at {nfes[-1]} evaluations, Fréchet distance of x_t to q_t:\n\n"
@@ -199,11 +205,10 @@ def examine(images, labels):
 
   import matplotlib.pyplot as plt
 
-  from soft_diffusion_tf import corruptions, laboratory
+  from soft_diffusion_tf import laboratory
 
   name = _CORRUPTION.value
-  own = {"blur": "GaussianBlur", "mask": "Mask", "ve": "Identity"}
-  corruption = corruptions.from_config({"kind": own.get(name, name)})
+  corruption = corruption_of(name)
   mixture = laboratory.mixture_of(images, labels, _COMPONENTS.value, _STD.value)
   result = laboratory.examine(corruption, images, mixture, count=_COUNT.value)
   record = {
@@ -550,10 +555,12 @@ def main():
   out = pathlib.Path(_OUT.value)
   if (out / "lab.json").exists() and not _FORCE.value:
     raise ValueError(f"{out / 'lab.json'} is there already; give another --out or --force")
+  examined = _EXAMINE.value or ":" in _CORRUPTION.value
+  if examined:
+    cli.refuse(_OF_GRADES, "an examination tries samplers and schedules by itself")
   sys.path.insert(0, os.getcwd())  # a user's module lies where he stands
   images, labels = laboratory.load(_DATA.value, _IMAGES.value, _DATA_DIR.value)
-  own = ":" in _CORRUPTION.value
-  text, record, figure = (examine if own or _EXAMINE.value else grade_samplers)(images, labels)
+  text, record, figure = (examine if examined else grade_samplers)(images, labels)
   out.mkdir(parents=True, exist_ok=True)
   (out / "lab.md").write_text(text + "\n\n![distances](lab.png)\n")
   (out / "lab.json").write_text(json.dumps(record, indent=1) + "\n")

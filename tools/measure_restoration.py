@@ -76,6 +76,8 @@ def best(candidates, method, clean):
 def main():
   from soft_diffusion_tf import artefact, data, evaluation, features, plots, restoration, training
 
+  if _SAMPLES.value < 2:
+    raise ValueError(f"--samples={_SAMPLES.value}: a spread takes at least 2; give more")
   out = pathlib.Path(_OUT.value)
   artefact.refuse_to_overwrite(out, False)
   run = training.load(_WORKDIR.value)

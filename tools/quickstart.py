@@ -47,7 +47,9 @@ def main():
   network = features.feature_network(experiment.evaluation.feature_net, source)
   count = min(experiment.evaluation.samples, len(source) // 2)
   about = evaluation.conditions_of(network, d.name, d.train_split, d.image_shape, d.crop, count)
-  reference = evaluation.reference(network, source.images, about, progress=False)
+  reference = evaluation.reference(
+    network, source.images, about, progress=False, k=experiment.evaluation.neighbours
+  )
   samples = []
   trained = evaluation.evaluate_run(run, network, reference, count, keep=samples)
   fresh = training.Run(experiment, training.build(experiment, run.diffusion), 0)

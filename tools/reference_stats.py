@@ -54,8 +54,9 @@ def main():
   network = features.feature_network(name, load(d.train_split) if name == "classifier" else None)
   about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, count)
   real = evaluation.reference(
-    network, load(split).images, about, e.evaluation.subset, _FLOOR_SAMPLES.value
-  )
+    network, load(split).images, about, e.evaluation.subset, _FLOOR_SAMPLES.value,
+    k=e.evaluation.neighbours,
+  )  # fmt: skip
   real.save(out)
   floor = f"{network.label} {real.floor['value']:.4g}" if real.floor else real.why_no_floor
   print(f"{count} images of {d.name} {split} in {network.name}: {out}")

@@ -24,6 +24,13 @@ def define_config():
   )
 
 
+def refuse(ignored, why):
+  """Raises the ValueError of one of the flags that was given; `why` says what would ignore it."""
+  for flag in ignored:
+    if flag.present and flag.value is not False:
+      raise ValueError(f"{why}; leave {flag.serialize()} out")
+
+
 def _fail(text):
   print(f"error: {text}", file=sys.stderr)
   sys.exit(BAD_INPUT)

@@ -6,6 +6,7 @@ soft-diffusion-evaluate --workdir=runs/digits --memorisation      nearest traini
 soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL   images of any origin
 """
 
+import hashlib
 import json
 import pathlib
 
@@ -62,6 +63,23 @@ _MEMORISATION = flags.DEFINE_bool(
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
 
+# A flag, why others would be ignored beside it, and which.
+_ALONE = (
+  (
+    _SWEEP, "--sweep takes --samplers, --nfe and --checkpoints, and the grid of the config",
+    (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID),
+  ),
+  (_SAMPLERS, "--samplers are all that a sweep takes", (_SAMPLER,)),
+  (
+    _MEMORISATION, "--memorisation searches the images that the run was trained on",
+    (_REFERENCE, _REFERENCE_SAMPLES, _SPLIT),
+  ),
+  (
+    _IMAGES, "--images are there already, and nothing is sampled",
+    (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED),
+  ),
+)  # fmt: skip
+
 
 class _Job:
   """What the flags ask for: the run's experiment, the network, the real images."""
@@ -115,7 +133,7 @@ class _Job:
     from soft_diffusion_tf import data
 
     if self._stored and not self.experiment:
-      raise ValueError("the classifier and --memorisation need images: give --reference=DATASET")
+      raise ValueError("the classifier needs images: give --reference=DATASET")
     if split is None and self._source is not None:
       return self._source
     name, own, shape, crop, data_dir = self._place()
@@ -157,8 +175,9 @@ class _Job:
     about = evaluation.conditions_of(self.network, name, split, shape, crop, self.reference_count)
     folder = self.workdir / "references" if self.workdir else None
     return evaluation.reference(
-      self.network, source.images, about, self.options.subset, self.count, folder
-    )
+      self.network, source.images, about, self.options.subset, self.count, folder,
+      k=self.options.neighbours,
+    )  # fmt: skip
 
 
 def _print(result, where):
@@ -167,10 +186,12 @@ def _print(result, where):
   print(f"floor (real against real): {result.floor_line()}")
   reference = about["reference"]
   weights = reference["feature_net_sha256"]
+  one, two = result.subset, result.real_subset
+  sides = f"{one} a side" if one == two else f"{one} images and {two} real ones"
   print(
     f"network {reference['feature_net']}" + (f" (sha256 {weights[:12]})" if weights else "")
     + f", {d.dimension} features; reference {reference['count']} of {reference['data']} "
-    f"{reference['split']}; KID, precision and recall on {result.subset} a side"
+    f"{reference['split']}; KID, precision and recall on {sides}"
   )  # fmt: skip
   for line in result.warnings():
     print(f"warning: {line}")
@@ -208,9 +229,8 @@ def _evaluate(job):
     )
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
-    grid = "" if options.grid == "uniform" else f" (grid {options.grid})"
     print_as = (
-      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.sampler}{grid}, "
+      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.summary}, "
       f"{_effort(options)}, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
   evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
@@ -225,7 +245,7 @@ def _effort(options):
 
 def _run(job):
   """The run at --checkpoint, and its sampling options."""
-  from soft_diffusion_tf import sweeps, training
+  from soft_diffusion_tf import samplers, sweeps, training
 
   sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
   if _NFE.value is not None:
@@ -235,7 +255,7 @@ def _run(job):
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
     step, sampler = found["step"], sampler or found["sampler"]
-    if steps is None and nfe is None:
+    if steps is None and nfe is None and sampler != samplers.ADAPTIVE:
       nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
     if not _CHECKPOINT.value.isdigit():
@@ -284,7 +304,8 @@ def _memorisation(job):
   if job.images is not None:
     generated = job.check_images()[: job.count]
     names = list(range(len(generated)))
-    title = pathlib.Path(_IMAGES.value).name
+    folder = pathlib.Path(_IMAGES.value).resolve()
+    title, about = folder.name, {"images": str(folder), "samples": job.count}
   else:
     run, options = _run(job)
     seeds = np.arange(_FIRST_SEED.value, _FIRST_SEED.value + job.count)
@@ -296,14 +317,22 @@ def _memorisation(job):
       )
     names = seeds.tolist()
     title = f"step{run.step}_{options.sampler}_{options.evaluations or 'adaptive'}"
+    title += f"_seeds{seeds[0]}-{seeds[-1]}"
+    about = evaluation.run_conditions(
+      run.experiment, run.step, options, job.count, _FIRST_SEED.value
+    )
   train = job.train().images
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images
   found = memorisation.report(job.network, generated, train, held_out, "nearest images")
-  folder = job.workdir / "memorisation"
-  folder.mkdir(exist_ok=True)
-  path = folder / f"{title}.json"
-  held = "training images among themselves" if held_out is None else d.test_split
-  about = {"samples": len(generated), "data": d.name, "split": d.train_split, "held_out": held}
+  about |= {
+    "data": d.name, "split": d.train_split,
+    "held_out": "training images among themselves" if held_out is None else d.test_split,
+    "feature_net": job.network.name, "feature_net_sha256": job.network.digest,
+  }  # fmt: skip
+  # Of all conditions: a report of others never takes the place of this one.
+  digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+  path = job.workdir / "memorisation" / f"{title}_{digest}.json"
+  path.parent.mkdir(exist_ok=True)
   content = {**about, "spaces": [n.record(names) for n in found]}
   path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
   memorisation.figure(path.with_suffix(".png"), generated, train, found)
@@ -318,12 +347,11 @@ def main():
   for flag, what in ((_SWEEP, "sweep"), (_MEMORISATION, "memorisation")):
     if flag.value and not _WORKDIR.value:
       raise ValueError(f"--{what} needs --workdir=FOLDER")
-  if _SWEEP.value and _IMAGES.value:
-    raise ValueError("--sweep samples by itself; leave --images out")
-  if _SWEEP.value and _GRID.value:
-    raise ValueError(
-      f"--sweep takes the grid of the workdir's config; leave --grid={_GRID.value} out"
-    )
+  for flag, why, ignored in _ALONE:
+    if flag.value:
+      cli.refuse(ignored, why)
+  if not _SWEEP.value:
+    cli.refuse((_SAMPLERS, _CHECKPOINTS), "without --sweep one sampler and checkpoint are measured")
   job = _Job()
   if _SWEEP.value:
     _sweep(job)

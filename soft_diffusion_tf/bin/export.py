@@ -7,7 +7,6 @@ The folder loads with TensorFlow alone (`saved_model_cli run --dir=model --tag_s
 README.md is the model card. The .npz holds config and float16 weights, for from_pretrained.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -33,7 +32,7 @@ _DTYPE = flags.DEFINE_enum(
   "float32); by default float32 and float16.",
 )  # fmt: skip
 _LICENCE = flags.DEFINE_string("licence", None, "Licence of the weights, for the model card.")
-_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace the export at --out.")
 
 
 def parse_samplers(text):
@@ -50,7 +49,7 @@ def parse_samplers(text):
 
 
 def main():
-  from soft_diffusion_tf import artefact, experiment, training
+  from soft_diffusion_tf import artefact, evaluation, experiment, training
 
   out = pathlib.Path(_OUT.value)
   pairs = parse_samplers(_SAMPLERS.value) if _SAMPLERS.value else None
@@ -61,11 +60,11 @@ def main():
     raise ValueError(f"--dtype={dtype} does not go with --out={out}; take {' or '.join(known)}")
   if packed and (pairs or _BATCH_SIZE.value):
     raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
-  artefact.refuse_to_overwrite(out, _FORCE.value)
+  artefact.keep_apart(out, _WORKDIR.value, inside=True)
+  artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
   run = training.load(_WORKDIR.value, _STEP.value)
-  evaluations = read_evaluations(_WORKDIR.value)
   options = {
-    "evaluations": evaluations,
+    "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
     "force": _FORCE.value,
     "dtype": dtype,
     "licence": _LICENCE.value or artefact.UNSTATED,
@@ -88,14 +87,6 @@ def main():
     f"next: saved_model_cli run --dir={out} --tag_set=serve --signature_def=sample "
     "--input_exprs='num=4;seed=0' --outdir=."
   )
-
-
-def read_evaluations(workdir):
-  """The records that soft-diffusion-evaluate has left in a workdir."""
-  path = pathlib.Path(workdir) / "evaluations.jsonl"
-  if not path.is_file():
-    return []
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def run():

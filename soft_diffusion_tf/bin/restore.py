@@ -37,8 +37,9 @@ _NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step e
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Hold the samples to the image given: ‖C x − y‖ ≲ σ √n."
 )
-_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace the results at --out.")
 
+_ARRAYS = "restored.npz"  # every folder of results has it
 _REFERENCE = 512  # samples of the model that t is estimated by
 _SHOWN = 8  # images in the picture
 
@@ -74,7 +75,9 @@ def main():
       f"--{given[0].name} and --{given[1].name} both say how corrupted the images are; give one"
     )
   out = pathlib.Path(_OUT.value)
-  artefact.refuse_to_overwrite(out, _FORCE.value)
+  artefact.keep_apart(out, _IMAGES.value)
+  artefact.keep_apart(out, _WORKDIR.value, inside=True)
+  artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
   model = artefact.from_pretrained(_WORKDIR.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
@@ -131,11 +134,11 @@ def _write(out, results, times, plots):
         f"{name}/input": y, f"{name}/samples": restored.samples[0],
         f"{name}/expected": restored.expected[0],
       }  # fmt: skip
-    np.savez(folder / "restored.npz", **arrays)
+    np.savez(folder / _ARRAYS, **arrays)
     (folder / "times.json").write_text(json.dumps(times, indent=1) + "\n")
     _picture(folder / "picture.png", list(results.values())[:_SHOWN], plots)
 
-  artefact.write_whole(out, fill)
+  artefact.write_whole(out, fill, _FORCE.value, _ARRAYS)
 
 
 def _picture(path, results, plots):

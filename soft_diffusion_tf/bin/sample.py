@@ -41,7 +41,7 @@ _SHARD = flags.DEFINE_string("shard", "1/1", "k/n: this is the k-th of n process
 _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
 )
-_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
 
 def parse_seeds(text):

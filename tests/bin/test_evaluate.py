@@ -42,7 +42,8 @@ def error_of(*flags):
 @pytest.fixture(scope="module")
 def workdir(tiny, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  training.train(tiny.replace(evaluation={"feature_net": "pixels"}), folder, progress=False)
+  options = {"feature_net": "pixels", "neighbours": 5}
+  training.train(tiny.replace(evaluation=options), folder, progress=False)
   return folder
 
 
@@ -72,7 +73,7 @@ def test_every_number_comes_with_its_conditions(workdir):
   record = json.loads(line)
   for name, value in (("samples", 70), ("first_seed", 5), ("nfe", 3), ("step", 6)):
     assert record[name] == value
-  assert record["floor"]["count"] == 70
+  assert (record["floor"]["count"], record["floor"]["neighbours"]) == (70, 5)
   assert list((workdir / "references").glob("*.npz"))
 
 
@@ -88,6 +89,42 @@ def test_another_time_grid_is_said_and_makes_other_samples(workdir):
   assert "leave --grid=level out" in error_of(f"--workdir={workdir}", "--sweep", "--grid=level")
 
 
+_REFUSALS = """
+import sys
+from absl import flags
+from soft_diffusion_tf.bin import evaluate
+for line in sys.argv[1:]:
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(["evaluate", "--workdir=no/such/run", *line.split()])
+  try:
+    evaluate.main()
+  except ValueError as error:
+    print(error)
+"""
+
+
+def test_flags_that_would_be_ignored_are_refused():
+  """What is asked for, and after the bar the flag that it does not take."""
+  cases = (
+    "--sweep | --images=x", "--sweep | --memorisation", "--sweep | --checkpoint=6",
+    "--sweep | --steps=3", "--sweep | --grid=level", "--sweep --samplers=naive | --sampler=heun",
+    "--memorisation | --split=test", "--memorisation | --reference=digits",
+    "--memorisation --images=x | --reference_samples=9", "--memorisation | --samplers=naive",
+    "--images=x | --checkpoint=6", "--images=x | --sampler=heun", "--images=x | --steps=3",
+    "--images=x | --nfe=3", "--images=x | --grid=level", "--images=x | --first_seed=0",
+    "--images=x --memorisation | --steps=3", "--steps=3 | --samplers=naive",
+    "--nosweep | --checkpoints=newest",
+  )  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", _REFUSALS, *(case.replace("|", "") for case in cases)],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  lines = done.stdout.splitlines()
+  assert len(lines) == len(cases)
+  for line, case in zip(lines, cases):
+    assert line.endswith(f"; leave {case.split('| ')[1]} out"), case
+
+
 def test_a_folder_of_images_against_another(folders):
   code, out, err = evaluate(
     f"--images={folders}/one", f"--reference=folder:{folders}/two", "--feature_net=pixels:4",
@@ -97,6 +134,7 @@ def test_a_folder_of_images_against_another(folders):
   record = json.loads(out.splitlines()[-1])
   assert (record["samples"], record["reference"]["count"]) == (60, 80)
   assert record["floor"]["count"] == 60  # the other 60 real images
+  assert "KID, precision and recall on 60 images and 80 real ones" in out
   one, two = (data.load(f"folder:{folders}/{n}", "all").images for n in ("one", "two"))
   from soft_diffusion_tf import features, gaussians
 
@@ -140,17 +178,22 @@ def test_bad_input_is_one_line(workdir, folders, tmp_path):
 
 @pytest.mark.slow
 def test_memorisation(workdir):
-  code, out, err = evaluate(
-    f"--workdir={workdir}", "--memorisation", "--samples=20", "--steps=2", "--feature_net=pixels:4"
-  )
+  flags = (f"--workdir={workdir}", "--memorisation", "--samples=20", "--steps=2")
+  code, out, err = evaluate(*flags, "--feature_net=pixels:4")
   assert code == 0, err
   assert "pixels: " in out
   assert "pixels:4: " in out
-  report = json.loads((workdir / "memorisation" / "step6_momentum_2.json").read_text())
-  assert report["held_out"] == "test"
+  [path] = (workdir / "memorisation").glob("step6_momentum_2_seeds0-19_*.json")
+  before = path.read_bytes()
+  report = json.loads(before)
+  assert (report["held_out"], report["split"], report["first_seed"]) == ("test", "train", 0)
   assert [s["space"] for s in report["spaces"]] == ["pixels", "pixels:4"]
-  picture = Image.open(workdir / "memorisation" / "step6_momentum_2.png")
+  picture = Image.open(path.with_suffix(".png"))
   assert np.asarray(picture.convert("RGB")).std() > 10
+  code, _, err = evaluate(*flags, "--feature_net=pixels:2", "--grid=quadratic")
+  assert code == 0, err
+  assert len(list(path.parent.glob("*.json"))) == 2
+  assert path.read_bytes() == before
 
 
 @pytest.mark.slow

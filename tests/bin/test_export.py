@@ -37,8 +37,12 @@ def workdir(tmp_path_factory):
   run = artefact.from_pretrained("digits")
   training.write(run, folder)
   record = {"step": run.step, "sampler": "momentum", "nfe": 60, "samples": 640,
-            "label": "FD[pixels]", "value": 0.5, "floor": {"value": 0.25}}  # fmt: skip
-  (folder / "evaluations.jsonl").write_text(json.dumps(record) + "\n")
+            "label": "FD[pixels]", "value": 0.5, "floor": {"value": 0.25},
+            "sampling": {"sampler": "momentum", "steps": 60},
+            "reference": {"data": "digits", "split": "all", "image_shape": [8, 8, 1],
+                          "crop": "auto"}}  # fmt: skip
+  text = json.dumps(record)
+  (folder / "evaluations.jsonl").write_text(f"{text}\n{text[:70]}")  # the second one was killed
   return folder
 
 
@@ -53,6 +57,9 @@ def test_a_packed_file(workdir, tmp_path):
   one, other = (artefact.from_pretrained(n) for n in (out, "digits"))
   assert artefact.digest_of(one) == artefact.digest_of(other)
   assert "is there already" in error_of(export(f"--workdir={workdir}", f"--out={out}"))
+  files = sorted(workdir.rglob("*"))
+  assert "would mix with" in error_of(export(f"--workdir={workdir}", f"--out={workdir}", "--force"))
+  assert sorted(workdir.rglob("*")) == files
 
 
 @pytest.mark.slow

@@ -55,6 +55,9 @@ def test_it_restores_a_folder(photos, tmp_path, digits):
   times = json.loads((out / "times.json").read_text())
   assert len(set(times.values())) == 1  # one level, one time
   assert "is there already" in error_of(restore(*flags, "--corrupt_level=1.0"))
+  flags = ("--workdir=digits", f"--images={photos}", f"--out={photos}", "--t=0.5", "--force")
+  assert "would mix with" in error_of(restore(*flags))
+  assert sorted(f.name for f in photos.iterdir()) == ["0.png", "1.png", "2.png"]
 
 
 @pytest.mark.parametrize(

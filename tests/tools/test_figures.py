@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_diffusion_tf import data, evaluation, features, sweeps, training
+from soft_diffusion_tf import data, evaluation, features, plots, sweeps, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALL = ("2", "3", "6", "7", "8", "9", "12")
@@ -51,10 +51,15 @@ def test_a_figure_is_there_and_not_blank(name, drawn):
   assert min(picture.shape[:2]) > 100
 
 
-def test_naive_and_momentum_differ(drawn):
-  six = np.asarray(Image.open(drawn / "figure_6.png").convert("L")).astype(int)
-  half = six.shape[1] // 2
-  assert np.abs(six[:, :half] - six[:, -half:]).mean() > 1
+def test_figure_6_is_naive_beside_momentum_of_the_same_seeds(workdir, drawn, tmp_path):
+  run = training.load(workdir)
+  draw = lambda sampler: run.images(np.arange(16), run.options(sampler=sampler))
+  naive, momentum = draw("naive"), draw("momentum")
+  assert np.abs(naive - momentum).mean() > 1e-3
+  pairs = [("Naive Sampler, 4 NFE", naive), ("Momentum Sampler, 4 NFE", momentum)]
+  plots.side_by_side(tmp_path / "6.png", pairs, 8)
+  want, six = (np.asarray(Image.open(f)) for f in (tmp_path / "6.png", drawn / "figure_6.png"))
+  np.testing.assert_array_equal(six, want)
 
 
 def test_nothing_is_overwritten(workdir, drawn):
@@ -63,6 +68,13 @@ def test_nothing_is_overwritten(workdir, drawn):
   assert refused.returncode == 2
   assert "is there already" in refused.stderr
   assert (drawn / "figure_8.png").read_bytes() == before
+
+
+def test_two_runs_of_one_name_are_refused(workdir, tmp_path):
+  refused = figures(f"--workdir={workdir},elsewhere/tiny", f"--out={tmp_path}", "--figures=8")
+  assert refused.returncode == 2
+  assert "2 of the folders are called 'tiny'" in refused.stderr
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

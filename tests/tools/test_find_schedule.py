@@ -75,6 +75,13 @@ def test_compare(folder):
   assert "closed_form" in result.stdout
   assert (folder / "both.png").stat().st_size > 1000
   assert "say where by --plot" in error_of(run("--compare", *files))
+  before = (folder / "both.png").read_bytes()
+  for flags in (("--compare", *files), (*SMALL, f"--out={folder}/new.json")):
+    assert "both.png is there already" in error_of(run(*flags, f"--plot={folder}/both.png"))
+  (folder / "new.png").write_bytes(before)  # the picture that is drawn where --plot says nothing
+  assert "new.png is there already" in error_of(run(*SMALL, f"--out={folder}/new.json"))
+  assert (folder / "both.png").read_bytes() == (folder / "new.png").read_bytes() == before
+  assert not (folder / "new.json").exists()
   broken = folder / "broken.json"
   content = json.loads(files[0].read_text())
   broken.write_text(json.dumps({**content, "levels": [0.01, 1.0, 2.0, 1.5]}))

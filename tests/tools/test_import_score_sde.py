@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -186,8 +187,26 @@ def test_averaged_weights_are_matched_by_order(arrays):
     frozen = key in ("sigmas", "all_modules.0.W")
     np.testing.assert_array_equal(averages[key], value if frozen else value + 1)
   state["ema"]["shadow_params"].pop()
-  with pytest.raises(ValueError, match="--noema"):
-    import_score_sde._ema(state)
+  for broken in (state, {"model": model}, {"model": model, "ema": {}}):
+    with pytest.raises(ValueError, match="--noema"):
+      import_score_sde._ema(broken)
+
+
+def test_a_torn_file_is_named(tmp_path, arrays, monkeypatch):
+  path = tmp_path / "torn.npz"
+  np.savez(path, **arrays)
+  whole = path.read_bytes()
+  for part in (whole[: len(whole) // 2], whole[:2], b""):
+    path.write_bytes(part)
+    with pytest.raises(ValueError, match=r"torn\.npz: cannot be read as \.npz .*; copy it anew"):
+      import_score_sde.load_arrays(path)
+
+  def load(*args, **options):  # as PyTorch has it, which need not be here
+    raise RuntimeError("failed finding central directory")
+
+  monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+  with pytest.raises(ValueError, match=r"torn\.pth: cannot be read .*central directory"):
+    import_score_sde.load_arrays(tmp_path / "torn.pth")
 
 
 def test_pth_without_torch_says_what_to_install(tmp_path, monkeypatch):
@@ -286,7 +305,7 @@ def test_the_command_fails_in_one_message(tmp_path, arrays):
   command = [sys.executable, "-m", "tools.import_score_sde"]
   command += [f"--checkpoint={tmp_path / 'bare.npz'}", f"--out={tmp_path / 'out'}"]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert result.returncode == 1
-  assert "import_score_sde: --config is needed" in result.stderr
+  assert result.returncode == 2
+  assert "error: --config is needed" in result.stderr
   assert "Traceback" not in result.stderr
   assert not (tmp_path / "out").exists()

@@ -150,13 +150,16 @@ def test_the_tool_examines_a_users_corruption(tmp_path):
 
 
 def test_the_tool_grades_samplers(tmp_path):
-  flags = ("--samplers=momentum,two_step", "--nfe=5,10", "--images=40", "--count=200")
+  flags = ("--samplers=momentum,stochastic_two_step", "--noise=3", "--nfe=5,10", "--images=40",
+           "--count=200")  # fmt: skip
   result = run(*flags, f"--out={tmp_path}/out")
   assert result.returncode == 0, result.stderr
   content = json.loads((tmp_path / "out" / "lab.json").read_text())
   assert [(g["sampler"], g["nfe"]) for g in content["grades"]] == [
-    ("momentum", 5), ("momentum", 10), ("two_step", 5), ("two_step", 10)
+    ("momentum", 5), ("momentum", 10), ("stochastic_two_step", 5), ("stochastic_two_step", 10)
   ]  # fmt: skip
+  # Where the drift ends is what was graded: the same sampler, with the same noise.
+  assert content["drift"][-1][1] == pytest.approx(content["grades"][-1]["frechet"], rel=1e-3)
   assert all(g["frechet"] > content["floor"]["frechet"] / 2 for g in content["grades"])
   assert (tmp_path / "out" / "lab.md").read_text().count("|") > 30
   assert (tmp_path / "out" / "lab.png").stat().st_size > 1000
@@ -171,6 +174,9 @@ def test_the_tool_grades_samplers(tmp_path):
     (("--samplers=momentun", "--out=x"), "did you mean 'momentum'"),
     (("--nfe=0", "--out=x"), "give positive whole numbers"),
     (("--corruption=blurr", "--out=x"), "choose one of blur"),
+    (("--corruption=soft_mask", "--examine", "--components=x", "--out=x"), "unknown components"),
+    (("--corruption=mine:Fade", "--nfe=5", "--out=x"), "leave --nfe=5 out"),
+    (("--examine", "--noise=1", "--out=x"), "leave --noise=1.0 out"),
     ((), "give --out=DIR"),
   ],
 )

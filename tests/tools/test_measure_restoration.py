@@ -63,12 +63,20 @@ def test_the_best_strength_is_the_one_of_the_best_psnr(digits):
 def test_a_run_is_measured(tiny, tmp_path):
   training.train(tiny, tmp_path / "run", progress=False)
   flags = ["--times=0.5", "--images=6", "--samples=2", "--reference=100", "--feature_net=pixels:4"]
-  result = subprocess.run(
-    [sys.executable, "tools/measure_restoration.py", f"--workdir={tmp_path / 'run'}", *flags,
-     f"--out={tmp_path / 'out'}"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+
+  def run(*more):
+    return subprocess.run(
+      [sys.executable, "tools/measure_restoration.py", f"--workdir={tmp_path / 'run'}", *flags,
+       f"--out={tmp_path / 'out'}", *more],
+      cwd=ROOT, capture_output=True, text=True, check=False,
+      env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+    )  # fmt: skip
+
+  refused = run("--samples=1")
+  assert refused.returncode == 2
+  assert "--samples=1: a spread takes at least 2" in refused.stderr
+  assert not (tmp_path / "out").exists()
+  result = run()
   assert result.returncode == 0, result.stderr
   content = json.loads((tmp_path / "out" / "restoration.json").read_text())
   assert (content["images"], content["samples"], content["reference"]) == (6, 2, 100)

@@ -24,8 +24,9 @@ def program(*command):
 def stored(tmp_path_factory):
   out = tmp_path_factory.mktemp("stats") / "digits.npz"
   done = program(
-    "tools/reference_stats.py", "--config=configs/digits_blur.py", "--samples=500", f"--out={out}"
-  )
+    "tools/reference_stats.py", "--config=configs/digits_blur.py", "--samples=500", f"--out={out}",
+    "--config.evaluation.neighbours=4",
+  )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "500 images of digits all in pixels" in done.stdout
   assert "floor (real against real): FD[pixels] " in done.stdout
@@ -47,6 +48,7 @@ def test_the_file_says_what_it_is_of(stored):
   np.testing.assert_allclose(real.statistics.moments.covariance, moments.covariance, atol=1e-7)
   want = gaussians.frechet_between(flat[order[500:1000]], flat[order[:500]])
   assert real.floor["exact"] == pytest.approx(want, rel=1e-5)
+  assert real.floor["neighbours"] == 4
 
 
 def test_nothing_is_overwritten(stored):
