@@ -690,7 +690,10 @@ def _plot(records, split, path):
   figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
   uniform = ("naive", "momentum", "probability_flow", "ddim", "predictor_corrector", "two_step")
   samplers_drawn = [(name, MAIN, Draw(name)) for name in uniform]
-  samplers_drawn.append(("two_step, grid level", MAIN, Draw("two_step", grid="level")))
+  samplers_drawn += [
+    ("two_step, grid level", MAIN, Draw("two_step", grid="level")),
+    ("two_step, prior subspace", MAIN, Draw("two_step", prior="subspace")),
+  ]
   models_drawn = [(name, name, Draw()) for name in sorted({r["model"] for r in records})]
   groups = {
     left: ("samplers, model blur", samplers_drawn),
