@@ -5,8 +5,6 @@ its key: a cell that is there is not computed again, one that was cut short goes
 partial state was written. `best.json` in the workdir names the best cell of the last sweep.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import pathlib
@@ -17,6 +15,7 @@ from soft_diffusion_tf.experiment import Experiment
 
 FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
 PAPER_NFE = "200-1000:80"
+_BUSY = "another sweep is at work in it; wait for it or end it, nothing will be lost"
 # Of a cell's conditions, what makes it another cell; the rest follows from these.
 _KEY = (
   "step", "sampler", "nfe", "sampling", "samples", "first_seed", "ema_decay", "reference",
@@ -75,19 +74,6 @@ def check_samplers(names):
     samplers.parts(name)
 
 
-@contextlib.contextmanager
-def _lock(folder):
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / ".lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise ValueError(
-        f"{folder}: another sweep is at work in it; wait for it or end it, nothing will be lost"
-      ) from None
-    yield
-
-
 def _key(record):
   return json.dumps({name: record.get(name) for name in _KEY}, sort_keys=True)
 
@@ -112,7 +98,7 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
   experiment = Experiment.load(workdir)
   evaluation.check_count(count, float("inf"))
   check_samplers(names)
-  with _lock(folder):
+  with training.lock(folder, _BUSY):
     done = {_key(r): r for r in evaluation.read_records(folder / RESULTS)}
     run, cells = None, []
     total = len(steps) * len(names) * len(nfes)

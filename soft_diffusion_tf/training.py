@@ -50,17 +50,15 @@ class NonFiniteLoss(RuntimeError):
 
 
 @contextlib.contextmanager
-def lock(workdir):
-  """Holds a workdir for one process; the second gets a ValueError."""
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / ".lock", "w") as file:
+def lock(folder, busy="another process is training in it; wait for it or take another workdir"):
+  """Holds a folder for one process; the second gets a ValueError with the text `busy`."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      raise ValueError(
-        f"{workdir}: another process is training in it; wait for it or take another workdir"
-      ) from None
+      raise ValueError(f"{folder}: {busy}") from None
     yield
 
 

@@ -178,7 +178,7 @@ def test_refusals(workdir, real, tmp_path):
   with pytest.raises(ValueError, match=r"no best\.json in it; make one by evaluate --sweep"):
     sweeps.best(tmp_path)
   with (
-    sweeps._lock(workdir / "sweep"),
+    training.lock(workdir / "sweep"),
     pytest.raises(ValueError, match="another sweep is at work in it"),
   ):
     sweeps.sweep(workdir, PIXELS, real, 40, steps=[6], **GRID)
