@@ -21,14 +21,14 @@ class _Drawing(keras.callbacks.Callback):
       raise ValueError(f"count and every must be at least 1, got {count} and {every}")
     self.count, self.every = count, every
     self.options = options or Sampling()
-    self._drawer, self._drawn = None, None
+    self._drawer, self._drawn = None, None  # the latter is the model of the former
 
   def images(self):
     """Samples float32 [count, H, W, C] of the model as it is now."""
-    drawn = (self.model, self.model.diffusion)
-    if self._drawn != drawn:
-      self._drawn = drawn
-      self._drawer = bulk.Drawer(self.model.diffusion, self.model.denoiser(), self.options)
+    model = self.model
+    if self._drawn is not model or self._drawer.diffusion is not model.diffusion:
+      self._drawer = bulk.Drawer(model.diffusion, model.denoiser(), self.options)
+      self._drawn = model
     self._drawer.refresh()
     return self._drawer.images(np.arange(self.count))
 

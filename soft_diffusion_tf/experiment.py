@@ -298,10 +298,9 @@ class Experiment:
     for field, value in counts.items():
       if not value >= 0:
         raise ValueError(f"{field} must not be negative, got {value}")
-    if not 0 <= t.ema_decay < 1:
-      raise ValueError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}")
-    if not 0 <= t.t_min < 1:
-      raise ValueError(f"training.t_min must be in [0, 1), got {t.t_min}")
+    for field in ("ema_decay", "t_min", "beta_1", "beta_2"):
+      if not 0 <= getattr(t, field) < 1:
+        raise ValueError(f"training.{field} must be in [0, 1), got {getattr(t, field)}")
     if not 0 <= t.look_ahead <= 1:
       raise ValueError(f"training.look_ahead is a time from 0 to 1, got {t.look_ahead}")
     if t.look_ahead and not t.filtered:
@@ -322,9 +321,6 @@ class Experiment:
     _choice("prior.kind", self.prior.kind, priors.KINDS)
     if self.prior.rank < 1:
       raise ValueError(f"prior.rank: a subspace has at least 1 dimension, got {self.prior.rank}")
-    for field in ("beta_1", "beta_2"):
-      if not 0 <= getattr(t, field) < 1:
-        raise ValueError(f"training.{field} must be in [0, 1), got {getattr(t, field)}")
     self._check_conditioning()
 
   def _check_conditioning(self) -> None:

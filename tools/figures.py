@@ -172,8 +172,7 @@ def main():
   out = pathlib.Path(_OUT.value)
   paths = {name: out / f"figure_{name}.png" for name in wanted}
   for path in paths.values():
-    if path.exists() and not _FORCE.value:
-      raise ValueError(f"{path} is there already; give another --out or --force")
+    cli.refuse_to_overwrite(path, _FORCE.value)
   runs = _Runs(_WORKDIR.value)
   for name, path in paths.items():
     globals()[f"figure_{name}"](runs, path)

@@ -76,17 +76,12 @@ def _times(content):
   return content.get("times") or np.linspace(0, 1, len(content["levels"])).tolist()
 
 
-def _refuse_to_overwrite(path, flag):
-  if pathlib.Path(path).exists() and not _FORCE.value:
-    raise ValueError(f"{path} is there already; give another --{flag} or --force")
-
-
 def _compare():
   from soft_diffusion_tf import plots, schedules
 
   if _PLOT.value is None:
     raise ValueError("--compare draws a picture; say where by --plot=FILE.png")
-  _refuse_to_overwrite(_PLOT.value, "plot")
+  cli.refuse_to_overwrite(_PLOT.value, _FORCE.value, "plot")
   files = {path: schedules.load_levels(path) for path in _COMPARE.value}
   names = {path: pathlib.Path(path).stem for path in files}
   if len(set(names.values())) < len(names):
@@ -144,9 +139,9 @@ def main():
     raise ValueError("give --out=FILE.json to write to, or --compare FILES")
   out = pathlib.Path(_OUT.value)
   picture = _PLOT.value or out.with_suffix(".png")
-  _refuse_to_overwrite(out, "out")
+  cli.refuse_to_overwrite(out, _FORCE.value)
   if picture != "none":
-    _refuse_to_overwrite(picture, "plot")
+    cli.refuse_to_overwrite(picture, _FORCE.value, "plot")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
   joint = _JOINT.value or _NFE.value is not None

@@ -553,8 +553,7 @@ def main():
   if _OUT.value is None:
     raise ValueError("give --out=DIR, or --report=docs")
   out = pathlib.Path(_OUT.value)
-  if (out / "lab.json").exists() and not _FORCE.value:
-    raise ValueError(f"{out / 'lab.json'} is there already; give another --out or --force")
+  cli.refuse_to_overwrite(out / "lab.json", _FORCE.value)
   examined = _EXAMINE.value or ":" in _CORRUPTION.value
   if examined:
     cli.refuse(_OF_GRADES, "an examination tries samplers and schedules by itself")

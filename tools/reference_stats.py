@@ -39,8 +39,7 @@ def main():
   out = pathlib.Path(_OUT.value)
   if out.suffix != ".npz":
     raise ValueError(f"--out={out}: give the name of a .npz file")
-  if out.exists() and not _FORCE.value:
-    raise ValueError(f"{out} is there already; give another --out or --force")
+  cli.refuse_to_overwrite(out, _FORCE.value)
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
   e = Experiment.from_config(_CONFIG.value)

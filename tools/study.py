@@ -298,8 +298,9 @@ def job(study, name, seed, out):
   from soft_diffusion_tf import data, evaluation, features, priors, training
 
   path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
-  records = evaluation.read_records(path)
-  measured = {(draw_of(r), r["nfe"]) for r in records}
+  records = all_records(out)
+  mine = [r for r in records if (r["model"], r["seed"]) == (name, seed)]
+  measured = {(draw_of(r), r["nfe"]) for r in mine}
   todo = [
     (draw, nfe)
     for draw, nfes in study.sweeps[name].items() for nfe in nfes if (draw, nfe) not in measured
@@ -317,7 +318,7 @@ def job(study, name, seed, out):
 
   source = load(d.train_split)
   network = features.feature_network(study.feature_net, source, progress=False)
-  check_judge([*all_records(out), {"judge": network.label, "judge_sha256": network.digest}])
+  check_judge([*records, {"judge": network.label, "judge_sha256": network.digest}])
   run = training.train(experiment, workdir, progress=False)
   real = {}
   for split in study.splits:

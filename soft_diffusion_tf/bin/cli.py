@@ -31,6 +31,12 @@ def refuse(ignored, why):
       raise ValueError(f"{why}; leave {flag.serialize()} out")
 
 
+def refuse_to_overwrite(path, force, flag="out"):
+  """Raises the ValueError of a file, named by `flag`, that is there already, unless `force`."""
+  if os.path.exists(path) and not force:
+    raise ValueError(f"{path} is there already; give another --{flag} or --force")
+
+
 def _fail(text):
   print(f"error: {text}", file=sys.stderr)
   sys.exit(BAD_INPUT)

@@ -74,11 +74,11 @@ def main():
     print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
     print(f'next: artefact.from_pretrained("{out}").images(range(16))')
     return
-  size = {"batch_size": _BATCH_SIZE.value}
+  together = _BATCH_SIZE.value
   if pairs is None:
-    asked = [run.options(**size), run.options(sampler="two_step", steps=25, **size)]
+    asked = artefact.usual_options(run, batch_size=together)
   else:
-    asked = [run.options(sampler=s, steps=n, **size) for s, n in pairs]
+    asked = [run.options(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")

@@ -77,8 +77,8 @@ def main():
   times = parse_times(_TIMES.value)
   out = pathlib.Path(_OUT.value)
   picture = out.suffix == ".png"
-  if picture and out.exists() and not _FORCE.value:
-    raise ValueError(f"{out} is there already; give another --out or --force")
+  if picture:
+    cli.refuse_to_overwrite(out, _FORCE.value)
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(_WORKDIR.value, _STEP.value)
