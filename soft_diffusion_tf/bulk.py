@@ -124,23 +124,28 @@ class Drawer:
     return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
 
   def _on_all(self, seeds):
-    """Images of one batch of seeds per replica.
+    """Images of one batch of seeds per replica: int64 [replicas, size] → per-replica float32.
 
-    Another graph may round another way, and TensorFlow relaxes a shape after it has seen two. So
-    every batch size has a graph of its own, for any table, whatever was drawn before.
+    Where TensorFlow knows a batch's size beforehand it takes other kernels and sums in another
+    order, which rounds another way. So the size is hidden from it, as it is in `samplers.Sampler`
+    and in an artefact; only a TPU's compiler has to know it.
     """
-    spec = tf.type_spec_from_value(seeds)
-    if spec not in self._traced:
-      self._traced[spec] = tf.function(
+    size = seeds.shape[1] if isinstance(self.strategy, tf.distribute.TPUStrategy) else None
+    if size not in self._traced:
+      self._traced[size] = tf.function(
         self._every, autograph=False,
-        input_signature=[spec, tf.TensorSpec([None, samplers.COLUMNS], tf.float32)],
+        input_signature=[
+          tf.TensorSpec([self._replicas, size], tf.int64),
+          tf.TensorSpec([None, samplers.COLUMNS], tf.float32),
+        ],
       )  # fmt: skip
-    return self._traced[spec](seeds, self.rows)
+    return self._traced[size](seeds, self.rows)
 
   def _every(self, seeds, rows):
     if self._replicas == 1:
-      return self._one(seeds, rows)
-    return self.strategy.run(self._one, (seeds, rows))
+      return self._one(seeds[0], rows)
+    mine = lambda: tf.distribute.get_replica_context().replica_id_in_sync_group
+    return self.strategy.run(lambda: self._one(seeds[mine()], rows))
 
   def _one(self, seeds, rows):
     x = self.diffusion.draw_prior(seeds)
@@ -154,13 +159,8 @@ class Drawer:
       self.evaluations = max(n for _, n in parts)
       return np.stack([x.numpy() for x, _ in parts])
     self.evaluations = int(self.rows.shape[0])
-    if self._replicas == 1:
-      return np.stack([self._on_all(rng.image_seeds(d)).numpy() for d in drawn])
-    filled = np.resize(drawn, (self._replicas, drawn.shape[1]))
-    seeds = self.strategy.experimental_distribute_values_from_function(
-      lambda context: rng.image_seeds(filled[context.replica_id_in_sync_group])
-    )
-    parts = self.strategy.experimental_local_results(self._on_all(seeds))
+    images = self._on_all(np.resize(drawn, (self._replicas, drawn.shape[1])))
+    parts = self.strategy.experimental_local_results(images) if self.strategy else [images]
     return np.stack([part.numpy() for part in parts[: len(drawn)]])
 
   def parts(self, seeds):

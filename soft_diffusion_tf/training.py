@@ -197,6 +197,8 @@ def _make_loop(model, strategy):
         batch = iterator.get_next()
       with tf.control_dependencies(tf.nest.flatten(strategy.experimental_local_results(batch))):
         wait = tf.timestamp() - begin
+      with tf.control_dependencies([wait]):  # not later, with one thread, than the step itself
+        batch = tf.nest.map_structure(tf.identity, batch, expand_composites=True)
       each = strategy.run(replica_step, args=(batch,))
       out = {k: strategy.reduce(tf.distribute.ReduceOp.SUM, v, None) for k, v in each.items()}
       out["wait"] = wait

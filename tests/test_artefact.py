@@ -24,8 +24,10 @@ SEEDS = [3, -5, 3, 19, 900, 8, 12]  # twice the same, negative, and several at o
 def make_run(tiny, digits):
   """A network whose output is not zero, as if trained."""
   process = tiny.build_diffusion()
-  process = process.with_prior(priors.fit("blurred_colour", digits, process))
-  run = training.Run(tiny.replace(network={"init_scale": 1.0}), None, 7)
+  # A sum over factors: TensorFlow orders it by what it knows of the batch.
+  process = process.with_prior(priors.fit("subspace", digits, process))
+  changes = {"network": {"init_scale": 1.0}, "prior": {"kind": "subspace"}}
+  run = training.Run(tiny.replace(**changes), None, 7)
   run.model = training.build(run.experiment, process)
   for value in run.model.ema_network.variables:  # not the weights under training
     value.assign(value * 1.01)
