@@ -42,6 +42,9 @@ _OUT = flags.DEFINE_string("out", None, "Folder for lab.md, lab.json and lab.png
 _REPORT = flags.DEFINE_string("report", None, "Folder to write samplers.md and its figures into.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
 _OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
+_OF_LAB = (  # nor are these of --report
+  _CORRUPTION, _EXAMINE, _DATA, _IMAGES, _COMPONENTS, _STD, *_OF_GRADES, _COUNT, _OUT, _FORCE
+)  # fmt: skip
 
 PAPER = ("momentum", "probability_flow", "ddim", "predictor_corrector")
 LADDER = (5, 7, 10, 14, 20, 28, 40, 57, 80)
@@ -548,6 +551,7 @@ def main():
   from soft_diffusion_tf import laboratory
 
   if _REPORT.value:
+    cli.refuse(_OF_LAB, "the report has settings of its own")
     write_report(pathlib.Path(_REPORT.value), _DATA_DIR.value)
     return
   if _OUT.value is None:

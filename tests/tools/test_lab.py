@@ -177,6 +177,7 @@ def test_the_tool_grades_samplers(tmp_path):
     (("--corruption=soft_mask", "--examine", "--components=x", "--out=x"), "unknown components"),
     (("--corruption=mine:Fade", "--nfe=5", "--out=x"), "leave --nfe=5 out"),
     (("--examine", "--noise=1", "--out=x"), "leave --noise=1.0 out"),
+    (("--report=x", "--samplers=heun"), "leave --samplers=heun out"),
     ((), "give --out=DIR"),
   ],
 )
