@@ -66,6 +66,7 @@ def _in_batches(one, shapes, seeds, size):
   """
   # TensorFlow picks other kernels where it knows the size of a batch beforehand, and they round
   # otherwise: so batches are cut in a way that hides it, as it is hidden in `samplers.Sampler`.
+  seeds, back = tf.unique(seeds)  # a seed that is asked for twice is drawn once
   place = tf.cast(tf.math.floormod(seeds, size), tf.int32)
   order = tf.argsort(place, stable=True)
   sorted_place = tf.gather(place, order)
@@ -86,7 +87,7 @@ def _in_batches(one, shapes, seeds, size):
   arrays = tf.while_loop(
     lambda k, _: k < count, body, (tf.constant(0), arrays), parallel_iterations=1
   )[1]
-  return [tf.gather(array.concat(), index) for array in arrays]
+  return [tf.gather(array.concat(), tf.gather(index, back)) for array in arrays]
 
 
 def _uint8(images):

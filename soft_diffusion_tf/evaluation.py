@@ -354,7 +354,7 @@ def reference(network, images, conditions, subset=SUBSET, floor_count=None, fold
   if folder is not None:
     text = json.dumps([conditions, subset, floor_count, k], sort_keys=True)
     path = pathlib.Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-    if _read_npz(path) is not None:
+    with contextlib.suppress(ValueError):  # none, or a damaged one: it is made again
       return Reference.load(path).check(path, **conditions)
   order = np.random.default_rng(0).permutation(len(images))
   say = (lambda text: text) if progress else (lambda text: None)
@@ -429,15 +429,17 @@ def frechet(label, one, two):
 def kernel_distance(one, two):
   """KID of two sets of rows and its standard error, by tensorflow_gan in float64.
 
-  The value is TF-GAN's at its block size. One block alone has no spread: then the error is that of
+  The value is TF-GAN's at its block size, or at a larger one where that would leave the smaller
+  set fewer than 2 rows a block. One block alone has no spread: then the error is that of
   eight blocks, a slight overestimate; it is NaN where these would have fewer than 2 rows.
   """
   kid = _classifier_metrics().kernel_classifier_distance_and_std_from_activations
   one, two = (tf.cast(rows, tf.float64) for rows in (one, two))  # no second copy in NumPy
   larger, smaller = max(len(one), len(two)), min(len(one), len(two))
+  block = max(BLOCK, -(-larger // max(smaller // 2, 1)))
   with _quiet():
-    value, error = kid(one, two, BLOCK)
-    if larger <= BLOCK:
+    value, error = kid(one, two, block)
+    if larger <= block:
       error = kid(one, two, -(-larger // 8))[1] if smaller >= 16 else np.nan
   return float(value), float(error)
 

@@ -14,6 +14,7 @@ from soft_diffusion_tf import neighbours, plots
 
 QUANTILE = 0.01
 BASE = 1000  # held-out images, at the most
+_SAME = 1e-4  # in pixels, below any difference of 8-bit images: the distance of a copy
 _CHUNK = 2048  # training images whose features are in memory at once
 
 
@@ -90,7 +91,13 @@ def report(network, generated, training, held_out=None, progress=None):
     distances, indices = _search(rows, queries, training, own, progress and f"{progress} ({space})")
     n = len(generated)
     base = distances[n:]
-    result.append(Nearest(space, distances[:n], indices[:n], base, held_out is not None))
+    found = Nearest(space, distances[:n], indices[:n], base, held_out is not None)
+    if found.held_out and space == "pixels" and found.threshold < _SAME:
+      raise ValueError(
+        f"{(base < _SAME).mean():.0%} of the held-out images are training images; take as "
+        "data.test_split a split that shares none with data.train_split"
+      )
+    result.append(found)
   return result
 
 

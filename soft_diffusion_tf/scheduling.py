@@ -862,16 +862,18 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
     if not path:
       raise ValueError("no path leads from the first candidate to the last: some edge must")
     edges = [(min(e), max(e)) for e in itertools.pairwise(path)]
+    if exact:
+      break
     missing = [e for e in edges if e not in distances.known]
-    if nearest and not missing and not exact:
+    if nearest and not missing:
       # Estimates must not decide that a count is not to be had: those near ε do.
       longest = max(distances(*e) for e in edges)
       near = np.argwhere(np.triu(np.abs(weights - longest) <= _NEAR * longest, 1))
       missing = [(int(i), int(j)) for i, j in near if (int(i), int(j)) not in distances.known]
     if not missing:
       break
-    values = distances.pairs(missing, None if exact else progress)
-    if turn and not exact:
+    values = distances.pairs(missing, progress)
+    if turn:
       expected = np.array([weights[e] for e in missing]) / (1 + _TIE)
       deviation = max(deviation, float(np.max(np.abs(expected / np.maximum(values, 1e-30) - 1))))
   steps = distances.pairs(edges)
@@ -907,7 +909,7 @@ def measure(method: str, corruption: Corruption, levels: Array, images: Array, *
   Args:
     method: one of `METHODS`.
     levels, sigmas: the candidates: a level and the σ of the noise on it (by `noise`, see `Clouds`).
-      The closed form pairs equal noise.
+      The closed form pairs each image with itself.
     nodes: of the schedule that is sought: sets the scale of what may be cut, and of ε.
     epsilon: of the entropic problem; None for 2 % of the squared mean step of a straight path of
       `nodes` nodes, or what float32 resolves if that is more.

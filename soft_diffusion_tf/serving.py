@@ -20,6 +20,7 @@ import logging
 import math
 import pathlib
 import re
+import socket
 import threading
 import time
 
@@ -28,9 +29,10 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-SIZES = ("num", "frames")  # scalar inputs that say how much is to be computed
+SIZES = ("num",)  # scalar inputs that say how much is to be computed
 MOST_VALUES = 4 << 20  # numbers of one answer; about 80 MB of JSON
 _SIGNATURE = "serving_default"
+_UNSENT = 128 << 10  # bytes of an answer that the kernel may hold back
 _PAGE = {
   "/": ("index.html", "text/html; charset=utf-8"),
   "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -192,7 +194,7 @@ class Model:
         continue
       try:
         signature(signature.example())
-      except tf.errors.OpError as error:
+      except (tf.errors.OpError, ValueError) as error:  # ValueError: a shape that is not known
         _log.info("%s refuses zeros: %s", signature.name, error)
 
 
@@ -694,7 +696,11 @@ class App:
 
   async def _predict(self, scope, receive, what):
     headers = dict(scope["headers"])
-    if headers.get(b"sec-fetch-site") == b"cross-site":
+    site = headers.get(b"sec-fetch-site")
+    if site is None and b"origin" in headers:  # as browsers ask where there is no TLS
+      own = headers[b"origin"].rpartition(b"//")[2] == headers.get(b"host")
+      site = b"same-origin" if own else b"cross-site"
+    if site == b"cross-site":
       raise Refused(403, "a page of another site may not use this server")
     if headers.get(b"content-encoding", b"identity") != b"identity":
       raise Refused(415, "send the body without a content-encoding")
@@ -800,6 +806,8 @@ def _guarded(seconds):
 
     def connection_made(self, transport):
       super().connection_made(transport)
+      # A small buffer in the kernel, so that ours falls for a client that reads, if slowly.
+      transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
       self._timer = self.loop.call_later(seconds, self._look)
 
     def connection_lost(self, exc):
@@ -810,8 +818,8 @@ def _guarded(seconds):
       begun = self.cycle is None or bool(self.conn.trailing_data[0])
       head = self.conn.their_state is h11.IDLE and begun
       refused = self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete
-      unsent = self.transport.get_write_buffer_size() > 0
-      stuck = (id(self.cycle), head, refused, unsent) if head or refused or unsent else None
+      unsent = self.transport.get_write_buffer_size()
+      stuck = (self.cycle, head, refused, unsent) if head or refused or unsent else None
       if stuck and stuck == self._stuck:
         self.transport.abort()
         return
@@ -819,6 +827,17 @@ def _guarded(seconds):
       self._timer = self.loop.call_later(seconds, self._look)
 
   return Guarded
+
+
+def uvicorn_module():
+  """uvicorn, which comes with an extra; a ValueError says how to install it."""
+  try:
+    import uvicorn
+  except ImportError:
+    raise ValueError(
+      "serving needs uvicorn; install it by: pip install 'soft-diffusion-tf[serve]'"
+    ) from None
+  return uvicorn
 
 
 def make_server(app, *, connections=512, slow_client=10.0, grace=None):
@@ -833,12 +852,7 @@ def make_server(app, *, connections=512, slow_client=10.0, grace=None):
   Raises:
     ValueError: uvicorn is missing.
   """
-  try:
-    import uvicorn
-  except ImportError:
-    raise ValueError(
-      "serving needs uvicorn; install it by: pip install 'soft-diffusion-tf[serve]'"
-    ) from None
+  uvicorn = uvicorn_module()
   return uvicorn.Server(
     uvicorn.Config(
       app, http=_guarded(slow_client), ws="none", loop="asyncio", lifespan="off",

@@ -50,13 +50,14 @@ class NonFiniteLoss(RuntimeError):
 
 
 @contextlib.contextmanager
-def lock(folder, busy="another process is training in it; wait for it or take another workdir"):
-  """Holds a folder for one process; the second gets a ValueError with the text `busy`."""
+def lock(folder, busy="another process is training in it; wait for it or take another workdir",
+         wait=False):  # fmt: skip
+  """Holds a folder for one process; the second waits, or gets a ValueError with the text `busy`."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / ".lock", "w") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
       raise ValueError(f"{folder}: {busy}") from None
     yield

@@ -82,6 +82,19 @@ def test_samples_equal_the_python_sampler_to_the_bit(name, exported, model):
     )
 
 
+def test_a_seed_that_is_asked_for_often_is_drawn_once():
+  calls = tf.Variable(0)
+
+  def one(seeds):
+    calls.assign_add(1)
+    return [tf.cast(seeds, tf.float32)[:, tf.newaxis]]
+
+  seeds = tf.constant([7, -2, 7, 7, 12, 7, -2], tf.int64)  # 7, 12 and −2 have places 2, 2 and 3
+  [drawn] = tf.function(lambda s: artefact._in_batches(one, [[1]], s, 5))(seeds)
+  np.testing.assert_array_equal(drawn[:, 0], seeds)
+  assert int(calls) == 2
+
+
 def test_the_first_sampler_is_the_default(exported, model):
   out = model.signatures["sample"](num=2, seed=tf.constant(0, tf.int64))
   np.testing.assert_array_equal(out["images"], exported[0].images([0, 1], SAMPLERS["momentum_3"]))

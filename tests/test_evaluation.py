@@ -171,6 +171,13 @@ def test_kid_of_few_rows_has_no_error(rng):
   assert np.isnan(error)
 
 
+def test_kid_of_few_rows_against_many_is_a_number(rng):
+  few, many = rng.random([16, 3]), rng.random([10_000, 3])
+  value, _ = evaluation.kernel_distance(few, many)
+  want = kid_by_numpy(few[::-1], many[::-1], 8)[0]  # two of the few in each block
+  assert value == pytest.approx(want, rel=1e-9)
+
+
 def test_the_inception_score_is_tfgans(rng):
   logits = (5 * rng.standard_normal([700, 9])).astype(np.float32)
   got = statistics(rng.random([700, 2]), logits).inception_score

@@ -29,6 +29,13 @@ def test_a_planted_training_image_is_flagged(digits, monkeypatch):
     assert record["held_out_images"] == 200
 
 
+def test_held_out_images_that_were_trained_on_are_refused(digits):
+  train, held_out = digits
+  mixed = np.concatenate([held_out[:95], train[:5]])
+  with pytest.raises(ValueError, match=r"5% of the held-out images are training images; take as"):
+    memorisation.report(NET, held_out[200:210], train, mixed)
+
+
 def test_nearest_images_are_the_nearest(digits):
   train, held_out = digits
   pixels, small = memorisation.report(NET, held_out[:20], train, held_out[20:])

@@ -521,6 +521,11 @@ def test_compressed_bodies_and_foreign_pages_are_refused(client):
   assert client.raw("POST", path, body, {"content-encoding": "gzip"})[0] == 415
   assert client.raw("POST", path, body, {"sec-fetch-site": "cross-site"})[0] == 403
   assert client.raw("POST", path, body, {"sec-fetch-site": "same-origin"})[0] == 200
+  # As a browser asks without TLS.
+  own = f"127.0.0.1:{client.port}"
+  assert client.raw("POST", path, body, {"origin": "http://elsewhere.org"})[0] == 403
+  assert client.raw("POST", path, body, {"origin": "null"})[0] == 403
+  assert client.raw("POST", path, body, {"origin": f"http://{own}", "host": own})[0] == 200
 
 
 def test_clients_that_stand_still_are_cut(model, rng):
@@ -549,6 +554,23 @@ def test_who_does_not_read_is_cut(model):
     wait_until(lambda: not client.server.server_state.connections)
     deaf.close()
     assert client.predict(SAMPLE)[0] == 200
+
+
+def test_who_reads_slowly_gets_the_whole_answer(model):
+  with served(model, slow_client=0.4, max_rows=256) as client:
+    body = json.dumps({"inputs": {"num": 256, "seed": 1}}).encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", client.port))
+    slow.sendall(head(len(body)) + body)
+    begin, answer = time.monotonic(), b""
+    while b"]]]" not in answer[-20:]:
+      part = slow.recv(16 << 10)
+      assert part, f"cut after {len(answer)} bytes"
+      answer += part
+      time.sleep(0.02)
+    assert time.monotonic() - begin > 4 * 0.4  # longer than any client may stand still
+    slow.close()
 
 
 def ended(s):

@@ -50,6 +50,31 @@ _PLOT = flags.DEFINE_string("plot", None, "The picture; beside --out if not give
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite the file and the picture.")
 
 
+_ENTROPIC = ("sinkhorn", "divergence", "regularised")
+
+
+def _refuse_ignored():
+  """A ValueError for a flag that what is asked for does not read."""
+  method, joint = _METHOD.value, _JOINT.value or _NFE.value is not None
+  if _COMPARE.value:
+    cli.refuse(
+      (_CONFIG, _OUT, _LEVELS, _NODES, _CANDIDATES, _METHOD, _SLICE, _NOISE, _EPSILON, _JOINT,
+       _SIGMA_LEVELS, _NFE, _HALVES), "--compare searches nothing",
+    )  # fmt: skip
+  if method not in _ENTROPIC:
+    cli.refuse([_EPSILON], f"--method={method} has no ε")
+  if method == "mse":
+    cli.refuse((_LEVELS, _CANDIDATES, _NOISE, _HALVES), "--method=mse searches no path")
+  if _NFE.value is not None:
+    cli.refuse([_NODES], "--nfe says how many levels")
+  if not joint:
+    cli.refuse([_SIGMA_LEVELS], "without --joint σ is not chosen")
+    return
+  cli.refuse([_HALVES], "a joint schedule is not sought in halves")
+  if _NOISE.present and _NOISE.value == "none":
+    raise ValueError("a joint schedule compares noisy images; leave --noise=none out")
+
+
 class _Bars:
   """A progress bar with the time left for each stage."""
 
@@ -132,6 +157,7 @@ def main():
   from soft_diffusion_tf import data, plots, schedules, scheduling
   from soft_diffusion_tf.experiment import Experiment
 
+  _refuse_ignored()
   if _COMPARE.value:
     _compare()
     return

@@ -10,7 +10,7 @@ from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is left.")
-_FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir of an earlier run.")
 
 
 def main():
@@ -21,12 +21,16 @@ def main():
 
   started = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value)
-  if _FRESH.value and workdir.exists():
-    shutil.rmtree(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  if _CONFIG.value is None:
+    raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = Experiment.from_config(_CONFIG.value)
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None)
+  if _FRESH.value and workdir.exists():
+    if not (workdir / "config.json").exists():
+      raise ValueError(f"{workdir} is not the workdir of a run; --fresh does not delete it")
+    shutil.rmtree(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
 
   print(f"1/4  blur schedule: shortest path between {len(source)} blurred digits", flush=True)
   first, last = schedules.ends(experiment.level)

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ PRIORS = ("blurred_colour", "subspace", "colour")
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
   _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits, cifar or defaults.")
   _OUT = flags.DEFINE_string("out", None, "Folder of the study.", required=True)
-  _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.")
+  _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.", 1)
   _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
   _FEATURE_NET = flags.DEFINE_string("feature_net", "", "Feature network instead of the study's.")
   _JOB = flags.DEFINE_string("job", None, "Do this one job only (what a worker does).")
@@ -295,7 +296,14 @@ def _mse_levels(experiment, nodes=32):
 
 def job(study, name, seed, out):
   """Trains the model with the seed and measures what is not yet measured."""
-  from soft_diffusion_tf import data, evaluation, features, priors, training
+  from soft_diffusion_tf import training
+
+  with training.lock(out / "locks" / f"{name}-{seed}", wait=True):  # of a killed study's worker
+    _job(study, name, seed, out)
+
+
+def _job(study, name, seed, out):
+  from soft_diffusion_tf import data, evaluation, features, plots, priors, training
 
   path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
   records = all_records(out)
@@ -343,9 +351,11 @@ def job(study, name, seed, out):
     def batches(start, rows=rows, process=processes[draw.prior]):
       for k in range(start, study.samples, study.batch):
         seeds = np.arange(first + k, first + k + study.batch)
-        yield np.clip(sampler(rows, seeds, process.draw_prior(seeds)).numpy(), 0.0, 1.0)
+        images = sampler(rows, seeds, process.draw_prior(seeds)).numpy()
+        # As 8-bit images, like the real ones; NaN stays, for `measure` to name.
+        yield plots.to_uint8(images) if np.isfinite(images).all() else images
 
-    found = evaluation.measure(network, _rounded(batches), study.samples)
+    found = evaluation.measure(network, batches, study.samples)
     values = {
       split: evaluation.frechet(network.label, found.moments, reference.statistics.moments).exact
       for split, reference in real.items()
@@ -365,11 +375,6 @@ def _mark(path):
   path.touch()
 
 
-def _rounded(batches):
-  """As 8-bit images, like the real ones."""
-  return lambda start: (np.rint(images * 255).astype(np.uint8) for images in batches(start))
-
-
 def draw_of(record):
   return Draw(record["sampler"], record["prior"], record.get("grid", Draw().grid))
 
@@ -377,9 +382,18 @@ def draw_of(record):
 # --- All jobs -------------------------------------------------------------------------------------
 
 
+def jobs_of(study):
+  return [f"{name}-{seed}" for seed in study.seeds for name in study.models]
+
+
 def work(study, out, workers, passed):
-  """Runs every job that is not done in processes of their own, the main model's first."""
-  jobs = [f"{name}-{seed}" for seed in study.seeds for name in study.models]
+  """Runs every job that is not done in processes of their own, the main model's first.
+
+  SIGTERM ends the workers too, in good order. A worker that outlives a killed study does its job to
+  the end, and the next study's worker for the job waits for it.
+  """
+  signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+  jobs = jobs_of(study)
   todo = [j for j in jobs if not (out / "done" / j).exists()]
   begin, finished, running = time.monotonic(), 0, {}
   (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -412,6 +426,8 @@ def work(study, out, workers, passed):
   finally:
     for process in running.values():
       process.terminate()
+    for process in running.values():
+      process.wait()  # it saves what it has
 
 
 # --- Claims ---------------------------------------------------------------------------------------
@@ -734,16 +750,21 @@ def main():
     tf.config.threading.set_inter_op_parallelism_threads(1)
   if _DATA_DIR.value:
     os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
+  if _REPORT.value and not (out / MODELS_FILE).exists():
+    raise ValueError(f"{out} holds no study: there is nothing to report; is --out right?")
   study = open_study(_STUDY.value, out)
   if _FEATURE_NET.value:
     study = dataclasses.replace(study, feature_net=_FEATURE_NET.value)
   if _JOB.value is not None:
+    if _JOB.value not in jobs_of(study):
+      raise ValueError(
+        f"--job={_JOB.value}: no such job; choose one of {', '.join(jobs_of(study))}"
+      )
     name, seed = _JOB.value.rsplit("-", 1)
     job(study, name, int(seed), out)
     return
   if not _REPORT.value:
-    passed = [a for a in sys.argv[1:] if not a.startswith("--workers")]
-    work(study, out, _WORKERS.value, passed)
+    work(study, out, _WORKERS.value, sys.argv[1:])
   print(report(study, out))
   print(f"written: {out / 'report.md'}, {out / 'fd_against_nfe.png'}")
 

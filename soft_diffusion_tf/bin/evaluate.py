@@ -295,7 +295,7 @@ def _sweep(job):
 def _memorisation(job):
   import numpy as np
 
-  from soft_diffusion_tf import evaluation, memorisation
+  from soft_diffusion_tf import data, evaluation, memorisation
 
   d = job.experiment.data
   if _SAMPLES.value is None:
@@ -303,7 +303,7 @@ def _memorisation(job):
   evaluation.check_count(job.count, float("inf"))
   if job.images is not None:
     generated = job.check_images()[: job.count]
-    names = list(range(len(generated)))
+    names = [str(f) for f in data.list_images(_IMAGES.value)]
     folder = pathlib.Path(_IMAGES.value).resolve()
     title, about = folder.name, {"images": str(folder), "samples": job.count}
   else:

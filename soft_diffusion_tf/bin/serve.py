@@ -26,7 +26,7 @@ _REPRODUCIBLE = flags.DEFINE_bool(
 )
 _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are answered 429.", 1)
 _TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until a request is answered 504.", 0.001)
-_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds that a client may stand still.", 0.1)
+_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1)
 _MAX_BODY = flags.DEFINE_integer("max_body", 8 << 20, "Bytes of a request's body.", 1024)
 _CONNECTIONS = flags.DEFINE_integer("connections", 512, "Open connections; more get 503.", 2)
 _WARM = flags.DEFINE_bool("warm", True, "Call every signature once before listening.")
@@ -59,6 +59,7 @@ def main():
 
   if not pathlib.Path(_MODEL.value).is_dir():
     raise ValueError(f"--model={_MODEL.value}: no such folder; give the folder of an export")
+  serving.uvicorn_module()  # before a model is loaded and warmed, which may take minutes
   with _bind(_HOST.value, _PORT.value) as listening:
     model = serving.Model(_MODEL.value, _NAME.value)
     if _WARM.value:

@@ -181,6 +181,34 @@ def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+  ("flags", "text"),
+  [
+    (("--sinkhorn_epsilon=0.1",), "--method=closed_form has no ε; leave --sinkhorn_epsilon=0.1"),
+    (("--method=mse", "--levels=9"), "--method=mse searches no path; leave --levels=9 out"),
+    (("--nfe=10", "--nodes=9"), "--nfe says how many levels; leave --nodes=9 out"),
+    (("--sigma_levels=9",), "without --joint σ is not chosen; leave --sigma_levels=9 out"),
+    (("--joint", "--halves"), "a joint schedule is not sought in halves; leave --halves out"),
+    (("--joint", "--noise=none"), "a joint schedule compares noisy images; leave --noise=none out"),
+    (("--compare=a.json", "--nodes=9"), "--compare searches nothing; leave"),
+  ],
+)
+def test_flags_that_a_schedule_search_would_ignore_are_refused(flags, text, tmp_path):
+  given = () if "--compare=a.json" in flags else (TINY[0], f"--out={tmp_path}/s.json")
+  assert text in error_of(program("tools/find_schedule.py", *given, *flags, module=False))
+  assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_deletes_nothing_before_it_is_sure(tmp_path):
+  (tmp_path / "precious").write_text("x")
+  flags = (f"--workdir={tmp_path}", "--fresh")
+  none = program("tools/quickstart.py", *flags, module=False)
+  assert "give --config=FILE" in error_of(none)
+  other = program("tools/quickstart.py", *flags, TINY[0], module=False)
+  assert "is not the workdir of a run; --fresh does not delete it" in error_of(other)
+  assert [f.name for f in tmp_path.iterdir()] == ["precious"]
+
+
 def test_finding_a_schedule(tmp_path):
   out = tmp_path / "s.json"
   flags = (TINY[0], f"--out={out}", "--slice=0.2", "--levels=64", "--nodes=9")

@@ -1,13 +1,19 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import evaluation
+from soft_diffusion_tf import evaluation, training
 from tools import study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -169,6 +175,69 @@ def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
   for claim, _, word in board:
     same = "time grid" in claim.name and "transport" not in claim.name
     assert word == ("undecided" if same else "reproduced"), claim.name
+
+
+@pytest.mark.parametrize(
+  ("flags", "text"),
+  [
+    (("--workers=0",), "workers"),
+    (("--report",), "holds no study: there is nothing to report"),
+    (("--job=blurr-0",), "--job=blurr-0: no such job; choose one of blur-0"),
+  ],
+)
+def test_mistakes_end_with_one_line(flags, text, tmp_path):
+  if "--report" not in flags:
+    shutil.copytree(ROOT / "docs" / "studies" / "digits", tmp_path / "out")
+  result = subprocess.run(
+    [sys.executable, ROOT / "tools" / "study.py", f"--out={tmp_path}/out", *flags],
+    capture_output=True, text=True, check=False,
+    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+  )  # fmt: skip
+  assert result.returncode, result.stdout
+  assert "Traceback" not in result.stderr
+  assert text in result.stderr
+
+
+def test_sigterm_ends_the_workers_and_a_job_waits_for_its_lock(tmp_path):
+  """The worker is a stand-in that says how it ended."""
+  code = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+out = pathlib.Path({str(tmp_path)!r})
+if any(a.startswith("--job") for a in sys.argv):
+  import signal
+  def stop(*_):
+    time.sleep(0.5)  # saving
+    (out / "saved").touch()
+    sys.exit(143)
+  signal.signal(signal.SIGTERM, stop)
+  (out / "begun").touch()
+  time.sleep(60)
+else:
+  from tools import study
+  study.__file__ = __file__
+  some = study.Study("tiny", {{"blur": None}}, {{}}, (0,), 64, "pixels")
+  study.work(some, out, 1, ["--workers", "1"])
+"""
+  script = tmp_path / "program.py"
+  script.write_text(code)
+  process = subprocess.Popen([sys.executable, script])
+  for _ in range(600):
+    if (tmp_path / "begun").exists():
+      break
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(30) == 143
+  assert (tmp_path / "saved").exists()  # before the study itself ended
+
+  with training.lock(tmp_path / "locks" / "blur-0"):
+    some = study.Study("tiny", {"blur": None}, {"blur": {}}, (0,), 64, "pixels")
+    waiting = threading.Thread(target=study.job, args=(some, "blur", 0, tmp_path))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+  waiting.join(10)
+  assert (tmp_path / "done" / "blur-0").exists()
 
 
 @pytest.mark.slow
