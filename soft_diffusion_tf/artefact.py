@@ -275,8 +275,12 @@ def _restoring(diffusion, predict, options):
 
 
 def name_of(options):
-  """What a sampler's signatures are called by: "momentum_280"; its steps count, not its NFE."""
-  return f"{options.sampler.replace('+', '_')}_{options.steps}"
+  """What a sampler's signatures are called by: "momentum_280"; its steps count, not its NFE.
+
+  One that goes by times of its own says so: "momentum_280_times".
+  """
+  steps = f"{len(options.times) - 1}_times" if options.times else options.steps
+  return f"{options.sampler.replace('+', '_')}_{steps}"
 
 
 def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEFAULT,

@@ -267,7 +267,7 @@ def _png_name(seed):
 def settings_of(experiment, step, options, nfe):
   """What decides the images of a folder, besides their seeds; ready for JSON."""
   return {
-    "config": experiment.digest(), "name": experiment.name, "checkpoint": step,
+    "config": experiment.identity(), "name": experiment.name, "checkpoint": step,
     "sampler": options.sampler, "nfe": nfe, "sampling": dataclasses.asdict(options),
     "version": soft_diffusion_tf.__version__,
   }  # fmt: skip
@@ -294,7 +294,7 @@ def _claim(out, settings, force):
     )
   if theirs not in (None, mine):
     for old in (*out.glob("samples-*.npz"), *out.glob("[0-9]*.png")):
-      old.unlink()
+      old.unlink(missing_ok=True)  # another shard may do the same
   out.mkdir(parents=True, exist_ok=True)
   if theirs != mine:
     _save(path, (json.dumps(mine, indent=1) + "\n").encode())

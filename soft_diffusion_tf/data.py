@@ -153,7 +153,7 @@ def list_images(folder):
   """Image files below a folder, sorted; a ValueError when there are none."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise ValueError(f"{folder}: no such folder; give data.name as folder:PATH")
+    raise ValueError(f"{folder}: no such folder of images; is the path right?")
   files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
   if not files:
     raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} files in it or below; is the path right?")
@@ -242,12 +242,18 @@ def _tfds(name, split, shape, crop, data_dir, progress):
     _in_parallel(one, records), f"reading {name}", total, disable=None if progress else True
   )
   images, labels = _allocate(name, total, shape), np.zeros([total], np.int64)
-  for k, (image, label) in enumerate(bar):
-    if images is None:
-      images = _allocate(name, total, image.shape)
-    if image.shape != images.shape[1:]:
-      raise ValueError(f"{name}: images of several sizes; set data.image_shape")
-    images[k], labels[k] = image, label
+  try:
+    for k, (image, label) in enumerate(bar):
+      if images is None:
+        images = _allocate(name, total, image.shape)
+      if image.shape != images.shape[1:]:
+        raise ValueError(f"{name}: images of several sizes; set data.image_shape")
+      images[k], labels[k] = image, label
+  except tf.errors.OpError as error:  # a file that is missing or damaged, or an image in it
+    text = str(error).strip().splitlines()[0]
+    raise ValueError(
+      f"TFDS data set {name!r}, split {split!r}: {text}; copy or prepare it again"
+    ) from None
   return images, labels
 
 
@@ -294,14 +300,18 @@ def order(position, count, seed):
   return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=4)
 
 
-def batches(source, batch_size, *, seed=0, start=0, flip=False):
+def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1)):
   """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
 
   Batch k of the pipeline is batch start + k of the run: a function of (seed, start + k) alone.
 
   Args:
     flip: mirror left-right with probability ½.
+    replicas: (H, R) of `strategies.replicas_by_host`, for a pipeline that is to be distributed.
+      TensorFlow cuts a batch into H·R parts and gives the hosts every H-th of them: they are put
+      into the order in which replica r gets the r-th H·R-th of the batch.
   """
+  hosts, each = replicas
   if len(source) < 1 or batch_size < 1:
     raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
   with tf.device("CPU:0"):  # a GPU's memory is for the network
@@ -315,6 +325,9 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False):
     if flip:
       draw = rng.uniform(tf.stack([tf.cast(seed, tf.int64), 1]), first, batch_size, (1, 1, 1))
       batch = tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+    if hosts > 1 < each:
+      parts = tf.reshape(batch, [hosts, each, -1, *source.images.shape[1:]])
+      batch = tf.reshape(tf.transpose(parts, [1, 0, 2, 3, 4, 5]), tf.shape(batch))
     return tf.ensure_shape(batch, [batch_size, *source.images.shape[1:]])
 
   steps = tf.data.Dataset.range(start, np.iinfo(np.int64).max)

@@ -26,6 +26,11 @@ from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 CONFIG_FILE = "config.json"
 PREDICTIONS = ("residual", "score", "noise")
 CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
+INCIDENTAL = (  # fields, by how their names begin, that do not change the weights at a step
+  "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
+  "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
+  "training.accumulate", "data.test_split", "sampling.", "evaluation.",
+)  # fmt: skip
 DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # what Keras calls them
 
 
@@ -441,6 +446,12 @@ class Experiment:
   def digest(self) -> str:
     """Twelve hexadecimal digits that name this experiment."""
     text = json.dumps(self.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  def identity(self) -> str:
+    """Like `digest`, of what decides the weights at a step alone."""
+    decisive = {k: v for k, v in self.flat().items() if not k.startswith(INCIDENTAL)}
+    text = json.dumps(decisive, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
   def differences(self, other: Experiment) -> list[str]:

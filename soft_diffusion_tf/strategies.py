@@ -70,6 +70,16 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
   return tf.distribute.TPUStrategy(resolver)
 
 
+def replicas_by_host(strategy):
+  """(H, R): how many processes feed a strategy's replicas, and how many replicas each."""
+  hosts = 1
+  if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+    hosts = strategy.cluster_resolver.cluster_spec().num_tasks("worker")
+  elif isinstance(strategy, tf.distribute.TPUStrategy):
+    hosts = strategy.extended.num_hosts
+  return hosts, strategy.num_replicas_in_sync // hosts
+
+
 def _meet(workers: list[str], index: int, seconds: float) -> None:
   """Returns when every other worker has been seen to listen at its port.
 

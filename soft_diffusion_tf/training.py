@@ -15,9 +15,9 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import bulk, data, plots, priors, rng
+from soft_diffusion_tf import bulk, data, plots, priors, rng, strategies
 from soft_diffusion_tf.checkpoints import Checkpoints
-from soft_diffusion_tf.experiment import Experiment
+from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
 from soft_diffusion_tf.monitoring import Monitor
 
@@ -28,13 +28,9 @@ GRID_IMAGES = 64
 SHOWN_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of E[x_0|x_t], as in P Figure 7
 PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
 
-# What may change when a run goes on in its workdir; all else would make it another run.
-_MAY_CHANGE = (
-  "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
-  "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
-  "training.accumulate",
-  "data.test_split", "sampling.", "evaluation.",
-)  # fmt: skip
+# What may change when a run goes on in its workdir; all else would make it another run. The rate is
+# not incidental, but who is told to lower it has to be able to.
+_MAY_CHANGE = (*INCIDENTAL, "training.learning_rate")
 
 
 class Preempted(RuntimeError):
@@ -77,8 +73,25 @@ def _sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-def _claim(workdir, experiment):
-  """Writes the config into a new workdir, or checks it against the one that is there."""
+@contextlib.contextmanager
+def _sigterm_ends():
+  """SIGTERM raises `Preempted` at once: before the first step there is nothing to save."""
+
+  def end(number, frame):
+    raise Preempted("asked to end before the first step; start again to go on")
+
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, end)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _check_config(workdir, experiment):
+  """Checks the config against that of the workdir, if there is one."""
   if (workdir / "config.json").exists():
     changed = [
       name
@@ -90,7 +103,6 @@ def _claim(workdir, experiment):
         f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
         "take another workdir, or the config that the run was started with"
       )
-  experiment.save(workdir)
 
 
 def build(experiment, diffusion):
@@ -253,13 +265,14 @@ def train(experiment, workdir, strategy=None, progress=True):
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data
-  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
-  if not _is_chief(strategy):
-    with _lost_workers(strategy):
-      return _train(experiment, source, diffusion, workdir, strategy, progress=False)
-  with lock(workdir), _lost_workers(strategy):
-    _claim(workdir, experiment)
-    return _train(experiment, source, diffusion, workdir, strategy, progress)
+  with _sigterm_ends():
+    source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
+    if not _is_chief(strategy):
+      with _lost_workers(strategy):
+        return _train(experiment, source, diffusion, workdir, strategy, progress=False)
+    with lock(workdir), _lost_workers(strategy):
+      _check_config(workdir, experiment)
+      return _train(experiment, source, diffusion, workdir, strategy, progress)
 
 
 def _several_workers(strategy):
@@ -296,22 +309,26 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
     prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
-    if chief:
-      prior.save(workdir / PRIOR_FILE)
   diffusion = diffusion.with_prior(prior)
   with strategy.scope():
     model = build(experiment, diffusion)
+  if chief:  # not before: a config that cannot be trained does not claim the workdir
+    experiment.save(workdir)
+    if not (workdir / PRIOR_FILE).exists():
+      prior.save(workdir / PRIOR_FILE)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, model, options.keep)
   restored = checkpoints.restore()
   step = restored or 0
+  _check_agreement(strategy, experiment, step)
   run = Run(experiment, model, step)
   if restored is None and chief:
     checkpoints.save(wait=True)
   if step >= options.steps:
     return run
   pipeline = data.batches(
-    source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip
-  )
+    source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
+    replicas=strategies.replicas_by_host(strategy),
+  )  # fmt: skip
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
   loop, norms = _make_loop(model, strategy), _make_norms(model)
   anywhere = _make_anywhere(strategy)
@@ -397,6 +414,25 @@ def _make_anywhere(strategy):
     return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: flag), None)
 
   return lambda flag: float(count(tf.constant(float(bool(flag))))) > 0
+
+
+def _check_agreement(strategy, experiment, step):
+  """A ValueError in every worker unless all have one config and stand at one step."""
+  if not _several_workers(strategy):
+    return
+
+  @tf.function(autograph=False)
+  def total(values):
+    return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: values), None)
+
+  mine = np.array([step, int(experiment.identity(), 16) % 2**20], np.float64)
+  sums = total(tf.constant(np.concatenate([mine, mine**2]))).numpy()
+  # Σ x² · n = (Σ x)² for equal x alone.
+  if not np.array_equal(sums[2:] * strategy.num_replicas_in_sync, sums[:2] ** 2):
+    raise ValueError(
+      f"the workers differ: this one is at step {step} of config {experiment.identity()}; start "
+      "all with the same config, and with one workdir that all of them read"
+    )
 
 
 def _make_norms(model):

@@ -95,6 +95,12 @@ def test_a_seed_that_is_asked_for_often_is_drawn_once():
   assert int(calls) == 2
 
 
+def test_the_name_of_a_sampler_says_what_it_does():
+  times = Sampling(sampler="heun+ddim", times=(1.0, 0.5, 0.2, 0.0))
+  assert artefact.name_of(times) == "heun_ddim_3_times"
+  assert artefact.name_of(SAMPLERS["momentum_3"]) == "momentum_3"
+
+
 def test_the_first_sampler_is_the_default(exported, model):
   out = model.signatures["sample"](num=2, seed=tf.constant(0, tf.int64))
   np.testing.assert_array_equal(out["images"], exported[0].images([0, 1], SAMPLERS["momentum_3"]))

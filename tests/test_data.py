@@ -1,5 +1,6 @@
 import os
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -121,6 +122,44 @@ def test_flips_are_half_and_exact(rng):
   mirrored = (plain[:, :, ::-1] == flipped).all(axis=(1, 2, 3))
   assert (same | mirrored).all()
   assert 0.4 < same.mean() < 0.6
+
+
+def test_replica_r_gets_the_rth_part_of_a_batch():
+  """With the functions by which TensorFlow shares a data set between hosts, and then replicas."""
+  from tensorflow.python.data.experimental.ops import distribute
+  from tensorflow.python.distribute import input_ops
+
+  source, size = data.load("digits", "train"), 24
+  plain = next(iter(data.batches(source, size, seed=3))).numpy()
+  for hosts, each in ((1, 4), (4, 1), (2, 2), (2, 3), (3, 2)):
+    batches = data.batches(source, size, seed=3, replicas=(hosts, each))
+    got = []
+    for host in range(hosts):
+      parts = batches.rebatch(distribute.batch_sizes_for_worker(size, hosts, each, host))
+      parts = iter(input_ops.auto_shard_dataset(parts, hosts, host, hosts * each))
+      got += [next(parts).numpy() for _ in range(each)]
+    np.testing.assert_array_equal(np.concatenate(got), plain)
+
+
+def test_a_damaged_tfds_data_set_ends_with_one_line(monkeypatch):
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  class Builder:
+    def __init__(self):
+      split = types.SimpleNamespace(num_examples=9)
+      self.info = types.SimpleNamespace(splits={"train": split}, features={"image": 0})
+
+    def is_prepared(self):
+      return True
+
+    def as_dataset(self, **_):
+      records = tf.data.Dataset.range(9)
+      check = lambda k: tf.debugging.check_numerics(1.0 / tf.cast(4 - k, tf.float32), "truncated")
+      return records.map(lambda k: {"image": tf.zeros([8, 8, 1], tf.uint8), "ok": check(k)})
+
+  monkeypatch.setattr(tfds, "builder", lambda name, data_dir=None: Builder())
+  with pytest.raises(ValueError, match=r"'mine', split 'train': .*copy or prepare it again"):
+    data.load("mine", "train", (8, 8, 1), progress=False)
 
 
 def test_cifar10_from_tfds():

@@ -28,8 +28,17 @@ def test_the_digest_names_the_content(tiny):
   assert tiny.digest() == tiny.replace().digest()
   other = tiny.replace(training={"steps": 7})
   assert other.digest() != tiny.digest()
+
   assert tiny.differences(other) == ["training.steps"]
   assert tiny.differences(tiny) == []
+
+
+def test_the_identity_is_of_what_decides_the_weights(tiny):
+  training = {"steps": 10**6, "log_every": 7}
+  longer = tiny.replace(name="x", training=training, sampling={"steps": 9}, data={"data_dir": "d"})
+  assert longer.identity() == tiny.identity()
+  for change in ({"seed": 1}, {"training": {"learning_rate": 1e-5}}, {"network": {"nf": 20}}):
+    assert tiny.replace(**change).identity() != tiny.identity()
 
 
 def _changed(tiny, group, name, value):

@@ -282,6 +282,17 @@ def test_two_workers_equal_two_devices_and_a_checkpoint_moves_between_them(tiny,
   assert _digest(_start(tiny, 0, [], tmp_path / "workers", 6)) == devices  # on two devices again
 
 
+@pytest.mark.slow
+def test_workers_that_differ_are_refused(tiny, tmp_path):
+  ports = _free_ports(2)
+  other = tiny.replace(training={"ema_decay": 0.5})
+  both = [_start(e, k, ports, tmp_path / "w", 4) for k, e in enumerate((tiny, other))]
+  for process in both:
+    _, error = process.communicate(timeout=400)
+    assert process.returncode
+    assert "the workers differ: this one is at step 0 of config" in error
+
+
 def test_two_devices_equal_one(tiny, tmp_path):
   """The same global batch, with the clip at work, 20 steps on.
 
@@ -413,4 +424,33 @@ def test_a_refused_network_does_not_claim_the_workdir(tiny, tmp_path):
   deep = tiny.replace(network={"ch_mult": (1, 1, 1, 1, 1)})
   with pytest.raises(ValueError, match="not divisible by 16"):
     training.train(deep, tmp_path / "w", progress=False)
+  # 96 + 48 channels meet where the way up takes a skip: seen only when the layers are made.
+  odd = tiny.replace(network={"nf": 48, "ch_mult": (1, 2), "num_res_blocks": 2})
+  with pytest.raises(ValueError, match="cannot split 144 channels"):
+    training.train(odd, tmp_path / "w", progress=False)
   assert not (tmp_path / "w" / "config.json").exists()
+  assert not (tmp_path / "w" / training.PRIOR_FILE).exists()
+
+
+def test_the_rate_may_be_lowered_on_the_way(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  lower = tiny.replace(training={"steps": 4, "learning_rate": 1e-5, "warmup_steps": 0})
+  with pytest.raises(ValueError, match=r"differs in training\.warmup_steps"):
+    training.train(lower, tmp_path, progress=False)
+  lower = tiny.replace(training={"steps": 4, "learning_rate": 1e-5})
+  run = training.train(lower, tmp_path, progress=False)
+  assert run.step == 4
+  assert metrics(tmp_path)[-1]["learning_rate"] <= 1e-5
+
+
+def test_sigterm_before_the_first_step(tiny, tmp_path, monkeypatch):
+  load = training.data.load
+
+  def slow(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return load(*args)
+
+  monkeypatch.setattr(training.data, "load", slow)
+  with pytest.raises(training.Preempted, match="before the first step"):
+    training.train(tiny, tmp_path, progress=False)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

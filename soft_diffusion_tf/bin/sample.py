@@ -78,6 +78,7 @@ def main():
   out = pathlib.Path(_OUT.value)
   picture = out.suffix == ".png"
   if picture:
+    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
     cli.refuse_to_overwrite(out, _FORCE.value)
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
@@ -98,10 +99,9 @@ def main():
     total, there = bulk.write(
       drawer, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
     )
-    evaluations = f"{drawer.evaluations or nfe} evaluations"
-    print(
-      f"{total} samples ({options.sampler}, {evaluations}) in {out}; {there} were there already"
-    )
+    count = drawer.evaluations or nfe  # None: of an adaptive sampler that had nothing to do
+    how = f"{options.sampler}, {count} evaluations" if count else options.sampler
+    print(f"{total} samples ({how}) in {out}; {there} were there already")
   print(f"next: soft-diffusion-evaluate --workdir={_WORKDIR.value}")
 
 

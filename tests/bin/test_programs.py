@@ -181,6 +181,11 @@ def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   )
 
 
+def test_a_picture_is_not_shared(tmp_path):
+  flags = ("--workdir=w", f"--out={tmp_path}/x.png", "--shard=2/4")
+  assert "one picture is drawn whole; leave --shard=2/4 out" in error_of(program("sample", *flags))
+
+
 @pytest.mark.parametrize(
   ("flags", "text"),
   [
