@@ -28,7 +28,6 @@ def test_the_digest_names_the_content(tiny):
   assert tiny.digest() == tiny.replace().digest()
   other = tiny.replace(training={"steps": 7})
   assert other.digest() != tiny.digest()
-
   assert tiny.differences(other) == ["training.steps"]
   assert tiny.differences(tiny) == []
 
