@@ -142,10 +142,13 @@ def get(source, seed=0, folder=None, progress=True):
   except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or a torn file
     network, accuracy = _train(source, seed, progress)
     weights = network.get_weights()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, accuracy=accuracy, **{f"w{k}": w for k, w in enumerate(weights)})
-    partial.replace(path)
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      partial = path.with_suffix(f".{os.getpid()}.npz")
+      np.savez(partial, accuracy=accuracy, **{f"w{k}": w for k, w in enumerate(weights)})
+      partial.replace(path)
+    except OSError as error:  # a home that cannot be written: it serves this process
+      tqdm.tqdm.write(f"the classifier is not kept ({error}); set XDG_CACHE_HOME to a folder")
   network.trainable = False
   digest = hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
   return Classifier(network, accuracy, digest)

@@ -17,6 +17,7 @@ per image ([B]). A new corruption is a frozen dataclass with one method:
 import abc
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import math
@@ -72,9 +73,29 @@ class Corruption(abc.ABC):
       c_x = self.apply(x, level)
     return tape.gradient(c_x, x, output_gradients=y)
 
+  def mixes_channels(self, image_shape) -> bool:
+    """Whether C does anything but the same to every channel; tried, since users' classes may."""
+    x = np.random.default_rng(0).random([2, *image_shape], np.float32)
+    first, last = self.level_range
+    level = 0.5 * (first + last) if math.isfinite(last) else first + 1.0
+    as_channels = lambda images: np.moveaxis(images, 0, 2).reshape(1, *image_shape[:2], -1)
+    with tf.init_scope():
+      try:
+        apart = np.asarray(self(as_channels(x), level))
+      except Exception:  # whatever a user's class raises for an unusual number of channels
+        return True
+      return not np.allclose(apart, as_channels(np.asarray(self(x, level))), atol=1e-5)
+
   def operator(self, level, image_shape) -> tf.linalg.LinearOperator:
-    """C at one level as a matrix on the H·W pixels of a channel."""
+    """C at one level as a matrix on the H·W pixels of a channel.
+
+    One that mixes channels has a matrix on all H·W·C numbers instead (channels last).
+    """
     h, w = image_shape[:2]
+    if self.mixes_channels(image_shape):
+      size = math.prod(image_shape)
+      columns = self(tf.reshape(tf.eye(size), [size, *image_shape]), level)
+      return tf.linalg.LinearOperatorFullMatrix(tf.transpose(tf.reshape(columns, [size, size])))
     basis = tf.reshape(tf.eye(h * w), [h * w, h, w, 1])
     columns = tf.reshape(self(basis, level), [h * w, h * w])
     return tf.linalg.LinearOperatorFullMatrix(tf.transpose(columns))
@@ -113,10 +134,24 @@ class Corruption(abc.ABC):
     config: dict[str, Any] = {
       "kind": kind.__name__ if here else f"{kind.__module__}:{kind.__qualname__}"
     }
-    if dataclasses.is_dataclass(self):
-      for field in dataclasses.fields(self):
-        value = getattr(self, field.name)
-        config[field.name] = value.get_config() if hasattr(value, "get_config") else value
+    names = [f.name for f in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+    cached = lambda k: isinstance(getattr(kind, k, None), functools.cached_property)
+    lost = [k for k in vars(self) if k not in names and not cached(k)]
+    if lost:
+      raise ValueError(
+        f"{kind.__name__}: {', '.join(lost)} would be lost in a config; make it a dataclass "
+        "(@dataclasses.dataclass(frozen=True)) with a field for each"
+      )
+    for name in names:
+      value = getattr(self, name)
+      config[name] = value.get_config() if hasattr(value, "get_config") else value
+      try:
+        json.dumps(config[name])
+      except TypeError:
+        raise ValueError(
+          f"{kind.__name__}.{name} is a {type(value).__name__}, which JSON does not hold; make it "
+          "numbers, texts or tuples of them"
+        ) from None
     return config
 
   @classmethod
@@ -203,7 +238,7 @@ class _Diagonal(Corruption):
 
   @abc.abstractmethod
   def gains(self, level, h, w):
-    """g, broadcastable to [B, H, W, 1], for levels [B or 1, 1, 1, 1]."""
+    """g ≥ 0, broadcastable to [B, H, W, 1], for levels [B or 1, 1, 1, 1]."""
 
   def apply(self, x, level):
     return self.gains(level, x.shape[1], x.shape[2]) * x
@@ -221,8 +256,7 @@ class _Diagonal(Corruption):
 
   def svd(self, level, image_shape):
     gains = self._pixel_gains(level, image_shape)
-    return Svd(tf.identity, lambda c: c * tf.where(gains < 0, -1.0, 1.0), tf.identity, tf.identity,
-               tf.abs(gains))  # fmt: skip
+    return Svd(tf.identity, tf.identity, tf.identity, tf.identity, gains)
 
 
 # --- The corruptions of the paper ---------------------------------------------------------------
@@ -388,20 +422,6 @@ class Compose(Corruption):
           f"[{low:g}, {high:g}]; correct its schedule in Compose"
         )
 
-  def _mixes_channels(self, image_shape):
-    pixels = image_shape[0] * image_shape[1]
-    return any(
-      int(part.operator(part.level_range[0], image_shape).domain_dimension) != pixels
-      for part in (self.inner, self.outer)
-    )
-
-  def operator(self, level, image_shape):
-    if not self._mixes_channels(image_shape):
-      return super().operator(level, image_shape)
-    size = math.prod(image_shape)
-    columns = self(tf.reshape(tf.eye(size), [size, *image_shape]), level)
-    return tf.linalg.LinearOperatorFullMatrix(tf.transpose(tf.reshape(columns, [size, size])))
-
   def apply(self, x, level):
     return self.outer.apply(self.inner.apply(x, self.inner_level(level)), self.outer_level(level))
 
@@ -532,6 +552,8 @@ def from_config(config) -> Corruption:
   name = config.get("kind", "")
   if ":" in name:
     kind = _import(name)
+    if not (isinstance(kind, type) and issubclass(kind, Corruption)):
+      raise ValueError(f"{name} is not a class derived from Corruption; name one")
   elif name in __all__:
     kind = globals()[name]
   else:
@@ -541,6 +563,19 @@ def from_config(config) -> Corruption:
     return kind.from_config(config)
   except TypeError as error:
     raise ValueError(f"{name} does not take these fields: {error}") from None
+
+
+def check_importable(config):
+  """Raises the ValueError of a corruption, or a part of it, that only this process knows."""
+  for value in config.values():
+    if isinstance(value, Mapping):
+      check_importable(value)
+  kind = str(config.get("kind", ""))
+  if kind.startswith("__main__:") or "<" in kind:
+    raise ValueError(
+      f"corruption {kind} cannot be imported again, so that no other program could open what is "
+      "trained with it; put the class into a module"
+    )
 
 
 # --- The contract -------------------------------------------------------------------------------
@@ -633,6 +668,8 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
     parts = corruption.svd(level, image_shape)
     same("svd", parts.from_left(parts.values * parts.to_right(x)), corruption(x, level),
          "U S Vᵀ is not C")  # fmt: skip
+    same("svd", parts.to_left(parts.from_left(x)), x, "UᵀU is not I")
+    same("svd", parts.from_right(parts.to_right(x)), x, "VVᵀ is not I")
 
   def gradients():
     tensor, level = tf.constant(x), tf.constant(levels)

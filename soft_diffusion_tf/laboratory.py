@@ -71,8 +71,10 @@ def mixture_of(images, labels, components="image", std=0.05):
     return oracles.GaussianMixture(images, std)
   if np.bincount(labels).min() < 2 * images[0].size:
     rows = images.reshape(len(images), -1).astype(np.float64)
-    labels = scipy.cluster.vq.kmeans2(rows, 10, seed=0, minit="++")[1]
-    labels = np.where(np.bincount(labels, minlength=10)[labels] > 1, labels, labels.max())
+    wanted = max(1, min(10, len(images) // 4))
+    labels = scipy.cluster.vq.kmeans2(rows, wanted, seed=0, minit="++")[1]
+    members = np.bincount(labels)
+    labels = np.where(members[labels] > 1, labels, members.argmax())  # one image has no covariance
   return oracles.GaussianMixture.per_class(images, labels, ridge=std**2)
 
 

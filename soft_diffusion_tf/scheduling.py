@@ -94,19 +94,6 @@ def _as_channels(images: Array) -> Array:
   return np.ascontiguousarray(np.moveaxis(images, 0, 2).reshape(1, *images.shape[1:3], -1))
 
 
-def _mixes_channels(corruption: Corruption, shape: tuple[int, int, int]) -> bool:
-  """Whether C does anything but the same to every channel; tried, since users' classes may."""
-  x = np.random.default_rng(0).random([2, *shape], np.float32)
-  first, last = corruption.level_range
-  level = 0.5 * (first + last) if math.isfinite(last) else first + 1.0
-  try:
-    apart = np.asarray(corruption(_as_channels(x), level))
-  except Exception:  # whatever a user's class raises for an unusual number of channels
-    return True
-  together = _as_channels(np.asarray(corruption(x, level)))
-  return not np.allclose(apart, together, atol=1e-5)
-
-
 def _roots(corruption: Corruption, images: Array) -> tuple[Array, bool]:
   """Images of which Σ‖C x‖² is E‖C x_0‖² for every C of a family, largest first, in one layout.
 
@@ -117,7 +104,7 @@ def _roots(corruption: Corruption, images: Array) -> tuple[Array, bool]:
     float32 [1, H, W, K] (True) for a corruption that treats channels alike, else [K, H, W, C].
   """
   n, h, w, c = images.shape
-  alike = not _mixes_channels(corruption, (h, w, c))
+  alike = not corruption.mixes_channels((h, w, c))
   rows = np.moveaxis(images, 3, 1).reshape(n * c, h * w) if alike else images.reshape(n, -1)
   if len(rows) <= rows.shape[1]:
     roots = rows / np.float32(math.sqrt(n))
@@ -259,7 +246,7 @@ def candidate_levels(corruption: Corruption, first: float, last: float, count: i
   if kind != "transport" or images is None:
     raise ValueError(f"unknown candidates {kind!r}; choose one of {', '.join(CANDIDATES)}")
   sample = images[np.linspace(0, len(images) - 1, min(len(images), 32)).astype(int)]
-  if not _mixes_channels(corruption, tuple(sample.shape[1:])):
+  if not corruption.mixes_channels(tuple(sample.shape[1:])):
     sample = _as_channels(sample)
 
   def state(level: float) -> Array:

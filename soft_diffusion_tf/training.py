@@ -15,7 +15,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import bulk, data, plots, priors, rng, strategies
+from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -262,6 +262,7 @@ def train(experiment, workdir, strategy=None, progress=True):
       f"take {batch // each * each or each} or another multiple of {each}"
     )
   # An unsound process or network is refused before a file is written.
+  corruptions.check_importable(experiment.corruption.get_config())
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data

@@ -50,6 +50,14 @@ def test_other_data_is_another_classifier_and_a_torn_file_is_made_anew(tmp_path,
   assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(classifier, "STEPS", 3)
+  (tmp_path / "file").touch()
+  own = classifier.get(data.load("digits", "test"), folder=tmp_path / "file", progress=False)
+  assert own.network(data.load("digits", "test").floats()[:2])[0].shape[0] == 2
+  assert "the classifier is not kept" in capsys.readouterr().out
+
+
 def test_larger_images_come_down_to_four_by_four():
   network = classifier.build((32, 48, 3), 5)
   features, logits = network(tf.zeros([2, 32, 48, 3]))

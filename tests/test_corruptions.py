@@ -25,6 +25,7 @@ def mixing_family(level):
   )
 
 
+A_BLUR = c.GaussianBlur(5)
 MATRIX = np.random.default_rng(0).standard_normal([24, 24]) / 5
 EXAMPLES = {
   "BlockAverage": [c.BlockAverage()],
@@ -134,9 +135,69 @@ class Breaks(c.Corruption):
     raise RuntimeError("no")
 
 
+@dataclasses.dataclass(frozen=True)
+class WrongSvd(c.Scale):
+  """The product is C, but what is to be its inverse in the middle is not."""
+
+  def svd(self, level, image_shape):
+    return super().svd(level, image_shape)._replace(to_left=lambda x: -x)
+
+
+class Undecorated(c.Corruption):
+  level_range = (0.0, 1.0)
+
+  def __init__(self, strength=1.0):
+    self.strength = strength
+
+  def apply(self, x, level):
+    return (1.0 - 0.1 * self.strength * level) * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(c.Corruption):
+  level_range = (0.0, 1.0)
+  kernel: np.ndarray = dataclasses.field(default_factory=lambda: np.eye(3))
+
+  def apply(self, x, level):
+    return (1.0 - 0.5 * level) * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Grey(c.Corruption):
+  """A class that mixes channels, known by `apply` alone."""
+
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return (1.0 - level) * x + level * tf.reduce_mean(x, -1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Grey):
+  """The same for three channels alone."""
+
+  def apply(self, x, level):
+    mean = tf.reduce_sum(x * tf.constant([0.5, 0.3, 0.2]), -1, keepdims=True)
+    return (1.0 - level) * x + level * mean
+
+
+@pytest.mark.parametrize("corruption", [Grey(), Weighted()], ids=["grey", "weighted"])
+def test_a_class_that_mixes_channels(corruption):
+  assert c.check_corruption(corruption, (4, 3, 3)).ok
+  assert corruption.mixes_channels((4, 3, 3))
+  assert not c.GaussianBlur().mixes_channels((4, 3, 3))
+  matrix = corruption.operator(0.4, (4, 3, 3)).to_dense()
+  assert matrix.shape == (36, 36)
+  compiled = tf.function(lambda level: corruption.operator(level, (4, 3, 3)).to_dense())
+  np.testing.assert_allclose(compiled(tf.constant(0.4)), matrix, atol=1e-6)
+  with pytest.raises(ValueError, match="mixes channels"):
+    corruption.svd(0.4, (4, 3, 3))
+
+
 @pytest.mark.parametrize(
   ("corruption", "fault"),
   [
+    (WrongSvd(), "svd"), (Undecorated(), "config"), (Kernel(), "config"),
     (Squares(), "linear"), (NotIdentity(), "identity"), (WrongAdjoint(), "adjoint"),
     (WrongMatrix(), "matrix"), (FirstLevelOnly(), "broadcast"), (BadSlope(), "gradients"),
     (EagerOnly(), "graph"), (Breaks(), "linear"),
@@ -269,6 +330,15 @@ def test_configs_survive_json():
     ),
     (lambda: c.Family(fade_family)(np.zeros([1, 5, 5, 1]), 0.1), "acts on 24 numbers"),
     (lambda: c.Family(lambda v: v).get_config(), "cannot travel in a config"),
+    (lambda: Undecorated(3.0).get_config(), "Undecorated: strength would be lost in a config"),
+    (lambda: Kernel().get_config(), "Kernel.kernel is a ndarray, which JSON does not hold"),
+    (lambda: c.from_config({"kind": f"{__name__}:fade_family"}), "not a class derived from"),
+    (lambda: c.from_config({"kind": f"{__name__}:A_BLUR"}), "not a class derived from"),
+    (lambda: c.check_importable({"kind": "__main__:Fade"}), "put the class into a module"),
+    (
+      lambda: c.check_importable({"kind": "Compose", "inner": {"kind": "m:f.<locals>.Fade"}}),
+      "put the class into a module",
+    ),
   ],
 )
 def test_bad_input_says_what_is_wrong(make, text):

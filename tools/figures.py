@@ -75,7 +75,7 @@ def figure_2(runs, path):
   pairs = []
   for name in runs.all:
     images, options = runs.samples(name)
-    pairs.append((f"{name}: {options.sampler}, {options.steps} NFE", images))
+    pairs.append((f"{name}: {options.sampler}, {options.evaluations} NFE", images))
   plots.side_by_side(path, pairs, 8)
 
 
@@ -91,7 +91,7 @@ def figure_6(runs, path):
   name, pairs = runs.workdirs[0].name, []
   for sampler, title in (("naive", "Naive Sampler"), ("momentum", "Momentum Sampler")):
     images, options = runs.samples(name, sampler)
-    pairs.append((f"{title}, {options.steps} NFE", images))
+    pairs.append((f"{title}, {options.evaluations} NFE", images))
   plots.side_by_side(path, pairs, 8)
 
 

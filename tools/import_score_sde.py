@@ -39,6 +39,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
     "ema", True, "Sample from the averaged weights of a .pth, not the last ones."
   )
 
+_FIR = (1, 3, 3, 1)  # the filter of the published networks
 _PREFIX = "param/"  # of tensors in an .npz that holds other arrays, too
 _PARALLEL = "module."  # put before every name by torch's DataParallel
 
@@ -118,7 +119,7 @@ def network_options(config):
       key: str(get("model", key)).lower()
       for key in ("resblock_type", "progressive", "progressive_input", "embedding_type")
     },
-    "fir_kernel": tuple(model.get("fir_kernel", (1, 3, 3, 1))),
+    "fir_kernel": tuple(model.get("fir_kernel", _FIR)),
     "progressive_combine": str(model.get("progressive_combine", "sum")).lower(),
     "fourier_scale": float(model.get("fourier_scale", 16.0)),
   }
@@ -370,6 +371,10 @@ def experiment(config):
       "sigma": schedules.Scaled(kind(**beta), 0.5),
     }  # fmt: skip
     told = {"prediction": "noise", "conditioning": "vp_label"}
+  if tuple(options.get("fir_kernel", _FIR)) != _FIR:
+    raise ValueError(
+      f"model.fir_kernel={options['fir_kernel']}: the network of a workdir has {_FIR} alone"
+    )
   network = {
     key: value for key, value in options.items()
     if key in {field.name for field in dataclasses.fields(Network)}
@@ -402,6 +407,8 @@ def write(network, averages, config, out, step=0):
 
 def convert(checkpoint, config, out, ema=True):
   """Imports the file `checkpoint` with the configuration file `config` (or its own) into `out`."""
+  if (pathlib.Path(out) / "config.json").exists():
+    raise ValueError(f"{out} holds a run already; give another --out")
   last, own, step = load_arrays(checkpoint, ema=False)
   if config is None and own is None:
     raise ValueError("--config is needed: this checkpoint does not hold its configuration")

@@ -40,10 +40,10 @@ _ERROR = flags.DEFINE_string("error", "", "kind:size of an error in x̂_0; see o
 _COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.")
 _OUT = flags.DEFINE_string("out", None, "Folder for lab.md, lab.json and lab.png.")
 _REPORT = flags.DEFINE_string("report", None, "Folder to write samplers.md and its figures into.")
-_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out; measure a report anew.")
 _OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
 _OF_LAB = (  # nor are these of --report
-  _CORRUPTION, _EXAMINE, _DATA, _IMAGES, _COMPONENTS, _STD, *_OF_GRADES, _COUNT, _OUT, _FORCE
+  _CORRUPTION, _EXAMINE, _DATA, _IMAGES, _COMPONENTS, _STD, *_OF_GRADES, _COUNT, _OUT
 )  # fmt: skip
 
 PAPER = ("momentum", "probability_flow", "ddim", "predictor_corrector")
@@ -168,6 +168,13 @@ def grade_samplers(images, labels):
   for name in names:
     samplers.check(name)
   nfes = numbers(_NFE.value, "nfe")
+  if _CORRUPTION.value == "ve":
+    cli.refuse([_SCHEDULE], "VE has no levels to schedule")
+  parts = {part for name in names for part in name.split("+")}
+  if "ddim" not in parts:
+    cli.refuse([_K], "k is of ddim alone")
+  if "stochastic_two_step" not in parts:
+    cli.refuse([_NOISE], "--noise is of stochastic_two_step alone")
   lab = make_lab(
     _CORRUPTION.value, images, labels, schedule=_SCHEDULE.value, prior=_PRIOR.value,
     components=_COMPONENTS.value, std=_STD.value, count=_COUNT.value,
@@ -517,10 +524,12 @@ def section_patches(book, data_dir, images):
 
 
 def write_report(out, data_dir):
-  """docs/samplers.md with its figures; goes on from samplers.json where it was stopped."""
+  """docs/samplers.md with its figures; goes on from samplers.json, unless --force is given."""
   from soft_diffusion_tf import laboratory
 
   out.mkdir(parents=True, exist_ok=True)
+  if _FORCE.value:
+    (out / "samplers.json").unlink(missing_ok=True)
   book = Book(out / "samplers.json", REPORT)
   labs = Labs(*laboratory.load("digits", REPORT["images"]))
   convergence, needs = section_convergence(book, labs, out)

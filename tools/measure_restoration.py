@@ -74,12 +74,21 @@ def best(candidates, method, clean):
 
 
 def main():
-  from soft_diffusion_tf import artefact, data, evaluation, features, plots, restoration, training
+  from soft_diffusion_tf import (
+    corruptions,
+    data,
+    evaluation,
+    features,
+    plots,
+    restoration,
+    training,
+  )
 
   if _SAMPLES.value < 2:
     raise ValueError(f"--samples={_SAMPLES.value}: a spread takes at least 2; give more")
   out = pathlib.Path(_OUT.value)
-  artefact.refuse_to_overwrite(out, False)
+  if out.exists():
+    raise ValueError(f"{out} is there already; give another --out")
   run = training.load(_WORKDIR.value)
   e, diffusion = run.experiment, run.diffusion
   part = lambda split: data.load(
@@ -114,7 +123,6 @@ def main():
     h, w = diffusion.image_shape[:2]
     point[0, h // 2, w // 2] = 1
     kernel = apply(point)[0, ..., 0]
-    kernel = kernel / kernel.sum()
     rows, shown = {}, {"y": y}
 
     def record(name, x, sample=None, t=t, y=y, apply=apply, rows=rows, **more):
@@ -126,11 +134,13 @@ def main():
       print(f"t = {t:g} {name}: {rows[name]}", flush=True)
 
     record("corrupted", y)
-    strength = best(
-      10.0 ** np.arange(-4, 2.1, 0.5), lambda v, y=y_tuning, k=kernel: wiener(y, k, v), tuning
-    )
-    shown["Wiener"] = wiener(y, kernel, strength)
-    record("wiener", shown["Wiener"], strength=float(strength))
+    if isinstance(e.corruption, corruptions.GaussianBlur):  # else no convolution
+      kernel = kernel / kernel.sum()
+      strength = best(
+        10.0 ** np.arange(-4, 2.1, 0.5), lambda v, y=y_tuning, k=kernel: wiener(y, k, v), tuning
+      )
+      shown["Wiener"] = wiener(y, kernel, strength)
+      record("wiener", shown["Wiener"], strength=float(strength))
     weight = best(
       (0.001, 0.003, 0.01, 0.03, 0.1),
       lambda v, y=y_tuning, a=apply, b=adjoint: total_variation(y, a, b, v), tuning,

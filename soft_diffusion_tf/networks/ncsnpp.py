@@ -171,7 +171,10 @@ class NCSNpp(keras.Model):
 
   @staticmethod
   def check(*, image_shape, fir_kernel=(1, 3, 3, 1), **options):
-    """Raises the ValueError that the constructor would, and makes nothing."""
+    """Raises the ValueError that the constructor would, and makes nothing.
+
+    But for channels that no group normalisation can split: they show when layers are made.
+    """
     _check(options | {"image_shape": image_shape, "fir_kernel": fir_kernel})
 
   def _attends(self, level):

@@ -53,6 +53,13 @@ def run(*flags, cwd=ROOT):
   )  # fmt: skip
 
 
+def test_a_cluster_of_one_image_joins_the_largest(images):
+  alone = np.concatenate([images[0][:10], 40 * images[0][20:22]])  # far from all, and each other
+  mixture = laboratory.mixture_of(alone, np.arange(12), "class")
+  assert np.isfinite(mixture.covariances).all()
+  assert len(laboratory.mixture_of(images[0][:3], np.arange(3), "class").covariances) == 1
+
+
 @pytest.mark.parametrize("components", laboratory.COMPONENTS)
 def test_exact_moments_are_those_of_draws(images, components):
   mixture = laboratory.mixture_of(*images, components, std=0.1)
@@ -177,6 +184,8 @@ def test_the_tool_grades_samplers(tmp_path):
     (("--corruption=soft_mask", "--examine", "--components=x", "--out=x"), "unknown components"),
     (("--corruption=mine:Fade", "--nfe=5", "--out=x"), "leave --nfe=5 out"),
     (("--examine", "--noise=1", "--out=x"), "leave --noise=1.0 out"),
+    (("--corruption=ve", "--schedule=linear", "--out=x"), "leave --schedule=linear out"),
+    (("--samplers=momentum", "--k=0.5", "--out=x"), "k is of ddim alone; leave --k=0.5 out"),
     (("--report=x", "--samplers=heun"), "leave --samplers=heun out"),
     ((), "give --out=DIR"),
   ],
