@@ -2,7 +2,7 @@
 
   python tools/lab.py --corruption=blur --samplers=momentum,two_step --nfe=10,20,40 --out=DIR
   python tools/lab.py --corruption=my_module:MyCorruption --out=DIR
-  python tools/lab.py --report=docs
+  python tools/lab.py --report=docs --force
 
 The first grades samplers; the second says whether a corruption of your own is well-posed, which
 schedule it wants and how many steps; the third writes docs/samplers.md again, with its figures.
