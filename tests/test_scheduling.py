@@ -265,8 +265,6 @@ def test_on_a_straight_line_the_steps_are_even(images):
 
 def test_channels_that_mix_are_noticed(rng):
   images = rng.random([40, 5, 4, 3], np.float32)
-  assert s._mixes_channels(Grey(), (5, 4, 3))
-  assert not s._mixes_channels(c.GaussianBlur(), (5, 4, 3))
   got = s.closed_form_distances(Grey(), np.array([0.0, 0.5, 1.0]), images)
   assert got[0, 2] == pytest.approx(direct(Grey(), 0.0, 1.0, images), rel=1e-4)
   assert got[1, 2] == pytest.approx(direct(Grey(), 0.5, 1.0, images), rel=1e-4)
@@ -558,8 +556,8 @@ def test_a_search_goes_on_from_its_journal(images, tmp_path, monkeypatch):
 # --- Joint schedules, halves and bad input --------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "nearest"), [("closed_form", ()), ("bures", (8, 10))])
-def test_a_joint_schedule_runs_from_clean_to_terminal(images, method, nearest):
+@pytest.mark.parametrize("method", ["closed_form", "bures"])
+def test_a_joint_schedule_runs_from_clean_to_terminal(images, method):
   found = s.search(
     c.GaussianBlur(), images, 0.01, 6.0, count=24, sigmas=(0.01, 0.1, 6), nodes=9, method=method
   )
@@ -569,8 +567,14 @@ def test_a_joint_schedule_runs_from_clean_to_terminal(images, method, nearest):
   assert np.all(np.diff(path.levels) >= 0)
   assert np.all(np.diff(path.sigmas) >= 0)
   assert np.all(np.diff(path.levels) + np.diff(path.sigmas) > 0)
-  assert tuple(path.nearest) == nearest  # by "bures" no threshold gives 9
-  assert len(path.levels) in (nearest or (9,))
+  if method == "bures" and path.nearest:
+    # Two of its edges are equal but for rounding: whether a threshold lies between them, which
+    # gives 9 nodes, is up to the processor.
+    assert tuple(path.nearest) == (8, 10)
+    assert len(path.levels) in path.nearest
+  else:
+    assert not path.nearest
+    assert len(path.levels) == 9
   assert path.to_dict()["sigmas"] == path.sigmas.tolist()
   assert found.candidates.shape == (24 * 6, 2)
 
