@@ -51,6 +51,16 @@ class Svd(NamedTuple):
   values: tf.Tensor  # broadcasts against [B, H, W, C]; not negative
 
 
+def as_channels(images):
+  """[N, H, W, C] → [1, H, W, N·C]: small images make small products, channels make large ones."""
+  return np.ascontiguousarray(np.moveaxis(images, 0, 2).reshape(1, *images.shape[1:3], -1))
+
+
+def _is_of_this_process(name):
+  """Whether no other process could import what "module:name" names."""
+  return name.startswith("__main__:") or "<" in name
+
+
 class Corruption(abc.ABC):
   """A linear operator for every level, the identity at the first end of `level_range`."""
 
@@ -78,7 +88,6 @@ class Corruption(abc.ABC):
     x = np.random.default_rng(0).random([2, *image_shape], np.float32)
     first, last = self.level_range
     level = 0.5 * (first + last) if math.isfinite(last) else first + 1.0
-    as_channels = lambda images: np.moveaxis(images, 0, 2).reshape(1, *image_shape[:2], -1)
     with tf.init_scope():
       try:
         apart = np.asarray(self(as_channels(x), level))
@@ -499,7 +508,7 @@ class Family(Corruption):
     if not isinstance(self.family, str):
       function = self.family
       name = f"{function.__module__}:{function.__qualname__}"
-      if "<" in name or function.__module__ == "__main__":
+      if _is_of_this_process(name):
         raise ValueError(
           f"{name} cannot be imported again, so it cannot travel in a config; "
           "put the function at the top of a module and name it 'module:function'"
@@ -571,7 +580,7 @@ def check_importable(config):
     if isinstance(value, Mapping):
       check_importable(value)
   kind = str(config.get("kind", ""))
-  if kind.startswith("__main__:") or "<" in kind:
+  if _is_of_this_process(kind):
     raise ValueError(
       f"corruption {kind} cannot be imported again, so that no other program could open what is "
       "trained with it; put the class into a module"

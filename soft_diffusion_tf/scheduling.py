@@ -39,7 +39,7 @@ import scipy.optimize
 import scipy.sparse.csgraph
 
 from soft_diffusion_tf import __version__, sinkhorn
-from soft_diffusion_tf.corruptions import Corruption
+from soft_diffusion_tf.corruptions import Corruption, as_channels
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -87,11 +87,6 @@ def _check_images(images: Any) -> Array:
 
 
 # --- Operators on many images at once -------------------------------------------------------------
-
-
-def _as_channels(images: Array) -> Array:
-  """[N, H, W, C] → [1, H, W, N·C]: small images make small products, channels make large ones."""
-  return np.ascontiguousarray(np.moveaxis(images, 0, 2).reshape(1, *images.shape[1:3], -1))
 
 
 def _roots(corruption: Corruption, images: Array) -> tuple[Array, bool]:
@@ -247,7 +242,7 @@ def candidate_levels(corruption: Corruption, first: float, last: float, count: i
     raise ValueError(f"unknown candidates {kind!r}; choose one of {', '.join(CANDIDATES)}")
   sample = images[np.linspace(0, len(images) - 1, min(len(images), 32)).astype(int)]
   if not corruption.mixes_channels(tuple(sample.shape[1:])):
-    sample = _as_channels(sample)
+    sample = as_channels(sample)
 
   def state(level: float) -> Array:
     return np.asarray(corruption(sample, level))

@@ -60,34 +60,20 @@ def lock(folder, busy="another process is training in it; wait for it or take an
 
 
 @contextlib.contextmanager
-def _sigterm():
-  """Yields a list that is no longer empty once SIGTERM has come; only in the main thread."""
-  asked: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield asked
-    return
-  before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-  try:
-    yield asked
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _sigterm_ends():
-  """SIGTERM raises `Preempted` at once: before the first step there is nothing to save."""
-
-  def end(number, frame):
-    raise Preempted("asked to end before the first step; start again to go on")
-
+def _on_sigterm(handler):
+  """SIGTERM calls `handler(number, frame)` meanwhile; only in the main thread can it."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  before = signal.signal(signal.SIGTERM, end)
+  before = signal.signal(signal.SIGTERM, handler)
   try:
     yield
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def _end_at_once(number, frame):
+  raise Preempted("asked to end before the first step; start again to go on")
 
 
 def _check_config(workdir, experiment):
@@ -266,7 +252,7 @@ def train(experiment, workdir, strategy=None, progress=True):
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data
-  with _sigterm_ends():
+  with _on_sigterm(_end_at_once):  # there is nothing to save yet
     source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
@@ -334,7 +320,8 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   loop, norms = _make_loop(model, strategy), _make_norms(model)
   anywhere = _make_anywhere(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
-  with monitor, _sigterm() as asked:
+  asked: list[int] = []  # not empty once SIGTERM has come
+  with monitor, _on_sigterm(lambda number, frame: asked.append(number)):
     show = _Pictures(run, source, monitor) if chief else None
     if show and step == 0:
       show.schedule(workdir)
@@ -405,29 +392,30 @@ class _Pictures:
     self._monitor.image("predictions", picture, self._run.step)
 
 
+def _make_total(strategy):
+  """A function that sums a tensor over the replicas of all workers; all of them have to call it."""
+
+  @tf.function(autograph=False)
+  def total(values):
+    return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: values), None)
+
+  return total
+
+
 def _make_anywhere(strategy):
   """A function that says whether a flag is set in any worker; all of them have to call it."""
   if not _several_workers(strategy):
     return bool
-
-  @tf.function(autograph=False)
-  def count(flag):
-    return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: flag), None)
-
-  return lambda flag: float(count(tf.constant(float(bool(flag))))) > 0
+  total = _make_total(strategy)
+  return lambda flag: float(total(tf.constant(float(bool(flag))))) > 0
 
 
 def _check_agreement(strategy, experiment, step):
   """A ValueError in every worker unless all have one config and stand at one step."""
   if not _several_workers(strategy):
     return
-
-  @tf.function(autograph=False)
-  def total(values):
-    return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: values), None)
-
   mine = np.array([step, int(experiment.identity(), 16) % 2**20], np.float64)
-  sums = total(tf.constant(np.concatenate([mine, mine**2]))).numpy()
+  sums = _make_total(strategy)(tf.constant(np.concatenate([mine, mine**2]))).numpy()
   # Σ x² · n = (Σ x)² for equal x alone.
   if not np.array_equal(sums[2:] * strategy.num_replicas_in_sync, sums[:2] ** 2):
     raise ValueError(

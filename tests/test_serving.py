@@ -543,13 +543,19 @@ def test_clients_that_stand_still_are_cut(model, rng):
     wait_until(lambda: not client.server.server_state.connections)
 
 
+def asking(client, body):
+  """A socket that has sent a request and holds little of an answer."""
+  one = socket.socket()
+  one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+  one.connect(("127.0.0.1", client.port))
+  one.sendall(head(len(body)) + body)
+  return one
+
+
 def test_who_does_not_read_is_cut(model):
   with served(model, slow_client=0.4, max_rows=256) as client:
     body = json.dumps({"inputs": {"num": 256, "seed": 1}}).encode()
-    deaf = socket.socket()
-    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    deaf.connect(("127.0.0.1", client.port))
-    deaf.sendall(head(len(body)) + body)
+    deaf = asking(client, body)
     wait_until(lambda: client.server.server_state.connections)
     wait_until(lambda: not client.server.server_state.connections)
     deaf.close()
@@ -559,10 +565,7 @@ def test_who_does_not_read_is_cut(model):
 def test_who_reads_slowly_gets_the_whole_answer(model):
   with served(model, slow_client=0.4, max_rows=256) as client:
     body = json.dumps({"inputs": {"num": 256, "seed": 1}}).encode()
-    slow = socket.socket()
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    slow.connect(("127.0.0.1", client.port))
-    slow.sendall(head(len(body)) + body)
+    slow = asking(client, body)
     begin, answer = time.monotonic(), b""
     while b"]]]" not in answer[-20:]:
       part = slow.recv(16 << 10)
