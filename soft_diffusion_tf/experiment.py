@@ -445,14 +445,11 @@ class Experiment:
 
   def digest(self) -> str:
     """Twelve hexadecimal digits that name this experiment."""
-    text = json.dumps(self.to_dict(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest(self.to_dict())
 
   def identity(self) -> str:
     """Like `digest`, of what decides the weights at a step alone."""
-    decisive = {k: v for k, v in self.flat().items() if not k.startswith(INCIDENTAL)}
-    text = json.dumps(decisive, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest({k: v for k, v in self.flat().items() if not k.startswith(INCIDENTAL)})
 
   def differences(self, other: Experiment) -> list[str]:
     """Dotted names of the fields in which two experiments differ."""
@@ -492,6 +489,10 @@ def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption
 
 def _plain(value: Any) -> Any:
   return json.loads(json.dumps(value))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

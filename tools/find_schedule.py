@@ -53,9 +53,13 @@ _FORCE = flags.DEFINE_bool("force", False, "Overwrite the file and the picture."
 _ENTROPIC = ("sinkhorn", "divergence", "regularised")
 
 
+def _is_joint():
+  return _JOINT.value or _NFE.value is not None
+
+
 def _refuse_ignored():
   """A ValueError for a flag that what is asked for does not read."""
-  method, joint = _METHOD.value, _JOINT.value or _NFE.value is not None
+  method, joint = _METHOD.value, _is_joint()
   if _COMPARE.value:
     cli.refuse(
       (_CONFIG, _OUT, _LEVELS, _NODES, _CANDIDATES, _METHOD, _SLICE, _NOISE, _EPSILON, _JOINT,
@@ -170,7 +174,7 @@ def main():
     cli.refuse_to_overwrite(picture, _FORCE.value, "plot")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
-  joint = _JOINT.value or _NFE.value is not None
+  joint = _is_joint()
   if joint and _METHOD.value == "mse":
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
   e = Experiment.from_config(_CONFIG.value)

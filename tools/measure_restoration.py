@@ -119,10 +119,6 @@ def main():
     adjoint = lambda x, t=t: diffusion.adjoint(x.astype(np.float32), np.float32(t)).numpy()
     noisy = restoration.Restorer(diffusion, run.model.denoiser())
     y, y_tuning = noisy.corrupt(clean, t), noisy.corrupt(tuning, t, seed=10**6)
-    point = np.zeros([1, *diffusion.image_shape], np.float32)
-    h, w = diffusion.image_shape[:2]
-    point[0, h // 2, w // 2] = 1
-    kernel = apply(point)[0, ..., 0]
     rows, shown = {}, {"y": y}
 
     def record(name, x, sample=None, t=t, y=y, apply=apply, rows=rows, **more):
@@ -135,6 +131,10 @@ def main():
 
     record("corrupted", y)
     if isinstance(e.corruption, corruptions.GaussianBlur):  # else no convolution
+      point = np.zeros([1, *diffusion.image_shape], np.float32)
+      h, w = diffusion.image_shape[:2]
+      point[0, h // 2, w // 2] = 1
+      kernel = apply(point)[0, ..., 0]
       kernel = kernel / kernel.sum()
       strength = best(
         10.0 ** np.arange(-4, 2.1, 0.5), lambda v, y=y_tuning, k=kernel: wiener(y, k, v), tuning
