@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import schedules
+from soft_diffusion_tf import products, schedules
 
 __all__ = [
   "BlockAverage",
@@ -127,7 +127,7 @@ class Corruption(abc.ABC):
     def multiply(matrix, transpose):
       def function(x):
         flat = tf.reshape(x, [-1, h * w, tf.shape(x)[-1]])
-        return tf.reshape(tf.matmul(matrix, flat, transpose_a=transpose), tf.shape(x))
+        return tf.reshape(products.matmul(matrix, flat, transpose_a=transpose), tf.shape(x))
 
       return function
 
@@ -186,22 +186,6 @@ class Corruption(abc.ABC):
     return x, tf.reshape(level, [-1, 1, 1, 1])
 
 
-def _two_sided(a, x, b):
-  """a x bᵀ on the two image axes: [·, H, H], [B, H, W, C], [·, W, W] → [B, H, W, C]."""
-  shape = tf.shape(x)
-  rows = tf.matmul(a, tf.reshape(x, [shape[0], shape[1], shape[2] * shape[3]]))
-  if b.shape[0] == 1 and x.shape[3] is not None and x.shape[3] <= 4:
-    # One matrix for the whole batch, as in sampling: a single product with bᵀ ⊗ I instead of a
-    # small one for every row of every image.
-    c = x.shape[3]
-    right = tf.reshape(
-      tf.transpose(b[0])[:, tf.newaxis, :, tf.newaxis] * tf.eye(c)[:, tf.newaxis, :],
-      [shape[2] * c, shape[2] * c],
-    )
-    return tf.reshape(tf.matmul(tf.reshape(rows, [-1, shape[2] * c]), right), shape)
-  return tf.matmul(b[:, tf.newaxis], tf.reshape(rows, shape))
-
-
 class _Separable(Corruption):
   """C x = A x Bᵀ with a matrix for the rows and one for the columns."""
 
@@ -214,12 +198,12 @@ class _Separable(Corruption):
 
   def apply(self, x, level):
     a, b = self._both(x, level)
-    return _two_sided(a, x, b)
+    return products.two_sided(a, x, b)
 
   def adjoint(self, y, level):
     y, level = self._prepare(y, level)
     a, b = self._both(y, level)
-    return _two_sided(tf.linalg.matrix_transpose(a), y, tf.linalg.matrix_transpose(b))
+    return products.two_sided(tf.linalg.matrix_transpose(a), y, tf.linalg.matrix_transpose(b))
 
   def operator(self, level, image_shape):
     level = tf.reshape(tf.cast(level, tf.float32), [1])
@@ -234,10 +218,10 @@ class _Separable(Corruption):
     )
     t = tf.linalg.matrix_transpose
     return Svd(
-      lambda x: _two_sided(t(u_a), x, t(u_b)),
-      lambda c: _two_sided(u_a, c, u_b),
-      lambda x: _two_sided(t(v_a), x, t(v_b)),
-      lambda c: _two_sided(v_a, c, v_b),
+      lambda x: products.two_sided(t(u_a), x, t(u_b)),
+      lambda c: products.two_sided(u_a, c, u_b),
+      lambda x: products.two_sided(t(v_a), x, t(v_b)),
+      lambda c: products.two_sided(v_a, c, v_b),
       (s_a[0, :, None] * s_b[0, None, :])[..., None],
     )
 
@@ -384,8 +368,8 @@ class BlockAverage(Corruption):
     level = tf.reshape(level, [-1])
     below = tf.floor(level)
     weight = (level - below)[:, tf.newaxis, tf.newaxis, tf.newaxis]
-    fine = _two_sided(self._stage(below, h), x, self._stage(below, w))
-    coarse = _two_sided(self._stage(below + 1, h), x, self._stage(below + 1, w))
+    fine = products.two_sided(self._stage(below, h), x, self._stage(below, w))
+    coarse = products.two_sided(self._stage(below + 1, h), x, self._stage(below + 1, w))
     return (1.0 - weight) * fine + weight * coarse
 
   def adjoint(self, y, level):
@@ -440,6 +424,38 @@ class Compose(Corruption):
     return self.inner.adjoint(self.outer.adjoint(y, self.outer_level(flat)), self.inner_level(flat))
 
 
+def _multiply(operator, x, adjoint):
+  """A `LinearOperator` (or its adjoint) times x [B, N, K], dense products by `products.matmul`.
+
+  Operators without a dense product of their own (diagonal, permutation, circulant, ...) are
+  TensorFlow's.
+  """
+  kinds = tf.linalg
+  if isinstance(operator, kinds.LinearOperatorFullMatrix):
+    return products.matmul(operator.to_dense(), x, transpose_a=adjoint)
+  if isinstance(operator, kinds.LinearOperatorAdjoint):
+    return _multiply(operator.operator, x, not adjoint)
+  if isinstance(operator, kinds.LinearOperatorComposition):
+    factors = operator.operators if adjoint else operator.operators[::-1]
+    for factor in factors:
+      x = _multiply(factor, x, adjoint)
+    return x
+  if isinstance(operator, kinds.LinearOperatorKronecker):
+    # One axis for each factor; the factor multiplies its axis.
+    sizes = [int(factor.domain_dimension) for factor in operator.operators]
+    y = tf.reshape(x, [-1, *sizes, tf.shape(x)[-1]])
+    for axis, factor in enumerate(operator.operators, 1):
+      order = [k for k in range(len(sizes) + 2) if k not in (0, axis)]
+      there = [0, axis, *order]
+      y = tf.transpose(y, there)
+      rest = tf.shape(y)[2:]
+      y = _multiply(factor, tf.reshape(y, [-1, sizes[axis - 1], tf.reduce_prod(rest)]), adjoint)
+      y = tf.reshape(y, tf.concat([[-1, sizes[axis - 1]], rest], 0))
+      y = tf.transpose(y, np.argsort(there))
+    return tf.reshape(y, tf.shape(x))
+  return operator.matmul(x, adjoint=adjoint)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family(Corruption):
   """A user's family of operators.
@@ -478,11 +494,7 @@ class Family(Corruption):
           f"pixels and {pixels * shape[2]} numbers"
         )
       flat = tf.reshape(batch, [-1, size, shape[2] if size == pixels else 1])
-      if isinstance(operator, tf.linalg.LinearOperatorKronecker) and batch.shape[0] is None:
-        # TensorFlow's product of factors takes a batch of static size only.
-        product = tf.matmul(operator.to_dense(), flat, adjoint_a=adjoint)
-      else:
-        product = operator.matmul(flat, adjoint=adjoint)
+      product = _multiply(operator, flat, adjoint)
       return tf.reshape(product, [-1, *shape])
 
     level = tf.reshape(level, [-1])

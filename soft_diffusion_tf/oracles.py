@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import rng
+from soft_diffusion_tf import products, rng
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +94,11 @@ def _isotropic(mixture, diffusion):
     precision, flat_s = tf.reshape(1.0 / spread, [-1]), tf.reshape(s, [-1])
     centre = m * flat_s
     logits = (
-      tf.matmul(c * precision, centre, transpose_b=True)
+      products.matmul(c * precision, centre, transpose_b=True)
       - 0.5 * tf.reduce_sum(centre**2 * precision, axis=1)
       + log_weights
     )
-    posterior = tf.matmul(tf.nn.softmax(logits), m)
+    posterior = products.matmul(tf.nn.softmax(logits), m)
     gain = variance * flat_s * precision
     mean = posterior + gain * (c - flat_s * posterior)
     return parts.from_right(tf.reshape(mean, tf.shape(x_t)))
@@ -164,7 +164,7 @@ def noisy(denoise, diffusion, size, seed=0, kind="field"):
     if kind == "smooth":
       mean = tf.nn.avg_pool2d(x_0, 3, 1, "SAME")
       return x_0 - size * (x_0 - mean)
-    mapped = tf.matmul(tf.reshape(x_t - 0.5, [-1, n]), field)
+    mapped = products.matmul(tf.reshape(x_t - 0.5, [-1, n]), field)
     if kind == "rough":
       mapped = 2.0**0.5 * tf.sin(frequency * mapped + phase)
     return x_0 + size * tf.reshape(mapped, tf.shape(x_0))
