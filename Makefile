@@ -5,16 +5,21 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The portable program runs without TensorFlow, in an environment of its own with JAX.
+PYTHON_JAX ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' 2>/dev/null && echo $(p))))
+PORTABLE := .portable_env
 SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install quickstart test test-slow lint format docs study-digits study-defaults study-cifar \
+.PHONY: help install quickstart test test-slow test-portable lint format docs study-digits study-defaults study-cifar \
 	clean
 
 help:
 	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
 	@echo "make test        the tests;  make test-slow: the long ones too"
+	@echo "make test-portable  the portable program by JAX, in an environment that it makes"
 	@echo "make lint        ruff and mypy;  make format: rewrite by ruff"
 	@echo "make study-digits, make study-cifar  the paper's claims, tried (an hour; hours); both go on"
 	@echo "make study-defaults  what the paper leaves open, tried on digits (20 minutes)"
@@ -41,6 +46,17 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
+$(PORTABLE)/.installed: tools/portable_runner.py
+	@test -n "$(PYTHON_JAX)" || \
+		{ echo "error: JAX needs Python 3.12 or later; install one or give make PYTHON_JAX=PATH"; exit 1; }
+	test -x $(PORTABLE)/bin/python || $(PYTHON_JAX) -m venv $(PORTABLE)
+	$(PORTABLE)/bin/python -m pip install --quiet \
+		"jax==$$(sed -n 's/^JAX = "\(.*\)".*/\1/p' tools/portable_runner.py)" pillow
+	@touch $@
+
+test-portable: $(STAMP) $(PORTABLE)/.installed
+	PORTABLE_ENV=$(PORTABLE) $(BIN)/python -m pytest tests/tools/test_portable.py -m "slow or not slow"
+
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -65,4 +81,4 @@ study-cifar: $(STAMP)
 		$(if $(DATA_DIR),--data_dir=$(DATA_DIR)) $(if $(FEATURE_NET),--feature_net=$(FEATURE_NET))
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PORTABLE) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ import tqdm
 KEPT = "kept"
 
 
-def _named(model):
+def named_variables(model):
   """Variables by name; those of the optimizer lose its own name, which counts up in a process."""
   named = {f"network/{v.path}": v.value for v in model.network.variables}
   named |= {f"ema/{v.path}": v.value for v in model.ema_network.variables}
@@ -33,7 +33,7 @@ class Checkpoints:
 
   def __init__(self, folder, model, keep=1):
     self.folder = pathlib.Path(folder)
-    self._live = _named(model)
+    self._live = named_variables(model)
     self._step = model.optimizer.iterations
     self._keep = keep
     self._copy = None

@@ -300,6 +300,23 @@ def order(position, count, seed):
   return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=4)
 
 
+def examples(images, index, first, seed=0, flip=False):
+  """The images at an index, as a batch float32 [B, H, W, C] in [0, 1].
+
+  Args:
+    images: uint8 [N, H, W, C].
+    index: int [B].
+    first: the position in the endless stream of the batch's first image: it decides the flips.
+    flip: mirror left-right with probability ½.
+  """
+  batch = tf.cast(tf.gather(images, index), tf.float32) / 255.0
+  if not flip:
+    return batch
+  stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(1, tf.int64)])
+  draw = rng.uniform(stream, first, tf.shape(index)[0], (1, 1, 1))
+  return tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+
+
 def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1)):
   """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
 
@@ -320,11 +337,7 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1))
   def make(step):
     first = step * batch_size
     position = first + tf.range(batch_size, dtype=tf.int64)
-    batch = tf.gather(images, order(position, len(source), seed))
-    batch = tf.cast(batch, tf.float32) / 255.0
-    if flip:
-      draw = rng.uniform(tf.stack([tf.cast(seed, tf.int64), 1]), first, batch_size, (1, 1, 1))
-      batch = tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+    batch = examples(images, order(position, len(source), seed), first, seed, flip)
     if hosts > 1 < each:
       parts = tf.reshape(batch, [hosts, each, -1, *source.images.shape[1:]])
       batch = tf.reshape(tf.transpose(parts, [1, 0, 2, 3, 4, 5]), tf.shape(batch))

@@ -10,7 +10,6 @@ that for the topology: what does not compile, or exceeds a chip's memory, fails 
 What this proves, and what it does not, stands in docs/tpu.md.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -26,6 +25,9 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
+from tools.lowering import custom_calls, program, stablehlo, with_levels  # noqa: E402
+
 COMPILER = pathlib.Path(__file__).with_name("tpu_compiler.py")
 # The compiler is called through functions that jaxlib does not promise to keep.
 PINS = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52", "numpy==2.4.6")
@@ -107,120 +109,6 @@ def _ask(python, *arguments):
     ) from None
 
 
-# --- Lowering -------------------------------------------------------------------------------------
-
-
-def with_levels(experiment):
-  """The experiment with stand-ins for levels that are not found yet, and whether it has any.
-
-  A program does not depend on its levels' values, so an interpolation through as many levels as
-  `find_schedule.py` gives compiles alike.
-  """
-  import dataclasses
-
-  import numpy as np
-
-  from soft_diffusion_tf import schedules
-
-  def found(schedule):
-    if isinstance(schedule, schedules.Unfound):
-      line = np.geomspace if schedule.start > 0 else np.linspace
-      return schedules.piecewise(line(schedule.start, schedule.stop, 32).tolist())
-    if hasattr(schedule, "inner"):
-      return dataclasses.replace(schedule, inner=found(schedule.inner))
-    return schedule
-
-  level = found(experiment.level)
-  return experiment.replace(level=level), level != experiment.level
-
-
-@contextlib.contextmanager
-def _replica(replicas):
-  """Inside, TensorFlow takes the code for one of so many replicas of an XLA program.
-
-  It stands where `TPUStrategy` puts its own: number and sum of the replicas become XLA's
-  replica-id and all-reduce.
-  """
-  import tensorflow as tf
-  from tensorflow.compiler.tf2xla.ops import gen_xla_ops
-
-  class Replica(tf.distribute.ReplicaContext):
-    @property
-    def num_replicas_in_sync(self):
-      return replicas
-
-    def all_reduce(self, reduce_op, value, options=None):
-      assert reduce_op == tf.distribute.ReduceOp.SUM, reduce_op
-      group = tf.constant([list(range(replicas))])
-      return tf.nest.map_structure(
-        lambda v: gen_xla_ops.xla_all_reduce(v, group, "Add", "CrossReplica"), value
-      )
-
-  if replicas == 1:
-    yield
-    return
-  with Replica(tf.distribute.get_strategy(), gen_xla_ops.xla_replica_id()):
-    yield
-
-
-def program(experiment, what, batch, replicas=1, dtype="float32"):
-  """What one chip runs, as a tf.function for XLA.
-
-  Args:
-    experiment: with levels (see `with_levels`).
-    what: "train" or "sample".
-    batch: images of this chip.
-    replicas: chips that share the gradient; a sampler does not talk to others.
-    dtype: "float32" or "bfloat16".
-
-  Returns:
-    The function, the specifications of its arguments (images, or the sampler's table and the
-    images' seeds), and the model whose variables it uses.
-  """
-  import numpy as np
-  import tensorflow as tf
-
-  from soft_diffusion_tf import priors, samplers, training
-
-  experiment = experiment.replace(network={"dtype": dtype})
-  diffusion = experiment.build_diffusion()
-  shape = experiment.data.image_shape
-  # Any images: the prior's numbers change nothing, only its rank does.
-  images = np.random.default_rng(0).random([2 * experiment.prior.rank, *shape], np.float32)
-  prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
-  model = training.build(experiment, diffusion.with_prior(prior))
-
-  if what == "train":
-
-    def run(x_0):
-      with _replica(replicas):
-        return model.update(x_0)
-
-    arguments = [tf.TensorSpec([batch, *shape], tf.float32)]
-  else:
-    held = training.Run(experiment, model, 0)
-    denoiser, table = held.sampler().denoiser, held.table()
-
-    def run(rows, seeds):
-      x = model.diffusion.draw_prior(seeds)
-      return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
-
-    arguments = [
-      tf.TensorSpec(table.shape, tf.float32),
-      tf.TensorSpec([batch], tf.int64),
-    ]
-  return tf.function(run, autograph=False, jit_compile=True), arguments, model
-
-
-def stablehlo(function, arguments):
-  """The StableHLO text of a tf.function; its variables follow the arguments as parameters."""
-  text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
-  # A no-op of TensorFlow's own dialect, which other readers of StableHLO do not know.
-  return re.sub(
-    r"mhlo\.copy (%[\w#:]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text
-  )
-
-
 # --- Reports --------------------------------------------------------------------------------------
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -245,11 +133,6 @@ def hbm(refusal):
 def all_reduces(text):
   """How many all-reduces a text holds, StableHLO or HLO (which may split one: start and done)."""
   return len(re.findall(r"stablehlo\.all_reduce\"|\ball-reduce(?:-start)?\(", text))
-
-
-def custom_calls(text):
-  """The targets of a StableHLO text's custom calls, each once."""
-  return sorted(set(re.findall(r"stablehlo\.custom_call\"? ?@(\w+)", text)))
 
 
 def size(count):

@@ -23,20 +23,24 @@ _SMALL = 0.1  # initial scale of attention's projections and of the DDPM block's
 _RSQRT2 = math.sqrt(0.5)
 
 
-def fan_average_uniform(scale, seed):
+class FanAverageUniform:
   """Initialiser: uniform with variance scale / mean(fan_in, fan_out); a scale of 0 means 1e-10.
 
-  The draw is NumPy's, so it is the same on every device, with or without XLA.
+  The draw is NumPy's, so it is the same on every device, with or without XLA, and where there is no
+  TensorFlow: `np.random.default_rng(seed).uniform(−limit, limit, shape)`, rounded to float32.
   """
-  scale = scale or 1e-10
 
-  def initialise(shape, dtype=None):
+  def __init__(self, scale, seed):
+    self.scale, self.seed = scale or 1e-10, seed
+
+  def limit(self, shape):
     receptive = math.prod(shape[:-2])
-    limit = math.sqrt(3 * scale / (receptive * (shape[-2] + shape[-1]) / 2))
-    draw = np.random.default_rng(seed).uniform(-limit, limit, shape)
-    return tf.constant(draw, dtype or tf.float32)
+    return math.sqrt(3 * self.scale / (receptive * (shape[-2] + shape[-1]) / 2))
 
-  return initialise
+  def __call__(self, shape, dtype=None):
+    limit = self.limit(shape)
+    draw = np.random.default_rng(self.seed).uniform(-limit, limit, shape)
+    return tf.constant(draw, dtype or tf.float32)
 
 
 class Layer(keras.layers.Layer):
@@ -47,7 +51,10 @@ class Layer(keras.layers.Layer):
     self.built = True
 
   def add_kernel(self, shape, scale, seed, name="kernel"):
-    return self.add_weight(shape=shape, initializer=fan_average_uniform(scale, seed), name=name)
+    initialiser = FanAverageUniform(scale, seed)
+    kernel = self.add_weight(shape=shape, initializer=initialiser, name=name)
+    kernel.initialiser = initialiser  # what draws the same values elsewhere
+    return kernel
 
   def add_vector(self, size, initializer="zeros", name="bias", **kwargs):
     return self.add_weight(shape=(size,), initializer=initializer, name=name, **kwargs)

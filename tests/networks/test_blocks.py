@@ -178,7 +178,7 @@ def test_fourier_features_have_the_published_phase():
 @pytest.mark.parametrize("scale", [1.0, 0.1, 0.0])
 def test_initialiser_statistics(scale):
   shape = (3, 3, 24, 40)
-  draw = blocks.fan_average_uniform(scale, (0, 1))(shape).numpy().astype(np.float64)
+  draw = blocks.FanAverageUniform(scale, (0, 1))(shape).numpy().astype(np.float64)
   variance = (scale or 1e-10) / (9 * (24 + 40) / 2)
   assert np.abs(draw).max() <= np.sqrt(3 * variance) * (1 + 1e-6)  # rounding to float32
   # A uniform variable's fourth moment makes the deviation of a sample variance √(0.8/n).

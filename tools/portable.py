@@ -1,0 +1,453 @@
+"""One training step and sampler for every device: exported, run by JAX alone, imported back.
+
+  python tools/portable.py export --config=configs/cifar10_blur.py --out=portable
+  python portable/run.py --out=results --seconds=600     # on any machine with JAX (run.py --help)
+  python tools/portable.py import --folder=portable --results=results --workdir=runs/back
+
+`export` writes a folder with the programs (StableHLO of the project's own step, sampler and
+held-out loss), the initial state or its seeds, the order of the data, and the images. Its run.py
+needs JAX and NumPy and nothing else; `python tools/portable.py run …` is the same program. `import`
+makes a workdir of what came back, which all programs read. docs/portable.md says more.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
+RUNNER = pathlib.Path(__file__).with_name("portable_runner.py")
+VERBS = ("export", "run", "import")
+
+_HELD_OUT = 3  # sub-stream of the held-out loss's noise, beside those of a training step
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are evenly spread times
+
+
+# --- Export ---------------------------------------------------------------------------------------
+
+
+def programs(run, images, held_out, plans, sample_batch):
+  """The functions to export: name → (function, specifications of its arguments, result names)."""
+  import tensorflow as tf
+
+  from soft_diffusion_tf import data, losses, rng, samplers
+
+  e, model = run.experiment, run.model
+  batch = e.training.batch_size
+  pictures = lambda x: tf.TensorSpec(x.shape, tf.uint8)
+
+  def train(images, index):
+    first = tf.cast(model.optimizer.iterations, tf.int64) * batch
+    x_0 = data.examples(images, index, first, e.seed, e.data.flip)
+    out = model.update(tf.ensure_shape(x_0, [batch, *e.data.image_shape]))
+    return out["loss"], out["gradient_norm"]
+
+  denoiser = run.sampler().denoiser
+
+  def sample(rows, seeds):
+    x = model.diffusion.draw_prior(seeds)
+    return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
+
+  def evaluate(images, index):
+    x_0 = data.examples(images, index, 0)
+    place = tf.cast(index, tf.float64) + 0.5
+    t_min = e.training.t_min
+    t = t_min + (1 - t_min) * tf.cast(tf.math.floormod(place * _GOLDEN, 1.0), tf.float32)
+    seed = rng.fold_in(tf.constant([e.seed, 0], tf.int64), _HELD_OUT)
+    eta = rng.normal(seed, index[0], index.shape[0], e.data.image_shape)
+    return losses.soft_score_matching(
+      model.diffusion, model.denoiser(), x_0, t, eta, weight=e.training.weight,
+      filtered=e.training.filtered, look_ahead=e.training.look_ahead,
+    ), t  # fmt: skip
+
+  found = {"train": (train, [pictures(images), tf.TensorSpec([batch], tf.int32)])}
+  if plans:
+    rows = next(iter(plans.values()))
+    found["sample"] = (
+      sample, [tf.TensorSpec(rows.shape, tf.float32), tf.TensorSpec([sample_batch], tf.int64)]
+    )  # fmt: skip
+  if len(held_out):
+    size = min(batch, len(held_out))
+    found["evaluate"] = (evaluate, [pictures(held_out), tf.TensorSpec([size], tf.int32)])
+  return found
+
+
+def plans_of(run, text):
+  """Sampler tables by name ("two_step:10"), filled up to one number of rows with rows of zeros."""
+  import numpy as np
+
+  tables = {}
+  for item in filter(None, text.split(",")):
+    name, _, nfe = item.rpartition(":")
+    if not name or not nfe.isdigit():
+      raise ValueError(f"--plans={item}: give SAMPLER:EVALUATIONS, such as two_step:25")
+    options = run.options(sampler=name, nfe=int(nfe))
+    if options.grid in ("transport", "relative"):
+      raise ValueError(f"--plans={item}: the grid {options.grid} measures samples; export another")
+    tables[item] = run.table(options).numpy()
+  longest = max(map(len, tables.values()), default=0)
+  return {k: np.pad(v, [[0, longest - len(v)], [0, 0]]) for k, v in tables.items()}
+
+
+def recipes(model, store=False):
+  """How each variable is made again: (name → recipe, the arrays that are stored).
+
+  A kernel that still holds what its initialiser drew travels as its seed, an array of one value as
+  that value, averages that equal their weights as the weights' name.
+  """
+  import numpy as np
+
+  from soft_diffusion_tf import checkpoints
+  from tools.portable_runner import digest_of
+
+  initialisers = {
+    f"network/{v.path}": v.initialiser
+    for v in model.network.variables if hasattr(v, "initialiser")
+  }  # fmt: skip
+  values = {k: v.numpy() for k, v in checkpoints.named_variables(model).items()}
+  found, stored = {}, {}
+  for name, value in values.items():
+    recipe = {"shape": list(value.shape), "dtype": value.dtype.name}
+    first = value.ravel()[0] if value.size else 0
+    twin = name.replace("ema/", "network/", 1)
+    if store:
+      recipe["kind"] = "stored"
+    elif np.all(value == first) and np.isfinite(first):
+      recipe |= {"kind": "fill", "value": first.item()}
+    elif name in initialisers and np.array_equal(initialisers[name](value.shape).numpy(), value):
+      of = initialisers[name]
+      recipe |= {"kind": "uniform", "limit": of.limit(value.shape), "seed": list(of.seed)}
+    elif twin != name and twin in values and np.array_equal(value, values[twin]):
+      recipe |= {"kind": "same", "as": twin}
+    else:
+      recipe["kind"] = "stored"
+    if recipe["kind"] == "stored":
+      stored[name] = value
+    found[name] = recipe
+  return found, stored, digest_of(values)
+
+
+def jpeg_files(experiment, split):
+  """The JPEG files of a TFDS split as they are: (bytes, images as Pillow decodes them)."""
+  import numpy as np
+  import tensorflow_datasets as tfds
+  from PIL import Image
+
+  d = experiment.data
+  try:
+    builder = tfds.builder(d.name, data_dir=d.data_dir or None)
+    dataset = builder.as_dataset(
+      split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()},
+      read_config=tfds.ReadConfig(interleave_cycle_length=1),
+    )  # fmt: skip
+  except Exception as error:  # TFDS raises of its own kinds
+    raise ValueError(f"--jpeg takes a TFDS data set ({str(error).splitlines()[0]})") from None
+  files = [record["image"] for record in tfds.as_numpy(dataset)]
+  if not all(f.startswith(b"\xff\xd8") for f in files):
+    raise ValueError(f"--jpeg: {d.name} is not stored as JPEG files; leave the flag out")
+  images = np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
+  if images.shape[1:] != tuple(d.image_shape):
+    raise ValueError(
+      f"--jpeg: the files are {images.shape[1:]}, and data.image_shape {tuple(d.image_shape)}; "
+      "leave the flag out, so that they are resized here"
+    )
+  return files, images
+
+
+def load_images(experiment, split, jpeg, count=None):
+  """(name, bytes of the file to write, images uint8) of a split, at most `count`."""
+  import numpy as np
+
+  from soft_diffusion_tf import data
+
+  d, content = experiment.data, io.BytesIO()
+  if jpeg:
+    files, images = jpeg_files(experiment, split)
+    files, images = files[:count], images[:count]
+    np.savez(
+      content, data=np.frombuffer(b"".join(files), np.uint8),
+      sizes=np.array(list(map(len, files)), np.int64),
+      digest=np.array(hashlib.sha256(images.tobytes()).hexdigest().encode()),
+    )  # fmt: skip
+    return "npz", content.getvalue(), images
+  images = data.load(d.name, split, d.image_shape, d.crop, d.data_dir or None).images[:count]
+  np.save(content, images)
+  return "npy", content.getvalue(), images
+
+
+def export(run, out, *, steps, plans, sample_batch, held_out, jpeg=False, store=False,
+           train_count=None):  # fmt: skip
+  """Writes the folder; see the module's text.
+
+  Args:
+    run: `training.Run`: a fresh one or one in the middle.
+    steps: how many steps of the data's order to write.
+    plans: text, see `plans_of`.
+    sample_batch: images drawn side by side.
+    held_out: how many images of the test split travel.
+    jpeg: let the images travel as the JPEG files that a TFDS set stores.
+    store: store every array of the state.
+    train_count: only the first images of the training split.
+  """
+  import numpy as np
+  import tensorflow as tf
+
+  from soft_diffusion_tf import data
+  from tools import lowering
+  from tools.portable_runner import FORMAT
+
+  e = run.experiment
+  out = pathlib.Path(out)
+  if out.exists() and any(out.iterdir()):
+    raise ValueError(f"{out} holds files already; give another --out")
+  tables = plans_of(run, plans)
+  name, content, images = load_images(e, e.data.train_split, jpeg, train_count)
+  files = {f"images.{name}": content}
+  held_name, content, rest = load_images(e, e.data.test_split, jpeg, held_out)
+  files[f"held_out.{held_name}"] = content
+  batch, count = e.training.batch_size, len(images)
+  if count < 1:
+    raise ValueError(f"the split {e.data.train_split!r} is empty; nothing can be trained on")
+  small = np.uint16 if count <= 2**16 else np.uint32
+  position = (run.step + np.arange(steps))[:, None] * batch + np.arange(batch)
+  order = data.order(tf.constant(position.ravel()), count, e.seed).numpy().reshape(position.shape)
+  files["order.npy"] = _npy(order.astype(small))
+  described = {}
+  for what, (function, arguments) in programs(run, images, rest, tables, sample_batch).items():
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+    concrete = compiled.get_concrete_function(*arguments)
+    low = lowering.lower(compiled, arguments, run.model)
+    targets = lowering.custom_calls(low.text)
+    if targets:
+      raise ValueError(
+        f"the program {what!r} calls {', '.join(targets)}, which one device has only"
+      )
+    results = [(list(t.shape), t.dtype.name) for t in tf.nest.flatten(concrete.structured_outputs)]
+    files[f"{what}.mlir.gz"] = gzip.compress(low.text.encode(), 9, mtime=0)
+    described[what] = {
+      "file": f"{what}.mlir.gz", "arguments": low.arguments, "results": results,
+      "variables": low.variables, "updated": low.updated,
+    }  # fmt: skip
+    print(f"{what}: {len(low.text) / 2**20:.1f} MB of StableHLO", flush=True)
+  state, stored, digest = recipes(run.model, store)
+  files["state.npz"], files["plans.npz"] = _npz(stored), _npz(tables)
+  prior = run.diffusion.prior
+  files["prior.npz"] = _npz(
+    {"kind": np.array(prior.kind), "mean": prior.mean, "factors": prior.factors}
+  )
+  files["run.py"] = RUNNER.read_bytes()
+  manifest = {
+    "format": FORMAT, "digest": e.identity(), "step": run.step, "config": e.to_dict(),
+    "programs": described, "state": state, "state_digest": digest, "plans": list(tables),
+    "images": f"images.{name}", "held_out": f"held_out.{held_name}",
+    "files": {k: hashlib.sha256(v).hexdigest() for k, v in files.items()},
+  }  # fmt: skip
+  files["manifest.json"] = (json.dumps(manifest) + "\n").encode()
+  partial = out.with_name(out.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  for name, content in files.items():
+    (partial / name).write_bytes(content)
+  if out.exists():
+    out.rmdir()  # empty, as was checked
+  partial.replace(out)
+  return {name: len(content) for name, content in files.items()}
+
+
+def _npy(array):
+  import numpy as np
+
+  content = io.BytesIO()
+  np.save(content, array)
+  return content.getvalue()
+
+
+def _npz(arrays):
+  import numpy as np
+
+  content = io.BytesIO()
+  np.savez(content, **arrays)
+  return content.getvalue()
+
+
+# --- Import ---------------------------------------------------------------------------------------
+
+
+def read_results(results):
+  """(result.json, the arrays by name) of a folder that run.py wrote."""
+  import zipfile
+
+  import numpy as np
+
+  results = pathlib.Path(results)
+  path = results / "result.json"
+  try:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    prefix = result["saved"]
+  except FileNotFoundError:
+    raise ValueError(f"{results}: no result.json in it; is it what run.py --out wrote?") from None
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(f"{path}: no weights were saved there; run longer, or with --limit") from None
+  arrays = {}
+  for part in sorted(results.glob(f"{prefix}-*.npz")):
+    try:
+      with np.load(part, allow_pickle=False) as content:
+        arrays |= dict(content)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{part}: cannot be read ({error}); copy it again") from None
+  return result, arrays
+
+
+def bring_back(folder, results, workdir):
+  """Makes a workdir of an exported folder and what run.py made of it; returns the `Run`.
+
+  With the whole state the run goes on from there. With the averaged weights alone they stand for
+  the network too and Adam starts anew, which the workdir's text says.
+  """
+  import numpy as np
+
+  from soft_diffusion_tf import checkpoints, priors, training
+  from soft_diffusion_tf.experiment import Experiment
+  from tools.portable_runner import Refused, read_manifest
+
+  folder, workdir = pathlib.Path(folder), pathlib.Path(workdir)
+  if (workdir / "config.json").exists():
+    raise ValueError(f"{workdir} holds a run already; give another --workdir")
+  try:
+    manifest = read_manifest(folder)
+  except Refused as error:
+    raise ValueError(str(error)) from None
+  result, arrays = read_results(results)
+  if result.get("export") != manifest["digest"]:
+    raise ValueError(
+      f"{results} is of the export {result.get('export')}, and {folder} is {manifest['digest']}; "
+      "give the --folder that it was run from"
+    )
+  e = Experiment.from_config(manifest["config"])
+  prior = priors.Prior.load(folder / "prior.npz")
+  model = training.build(e, e.build_diffusion().with_prior(prior))
+  whole = result["saved"] == "state"
+  for name, variable in checkpoints.named_variables(model).items():
+    source = name if whole else name.replace("network/", "ema/", 1)
+    if source.startswith("optimizer/") and not whole:
+      if name == "optimizer/iteration":
+        variable.assign(result["step"])
+      continue
+    if source not in arrays:
+      raise ValueError(f"{results}: {source} is missing; copy every file of it again")
+    value = arrays[source]
+    if value.shape != tuple(variable.shape):
+      raise ValueError(
+        f"{results}: {source} is {value.shape}, and the config makes it {tuple(variable.shape)}"
+      )
+    if not np.all(np.isfinite(value)):
+      raise ValueError(f"{results}: {source} holds values that are not finite; training has failed")
+    variable.assign(value.astype(variable.dtype.as_numpy_dtype))
+  run = training.Run(e, model, result["step"])
+  training.write(run, workdir)
+  about = {k: v for k, v in result.items() if k != "history"} | {"whole_state": whole}
+  (workdir / "portable.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+  return run
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def _define(verb):
+  """The flags of a verb; absl reads them when the program runs."""
+  from absl import flags
+
+  from soft_diffusion_tf.bin import cli
+
+  if verb == "export":
+    return {
+      "config": cli.define_config(),
+      "workdir": flags.DEFINE_string("workdir", None, "Export the run of a workdir."),
+      "out": flags.DEFINE_string("out", None, "A new folder.", required=True),
+      "steps": flags.DEFINE_integer("steps", 10_000, "Steps of the data's order to write."),
+      "plans": flags.DEFINE_string("plans", "two_step:25", "SAMPLER:EVALUATIONS, with commas."),
+      "sample_batch": flags.DEFINE_integer("sample_batch", None, "Images drawn side by side."),
+      "held_out": flags.DEFINE_integer("held_out", 1000, "Images of the test split that travel."),
+      "train_count": flags.DEFINE_integer("train_count", None, "Only the first training images."),
+      "jpeg": flags.DEFINE_bool("jpeg", False, "Images travel as the JPEG files of a TFDS set."),
+      "store": flags.DEFINE_bool("store", False, "Store the whole state, not its seeds."),
+    }  # fmt: skip
+  return {
+    "folder": flags.DEFINE_string("folder", None, "What export wrote.", required=True),
+    "results": flags.DEFINE_string("results", None, "What run.py wrote.", required=True),
+    "workdir": flags.DEFINE_string("workdir", None, "A new workdir.", required=True),
+  }
+
+
+def _fresh(experiment, jpeg, train_count):
+  """A run that has not begun, its prior fitted as `training.train` does."""
+  import numpy as np
+
+  from soft_diffusion_tf import priors, training
+
+  diffusion = experiment.build_diffusion()
+  experiment.check_network()
+  _, _, images = load_images(experiment, experiment.data.train_split, jpeg, train_count)
+  picked = np.random.default_rng(experiment.seed).permutation(len(images))[: training.PRIOR_IMAGES]
+  floats = images[np.sort(picked)].astype(np.float32) / 255.0
+  prior = priors.fit(experiment.prior.kind, floats, diffusion, experiment.prior.rank)
+  return training.Run(experiment, training.build(experiment, diffusion.with_prior(prior)), 0)
+
+
+def _export():
+  from soft_diffusion_tf import training
+  from soft_diffusion_tf.experiment import Experiment
+
+  value = {name: flag.value for name, flag in _FLAGS.items()}
+  if (value["config"] is None) == (value["workdir"] is None):
+    raise ValueError("give --config=FILE for a fresh run, or --workdir=DIR for one that has begun")
+  for name in ("steps", "held_out"):
+    if value[name] < (name == "steps"):
+      raise ValueError(f"--{name}={value[name]} is too few")
+  if value["workdir"]:
+    run = training.load(value["workdir"])
+  else:
+    experiment = Experiment.from_config(value["config"])
+    run = _fresh(experiment, value["jpeg"], value["train_count"])
+  sizes = export(
+    run, value["out"], steps=value["steps"], plans=value["plans"],
+    sample_batch=value["sample_batch"] or run.experiment.sampling.batch_size,
+    held_out=value["held_out"], jpeg=value["jpeg"], store=value["store"],
+    train_count=value["train_count"],
+  )  # fmt: skip
+  for name, size in sizes.items():
+    print(f"  {name}: {size / 2**20:.2f} MiB")
+  print(f"{value['out']}: {sum(sizes.values()) / 2**20:.1f} MiB; run it by python "
+        f"{value['out']}/run.py --seconds=600 --out=results")  # fmt: skip
+
+
+def _import():
+  run = bring_back(*(_FLAGS[name].value for name in ("folder", "results", "workdir")))
+  whole = json.loads((pathlib.Path(_FLAGS["workdir"].value) / "portable.json").read_text())
+  note = "" if whole["whole_state"] else " (averaged weights alone: Adam's state did not travel)"
+  print(f"{_FLAGS['workdir'].value}: step {run.step}{note}")
+
+
+if __name__ == "__main__":
+  verb = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+  if verb == "run":
+    sys.path.insert(0, str(RUNNER.parent))
+    import portable_runner
+
+    portable_runner.main()
+    sys.exit()
+  if verb not in VERBS:
+    print(__doc__.strip())
+    if verb is None and {"--help", "-h"} & set(sys.argv):
+      sys.exit()
+    print(f"error: {verb!r} is no verb; give export, run or import", file=sys.stderr)
+    sys.exit(2)
+  from soft_diffusion_tf.bin import cli
+
+  _FLAGS = _define(verb)
+  globals().update({f"_flag_{name}": flag for name, flag in _FLAGS.items()})  # for --help
+  cli.run(_export if verb == "export" else _import)
