@@ -422,7 +422,8 @@ class Session:
     """One call of the compiled step: `inside` steps; returns losses and gradient norms."""
     inside = self._programs.inside
     done = self.step - self.manifest["step"]
-    index = self.order[done : done + inside].astype(self._np.int32)
+    # A run by the clock may outlast the order that was exported, and then begins it anew.
+    index = self.order[(done + self._np.arange(inside)) % len(self.order)].astype(self._np.int32)
     program = self.manifest["programs"]["train"]
     state = {v: self.state[v] for v in program["updated"]}
     fixed = {v: self.state[v] for v in program["variables"] if v not in state}
@@ -551,10 +552,10 @@ def train_and_draw(a, folder, manifest, out, jax):
   inside = a.inside or (1 if platform == "cpu" else 20)
   say(f"JAX {jax.__version__}, NumPy {np.__version__}, {device.device_kind}, {inside} steps a call")
   order = np.load(folder / "order.npy", mmap_mode="r")
-  steps = len(order) if a.steps is None else int(a.steps)
-  if steps > len(order):
+  steps = math.inf if a.steps is None else a.steps
+  if a.steps and steps > len(order):
     raise Refused(f"--steps={steps}: the order of {len(order)} steps was exported")
-  if steps % inside:
+  if a.steps and steps % inside:
     steps -= steps % inside
     say(f"note: {steps} steps, a multiple of {inside}")
   images = read_images(folder, manifest["images"])
@@ -590,7 +591,7 @@ def train_and_draw(a, folder, manifest, out, jax):
     size = manifest["programs"]["sample"]["arguments"][1][0][0]
     each = (time.monotonic() - begin) / int((session.plans[longest][:, 0] > 0).sum())
     evaluations = sum(int((session.plans[p][:, 0] > 0).sum()) for p in plans)
-    reserve = RESERVE * each * evaluations * math.ceil(a.samples / size) + 15
+    reserve = RESERVE * each * evaluations * math.ceil(a.samples / size) + 10
     say(f"drawing takes {1e3 * each:.1f} ms an evaluation of {size} images: {reserve:.0f} s kept")
 
   batch = manifest["programs"]["train"]["arguments"][1][0][0]
@@ -600,6 +601,8 @@ def train_and_draw(a, folder, manifest, out, jax):
   while session.step < final and left() > reserve:
     loss, norm = session.train()
     history.append((session.step, loss, norm))
+    if len(history) > 1:  # JAX runs ahead of the device: no further than a call, for the clock
+      history[-2][1].block_until_ready()
     if begin is None:  # the first call is a warm-up
       session.wait()
       begin, since = time.monotonic(), session.step
@@ -624,6 +627,8 @@ def train_and_draw(a, folder, manifest, out, jax):
       saved = time.monotonic()
   session.wait()
   trained = session.step - manifest["step"]
+  if trained > len(order):
+    say(f"note: the order of {len(order)} steps was begun anew: from there on it is not training's")
   if begin is not None and session.step > since:
     seconds = (time.monotonic() - begin) / (session.step - since)
     record.add(seconds_per_step=seconds, images_per_second=batch / seconds)
