@@ -179,19 +179,19 @@ def load_images(experiment, split, jpeg, count=None):
   return "npy", content.getvalue(), images
 
 
-def export(run, out, *, steps, plans, sample_batch, held_out, jpeg=False, store=False,
-           train_count=None):  # fmt: skip
+def export(run, out, training_images, *, steps, plans, sample_batch, held_out, jpeg=False,
+           store=False):  # fmt: skip
   """Writes the folder; see the module's text.
 
   Args:
     run: `training.Run`: a fresh one or one in the middle.
+    training_images: of `load_images`.
     steps: how many steps of the data's order to write.
     plans: text, see `plans_of`.
     sample_batch: images drawn side by side.
     held_out: how many images of the test split travel.
     jpeg: let the images travel as the JPEG files that a TFDS set stores.
     store: store every array of the state.
-    train_count: only the first images of the training split.
   """
   import numpy as np
   import tensorflow as tf
@@ -205,7 +205,7 @@ def export(run, out, *, steps, plans, sample_batch, held_out, jpeg=False, store=
   if out.exists() and any(out.iterdir()):
     raise ValueError(f"{out} holds files already; give another --out")
   tables = plans_of(run, plans)
-  name, content, images = load_images(e, e.data.train_split, jpeg, train_count)
+  name, content, images = training_images
   files = {f"images.{name}": content}
   held_name, content, rest = load_images(e, e.data.test_split, jpeg, held_out)
   files[f"held_out.{held_name}"] = content
@@ -383,15 +383,14 @@ def _define(verb):
   }
 
 
-def _fresh(experiment, jpeg, train_count):
-  """A run that has not begun, its prior fitted as `training.train` does."""
+def fresh(experiment, images):
+  """A run that has not begun, its prior fitted to images uint8 as `training.train` does."""
   import numpy as np
 
   from soft_diffusion_tf import priors, training
 
   diffusion = experiment.build_diffusion()
   experiment.check_network()
-  _, _, images = load_images(experiment, experiment.data.train_split, jpeg, train_count)
   picked = np.random.default_rng(experiment.seed).permutation(len(images))[: training.PRIOR_IMAGES]
   floats = images[np.sort(picked)].astype(np.float32) / 255.0
   prior = priors.fit(experiment.prior.kind, floats, diffusion, experiment.prior.rank)
@@ -410,14 +409,17 @@ def _export():
       raise ValueError(f"--{name}={value[name]} is too few")
   if value["workdir"]:
     run = training.load(value["workdir"])
+    experiment = run.experiment
   else:
     experiment = Experiment.from_config(value["config"])
-    run = _fresh(experiment, value["jpeg"], value["train_count"])
+  split = experiment.data.train_split
+  images = load_images(experiment, split, value["jpeg"], value["train_count"])
+  if not value["workdir"]:
+    run = fresh(experiment, images[2])
   sizes = export(
-    run, value["out"], steps=value["steps"], plans=value["plans"],
-    sample_batch=value["sample_batch"] or run.experiment.sampling.batch_size,
+    run, value["out"], images, steps=value["steps"], plans=value["plans"],
+    sample_batch=value["sample_batch"] or experiment.sampling.batch_size,
     held_out=value["held_out"], jpeg=value["jpeg"], store=value["store"],
-    train_count=value["train_count"],
   )  # fmt: skip
   for name, size in sizes.items():
     print(f"  {name}: {size / 2**20:.2f} MiB")

@@ -40,15 +40,20 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def fresh(small):
-  return portable._fresh(small, jpeg=False, train_count=None)
+def images(small):
+  return portable.load_images(small, "train", jpeg=False)
 
 
 @pytest.fixture(scope="module")
-def folder(fresh, tmp_path_factory):
+def fresh(small, images):
+  return portable.fresh(small, images[2])
+
+
+@pytest.fixture(scope="module")
+def folder(fresh, images, tmp_path_factory):
   out = tmp_path_factory.mktemp("portable") / "export"
   portable.export(
-    fresh, out, steps=STEPS, plans="two_step:5,momentum:8", sample_batch=16, held_out=32
+    fresh, out, images, steps=STEPS, plans="two_step:5,momentum:8", sample_batch=16, held_out=32
   )
   return out
 
@@ -115,11 +120,11 @@ def test_a_state_in_the_middle_is_stored(fresh, tmp_path):
 def test_the_order_is_that_of_training(small, folder, manifest):
   source = data.load("digits", "train", small.data.image_shape)
   pipeline = data.batches(source, 16, seed=small.seed, flip=True)
-  images = portable_runner.read_images(folder, manifest["images"])
+  pictures = portable_runner.read_images(folder, manifest["images"])
   order = np.load(folder / "order.npy")
   assert order.shape == (STEPS, 16)
   for k, batch in enumerate(pipeline.take(3)):
-    mine = data.examples(images, order[k].astype(np.int32), k * 16, small.seed, True)
+    mine = data.examples(pictures, order[k].astype(np.int32), k * 16, small.seed, True)
     np.testing.assert_array_equal(mine, batch)
 
 
@@ -145,10 +150,10 @@ def test_plans_that_are_none(fresh, text, message):
     portable.plans_of(fresh, text)
 
 
-def test_an_export_leaves_other_files_alone(fresh, tmp_path):
+def test_an_export_leaves_other_files_alone(fresh, images, tmp_path):
   (tmp_path / "thesis.tex").write_text("x")
   with pytest.raises(ValueError, match="holds files already"):
-    portable.export(fresh, tmp_path, steps=1, plans="", sample_batch=1, held_out=0)
+    portable.export(fresh, tmp_path, images, steps=1, plans="", sample_batch=1, held_out=0)
   assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
