@@ -60,6 +60,30 @@ def test_every_rule_is_the_printed_algorithm(rising, name):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+def cold(x, predict, blur, sigma, t, dt, eta):
+  """Bansal et al. 2022, Algorithm 2, line by line."""
+  x0_hat = predict(x, t)
+  return x - blur(x0_hat, t) + blur(x0_hat, t - dt)
+
+
+@pytest.mark.parametrize(
+  "name", ["momentum", "probability_flow", "ddim", "ancestral", "predictor_corrector"]
+)
+def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name):
+  """They are Cold Diffusion's update there: in the paper's process for t > 0.2."""
+  times = np.linspace(1.0, 0.25, 9)
+  rows = samplers.table(name, times, blur_diffusion)
+  # σ is float32: equal to 6e-8, of which b is a root.
+  np.testing.assert_allclose(rows[:, 2], 1.0, atol=1e-6)
+  np.testing.assert_allclose(rows[:, 3], 0.0, atol=1e-4)
+  got = samplers.Sampler(blur_diffusion, denoiser)(rows, SEEDS).numpy()
+  want = run_printed(cold, blur_diffusion, times, SEEDS)
+  np.testing.assert_allclose(got, want, atol=2e-4)  # of b: the square root of σ's rounding
+  # Below, where the noise falls, none of them is that update.
+  falling = samplers.table(name, np.linspace(0.2, 0.0, 5), blur_diffusion, denoise=False)
+  assert np.all(falling[:, 2] < 0.9)
+
+
 def test_ddim_with_fresh_noise(rising):
   times = samplers.time_grid(8)[:-1]  # stops before t = 0, where σ would fall below k
   rows = samplers.table("ddim", times, rising, k=0.008, denoise=False)
