@@ -18,6 +18,11 @@ from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.python.ops import control_flow_util
 
 
+def compiled():
+  """Whether what is being traced is for XLA (`jit_compile=True`, a TPU), not for TensorFlow."""
+  return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 def matmul(a, b, transpose_a=False, transpose_b=False):
   """The matrix product a b with float32's precision or better: [..., M, K], [..., K, N].
 
@@ -33,7 +38,7 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
     a = tf.linalg.matrix_transpose(a)
   if transpose_b:
     b = tf.linalg.matrix_transpose(b)
-  if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+  if compiled():
     return _dot(a, b)
   return tf.cast(tf.matmul(tf.cast(a, tf.float64), tf.cast(b, tf.float64)), a.dtype)
 

@@ -14,6 +14,7 @@ stage, keeps its own clock and saves as it goes. `portable.py import` makes a wo
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -24,6 +25,7 @@ import os
 import pathlib
 import struct
 import sys
+import threading
 import time
 import zlib
 
@@ -59,6 +61,23 @@ _START = time.monotonic()
 def say(text):
   """A line with the seconds since the start."""
   print(f"[{time.monotonic() - _START:7.1f} s] {text}", flush=True)
+
+
+@contextlib.contextmanager
+def stage(text, every=30.0):
+  """Says every so often that a stage is still at work: a device that hangs is told from a slow one."""
+  ended = threading.Event()
+  begin = time.monotonic()
+
+  def remind():
+    while not ended.wait(every):
+      say(f"... {text}, for {time.monotonic() - begin:.0f} s now")
+
+  threading.Thread(target=remind, daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
 
 
 class Refused(Exception):
@@ -564,7 +583,7 @@ def train_and_draw(a, folder, manifest, out, jax):
 
   programs = Programs(folder, manifest, device, platform, inside, a.precision)
   names = ["train", *(["sample"] if a.samples else []), *(["evaluate"] if len(held_out) else [])]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
+  with concurrent.futures.ThreadPoolExecutor() as pool, stage("compiling"):
     for name, seconds in zip(names, pool.map(programs.compile, names)):
       memory = programs.memory(name)["together"] / 2**30
       say(f"compiled {name} in {seconds:.1f} s; it takes {memory:.2f} GiB")
@@ -583,13 +602,16 @@ def train_and_draw(a, folder, manifest, out, jax):
   plans = [p for p in a.plans.split(",") if p] or list(manifest["plans"])
   reserve = 0.0
   if a.samples and steps:
-    begin = time.monotonic()
-    longest = max(plans, key=lambda p: int((session.plans[p][:, 0] > 0).sum()))
-    session.draw(longest, 0, 1)
-    begin = time.monotonic()
-    session.draw(longest, 0, 1)
+    # By two rows of a plan: a whole one can take minutes where something is slow.
     size = manifest["programs"]["sample"]["arguments"][1][0][0]
-    each = (time.monotonic() - begin) / int((session.plans[longest][:, 0] > 0).sum())
+    rows = session.plans[plans[0]].copy()
+    rows[2:] = 0
+    session.plans["two rows"] = rows
+    with stage("drawing two evaluations"):
+      session.draw("two rows", 0, 1)
+      begin = time.monotonic()
+      session.draw("two rows", 0, 1)
+    each = (time.monotonic() - begin) / 2
     evaluations = sum(int((session.plans[p][:, 0] > 0).sum()) for p in plans)
     reserve = RESERVE * each * evaluations * math.ceil(a.samples / size) + 10
     say(f"drawing takes {1e3 * each:.1f} ms an evaluation of {size} images: {reserve:.0f} s kept")
@@ -598,13 +620,19 @@ def train_and_draw(a, folder, manifest, out, jax):
   history, saved, logged = [], time.monotonic(), session.step
   begin, since = None, session.step
   final = session.step + steps
+  if reserve > 0.5 * deadline:
+    raise Refused(
+      f"drawing would take {reserve:.0f} of {deadline:.0f} s: ask for fewer --samples or --plans"
+    )
   while session.step < final and left() > reserve:
-    loss, norm = session.train()
+    with stage(f"training from step {session.step}"):
+      loss, norm = session.train()
+      if begin is None:
+        session.wait()
     history.append((session.step, loss, norm))
     if len(history) > 1:  # JAX runs ahead of the device: no further than a call, for the clock
       history[-2][1].block_until_ready()
     if begin is None:  # the first call is a warm-up
-      session.wait()
       begin, since = time.monotonic(), session.step
     if session.step - logged >= a.log_every or session.step >= final:
       loss, norm = float(np.mean(loss)), float(np.mean(norm))  # waits for the device
@@ -645,7 +673,8 @@ def train_and_draw(a, folder, manifest, out, jax):
     for plan in plans:
       begin, parts = time.monotonic(), []
       for first in range(0, a.samples, size):
-        parts.append(session.draw(plan, first, min(size, a.samples - first)))
+        with stage(f"drawing by {plan}"):
+          parts.append(session.draw(plan, first, min(size, a.samples - first)))
         if left() < 3:
           break
       drawn[plan] = np.concatenate(parts)

@@ -12,6 +12,8 @@ in bfloat16 is an order of magnitude slower on CPUs, and the filter's own roundi
 import numpy as np
 import tensorflow as tf
 
+from soft_diffusion_tf import products
+
 
 def _kernel(taps):
   """The normalised 2-D filter, float32 [K, K], reversed: convolution as cross-correlation."""
@@ -27,11 +29,27 @@ def _kernel(taps):
 def _filter(x, kernel, before, after, stride=1):
   """Pads both axes by (before, after), filters each channel, and keeps each stride-th value."""
   dtype = x.dtype
-  channels = x.shape[-1]
-  weights = np.repeat(kernel[:, :, None, None], channels, axis=2)
   x = tf.pad(tf.cast(x, tf.float32), [[0, 0], [before, after], [before, after], [0, 0]])
-  y = tf.nn.depthwise_conv2d(x, weights, [1, stride, stride, 1], "VALID")
+  if products.compiled():
+    y = _shifted_sum(x, kernel, stride)
+  else:
+    weights = np.repeat(kernel[:, :, None, None], x.shape[-1], axis=2)
+    y = tf.nn.depthwise_conv2d(x, weights, [1, stride, stride, 1], "VALID")
   return tf.cast(y, dtype)
+
+
+def _shifted_sum(x, kernel, stride):
+  """The filter as a sum of shifted images, which XLA makes one elementwise kernel of.
+
+  A depthwise convolution would go to cuDNN as one of C groups, which takes 3.5 times as long on an
+  H200 ([500, 32, 32, 64] in bfloat16, stride 2: 1.18 against 0.34 ms).
+  """
+  size = len(kernel)
+  rows, columns = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+  return tf.add_n([
+    float(kernel[i, j]) * x[:, i : i + rows : stride, j : j + columns : stride]
+    for i in range(size) for j in range(size) if kernel[i, j]
+  ])  # fmt: skip
 
 
 def _insert_zeros(x, factor):
