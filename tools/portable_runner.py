@@ -65,7 +65,7 @@ def say(text):
 
 @contextlib.contextmanager
 def stage(text, every=30.0):
-  """Says every so often that a stage is still at work: a device that hangs is told from a slow one."""
+  """Says every so often that a stage is still at work, so that a slow one is seen as such."""
   ended = threading.Event()
   begin = time.monotonic()
 
@@ -612,18 +612,19 @@ def train_and_draw(a, folder, manifest, out, jax):
       begin = time.monotonic()
       session.draw("two rows", 0, 1)
     each = (time.monotonic() - begin) / 2
-    evaluations = sum(int((session.plans[p][:, 0] > 0).sum()) for p in plans)
-    reserve = RESERVE * each * evaluations * math.ceil(a.samples / size) + 10
+    count = lambda plan: int((session.plans[plan][:, 0] > 0).sum())
+    cost = lambda: RESERVE * each * sum(map(count, plans)) * math.ceil(a.samples / size) + 10
+    while plans and cost() > 0.5 * deadline:
+      longest = max(plans, key=count)
+      plans = [plan for plan in plans if plan != longest]
+      say(f"note: half of the time does not suffice to draw {longest} as well: left out")
+    reserve = cost() if plans else 0.0
     say(f"drawing takes {1e3 * each:.1f} ms an evaluation of {size} images: {reserve:.0f} s kept")
 
   batch = manifest["programs"]["train"]["arguments"][1][0][0]
   history, saved, logged = [], time.monotonic(), session.step
   begin, since = None, session.step
   final = session.step + steps
-  if reserve > 0.5 * deadline:
-    raise Refused(
-      f"drawing would take {reserve:.0f} of {deadline:.0f} s: ask for fewer --samples or --plans"
-    )
   while session.step < final and left() > reserve:
     with stage(f"training from step {session.step}"):
       loss, norm = session.train()
