@@ -15,7 +15,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies
+from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies, trust
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -79,11 +79,16 @@ def _end_at_once(number, frame):
 def _check_config(workdir, experiment):
   """Checks the config against that of the workdir, if there is one."""
   if (workdir / "config.json").exists():
-    changed = [
-      name
-      for name in Experiment.load(workdir).differences(experiment)
-      if not name.startswith(_MAY_CHANGE)
-    ]
+    # What this run names is trusted, and no other code that a config.json of unknown origin names.
+    with trust.trust_code(corruptions.code_of(experiment.corruption.get_config())):
+      try:
+        there = Experiment.load(workdir)
+      except trust.UntrustedCode:
+        raise ValueError(
+          f"{workdir} holds a run of another config (its corruption is code that this config does "
+          "not name); take another workdir"
+        ) from None
+    changed = [n for n in there.differences(experiment) if not n.startswith(_MAY_CHANGE)]
     if changed:
       raise ValueError(
         f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
@@ -140,14 +145,17 @@ class Run:
     return self.drawer(options).rows
 
 
-def load(workdir, step=None):
+def load(workdir, step=None, trust_code=False):
   """A run, ready to sample from: its newest state, or the checkpoint kept at a step.
+
+  Args:
+    trust_code: import code that its config.json names (see `trust`).
 
   Raises:
     ValueError: the workdir holds no such checkpoint, or none that can be read.
   """
   workdir = pathlib.Path(workdir)
-  experiment = Experiment.load(workdir)
+  experiment = Experiment.load(workdir, trust_code)
   prior = priors.Prior.load(workdir / PRIOR_FILE)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
