@@ -385,6 +385,8 @@ class _Pictures:
     drawer = self._run.drawer()
     drawer.refresh()
     images = drawer.images(np.arange(GRID_IMAGES))
+    if not np.isfinite(images).all():  # of a network that has hardly learnt: no reason to end
+      return
     self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
 
   def predictions(self):
