@@ -711,7 +711,8 @@ def unpack(path, trust_code=False):
     raise ValueError(f"{path}: its config is not one ({error}); {what[1]}") from error
   with arrays.opened(path, *what) as content:
     kept = ("about", "prior_kind", "prior_mean", "prior_factors")
-    names = [_weight_name(k) for k in range(len(content.names) - len(kept))]
+    count = sum(name.startswith("weight_") for name in content.names)
+    names = [_weight_name(k) for k in range(count)]
     for name in sorted({*names, *kept}.symmetric_difference(content.names)):
       raise ValueError(f"{name!r} is {'not part of one' if name in content.names else 'missing'}")
     diffusion = experiment.build_diffusion()

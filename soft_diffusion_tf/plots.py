@@ -18,8 +18,8 @@ def to_uint8(images):
   """
   if not np.isfinite(images).all():
     raise ValueError(
-      "an image holds NaN or infinite values, and no picture is made of it; try more steps, another "
-      "sampler or another checkpoint"
+      "an image holds NaN or infinite values, and no picture is made of it; try more steps, "
+      "another sampler or another checkpoint"
     )
   return np.rint(np.clip(np.asarray(images, np.float64), 0, 1) * 255).astype(np.uint8)
 

@@ -142,7 +142,8 @@ def test_a_workdir_without_config(tmp_path):
   with pytest.raises(ValueError, match="not JSON"):
     Experiment.load(tmp_path)
   for content in ("null", "5", "[]", '"text"', "[" * 100_000, "\xff", '{"data": []}',
-                  '{"seed": 1.5}', '{"name": 5}', '{"corruption": {"kind": ["Mask"]}}', '{"corruption": null}',
+                  '{"seed": 1.5}', '{"name": 5}', '{"corruption": {"kind": ["Mask"]}}',
+                  '{"corruption": null}',
                   '{"corruption": {"kind": "GaussianBlur", "half_size": 1e9}}',
                   '{"corruption": {"kind": "GaussianBlur", "half_size": 1000000000}}',
                   '{"level": {"kind": "Linear", "start": "a", "stop": 1}}',
