@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import artefact, corruptions, features, priors, training, trust
+from soft_diffusion_tf import artefact, corruptions, data, features, priors, training, trust
 from soft_diffusion_tf.diffusion import Diffusion
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -207,6 +207,32 @@ def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran
   assert corruptions.code_of(nested.get_config()) == {"foreign_module:Fade"}
   assert corruptions.code_of(FUNCTION) == {"foreign_module:family"}
   assert corruptions.code_of(corruptions.GaussianBlur().get_config()) == set()
+
+
+def test_a_config_may_name_a_data_set_that_runs_code_only_by_consent(tmp_path):
+  for name in ("digits", "folder:a:b", "cifar10", "cifar10:3.0.2", "imagenet_resized/64x64:0.*.*"):
+    data.check_consent(name)
+  risky = ("huggingface:x", "kaggle:a/b", "a/data_dir=x", "a/b,c=d", "", "gs://x", "a:b:1.0.0")
+  for name in risky:
+    with pytest.raises(trust.UntrustedCode, match="--trust_code"):
+      data.check_consent(name)
+    with trust.trust_code():
+      data.check_consent(name)
+  with pytest.raises(trust.UntrustedCode, match="no local folder"):
+    data.check_consent("own", "gs://bucket")
+  file = tmp_path / "own" / "1.0.0" / "features.json"
+  file.parent.mkdir(parents=True)
+  good = {"pythonClassName": "tensorflow_datasets.core.features.image_feature.Image"}
+  file.write_text(json.dumps({"featuresDict": {"features": {"image": good}}, **good}))
+  data.check_consent("own", tmp_path)
+  for bad in ('{"a": {"\\u0070ythonClassName": "foreign_module.x"}}',
+              '{"type": "foreign_module.x"}', '[{"python_class_name": "foreign_module.x", "python_class_name": "y"}]'):  # fmt: skip
+    file.write_text(bad)
+    with pytest.raises(trust.UntrustedCode, match="foreign_module"):
+      data.check_consent("own", tmp_path)
+  file.write_text("{")
+  with pytest.raises(ValueError, match=r"features\.json: not JSON"):
+    data.check_consent("own", tmp_path)
 
 
 def test_a_config_may_name_a_saved_model_only_by_consent():

@@ -64,9 +64,11 @@ class _Runs:
     return self._samples[key], options
 
   def source(self, split):
-    from soft_diffusion_tf import data
+    from soft_diffusion_tf import data, trust
 
     d = self.first.experiment.data
+    with trust.trust_code(_TRUST_CODE.value):
+      data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
     return data.load(d.name, split, d.image_shape, d.crop, _DATA_DIR.value or d.data_dir or None)
 
 

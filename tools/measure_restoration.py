@@ -83,6 +83,7 @@ def main():
     plots,
     restoration,
     training,
+    trust,
   )
 
   if _SAMPLES.value < 2:
@@ -92,6 +93,8 @@ def main():
     raise ValueError(f"{out} is there already; give another --out")
   run = training.load(_WORKDIR.value, trust_code=_TRUST_CODE.value)
   e, diffusion = run.experiment, run.diffusion
+  with trust.trust_code(_TRUST_CODE.value):
+    data.check_consent(e.data.name, e.data.data_dir)
   part = lambda split: data.load(
     e.data.name, split, e.data.image_shape, e.data.crop, e.data.data_dir or None
   )

@@ -123,8 +123,11 @@ class _Job:
 
   def _place(self):
     """(data set, split, image shape, crop, data_dir) of the real images."""
+    from soft_diffusion_tf import data
+
     d = self.experiment.data if self.experiment else None
     if d is not None and (self._stored or not _REFERENCE.value):
+      data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
       return d.name, _SPLIT.value or d.train_split, d.image_shape, d.crop, d.data_dir
     name = _REFERENCE.value
     split = _SPLIT.value or ("all" if name.startswith("folder:") else "train")

@@ -89,7 +89,8 @@ def test_names_that_are_allowed_are_served_and_foreign_ones_are_not(folder):
     for host, want in (
       ("models.example.org", 200), (f"models.example.org:{port}", 200), ("short:80", 200),
       (f"127.0.0.1:{port}", 200), (f"10.1.2.3:{port}", 200),
-      (f"{socket.gethostname()}:{port}", 200), ("short", 403), ("example.org", 403), (f"elsewhere.org:{port}", 403),
+      (f"{socket.gethostname()}:{port}", 200), ("short", 403),
+      ("example.org", 403), (f"elsewhere.org:{port}", 403),
     ):  # fmt: skip
       assert client.raw("GET", "/healthz", None, {"host": host})[0] == want, host
 
