@@ -107,12 +107,12 @@ class _File:
 
 
 @contextlib.contextmanager
-def opened(path, what, remedy):
+def opened(path, wrong, remedy):
   """The .npz at `path`, open for reading.
 
   Raises:
-    ValueError: one line that names the file, what is wrong in it or was found so within the block
-      (`what` it should be) and the remedy.
+    ValueError: one line that names the file, what is `wrong` with it, the cause that was found here
+      or within the block, and the remedy.
   """
   try:
     with open(path, "rb") as file:
@@ -120,5 +120,5 @@ def opened(path, what, remedy):
       with zipfile.ZipFile(file) as archive:
         yield _File(archive, size)
   except Exception as error:  # zipfile, zlib, struct and NumPy's parser raise many kinds
-    text = " ".join(str(error).split()) or type(error).__name__
-    raise ValueError(f"{path}: cannot be read as {what} ({text}); {remedy}") from error
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise ValueError(f"{path}: {wrong} ({' '.join(text.split())}); {remedy}") from error

@@ -699,8 +699,8 @@ def unpack(path, trust_code=False):
     trust.UntrustedCode: it names code, and nobody has consented.
     ValueError: it is something else, or damaged.
   """
-  what = "a packed model", "get it anew, or write it again with soft-diffusion-export"
-  with arrays.opened(path, *what) as content:
+  wrong, remedy = "cannot be read as a packed model", "get it anew, or export the model again"
+  with arrays.opened(path, wrong, remedy) as content:
     about = json.loads(content.text("about"))
     _check_about(about)
   try:
@@ -708,16 +708,20 @@ def unpack(path, trust_code=False):
   except trust.UntrustedCode as error:
     raise trust.UntrustedCode(f"{path}: {error}") from None
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: its config is not one ({error}); {what[1]}") from error
-  with arrays.opened(path, *what) as content:
+    text = " ".join(str(error).split())
+    raise ValueError(f"{path}: its config is not one ({text}); {remedy}") from error
+  with arrays.opened(path, wrong, remedy) as content:
     kept = ("about", "prior_kind", "prior_mean", "prior_factors")
     count = sum(name.startswith("weight_") for name in content.names)
     names = [_weight_name(k) for k in range(count)]
     for name in sorted({*names, *kept}.symmetric_difference(content.names)):
       raise ValueError(f"{name!r} is {'not part of one' if name in content.names else 'missing'}")
-    diffusion = experiment.build_diffusion()
     prior = priors.Prior.read(content, "prior_")
-    diffusion.with_prior(prior)
+    if prior.mean.shape != experiment.data.image_shape:  # before anything of that size is made
+      raise ValueError(
+        f"its prior is of images of shape {prior.mean.shape}, and its data.image_shape is "
+        f"{experiment.data.image_shape}"
+      )
     shapes = [content.shape(name) for name in names]
     _check_shapes(experiment, shapes)
     stored = [content.array(n, s, ("float16", "float32")) for n, s in zip(names, shapes)]

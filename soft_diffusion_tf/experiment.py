@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import reprlib
 import typing
@@ -136,6 +137,7 @@ class Training:
   sample_every: int = 10_000
 
 
+_MOST_SAMPLING = 1 << 20  # steps, and images in a batch
 _READ_BY = {"k": "ddim", "noise": "stochastic_two_step", "tolerance": samplers.ADAPTIVE}
 
 
@@ -167,6 +169,11 @@ class Sampling:
     _choice("sampling.grid", self.grid, samplers.GRIDS)
     if self.steps < 1:
       raise ValueError(f"sampling.steps: sampling takes at least 1 step, got {self.steps}")
+    for field in ("steps", "batch_size"):
+      if getattr(self, field) > _MOST_SAMPLING:
+        raise ValueError(
+          f"sampling.{field} = {getattr(self, field)} is too large; the most is {_MOST_SAMPLING}"
+        )
     for field in ("batch_size", "tolerance"):
       if not getattr(self, field) > 0:  # NaN as well
         raise ValueError(f"sampling.{field} must be positive, got {getattr(self, field)}")
@@ -330,8 +337,8 @@ class Experiment:
     self._check_conditioning()
     for group in (self.network, t, self.sampling):
       for name, number in vars(group).items():
-        if number != number:  # NaN
-          raise ValueError(f"{type(group).__name__.lower()}.{name} must be a number, got nan")
+        if number != number or (group is self.network and number in (math.inf, -math.inf)):
+          raise ValueError(f"{type(group).__name__.lower()}.{name} must be a number, got {number}")
 
   def _check_conditioning(self) -> None:
     n = self.network
@@ -463,7 +470,7 @@ class Experiment:
       return cls.from_config(content, trust_code)
     except (ValueError, RecursionError) as error:
       kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
-      raise kind(f"{path}: {error}") from error
+      raise kind(f"{path}: {' '.join(str(error).split())}") from error
 
   def flat(self) -> dict[str, Any]:
     """Every field by its dotted name, as plain values."""

@@ -106,7 +106,7 @@ class Prior:
   def load(cls, path):
     """Reads what `save` wrote; a ValueError names a file that is missing or unreadable."""
     remedy = "fit it again by training in a new workdir"
-    with arrays.opened(path, "a saved prior", remedy) as content:
+    with arrays.opened(path, "not a saved prior", remedy) as content:
       return cls.read(content)
 
   @classmethod
@@ -119,7 +119,8 @@ class Prior:
     if not count or count[0] > mean.size:
       raise ValueError(f"{prefix}factors are more than an image has numbers, or no list")
     factors = content.array(f"{prefix}factors", (*count, *shape))
-    return cls(kind, np.float32(mean), np.float32(factors))
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+      return cls(kind, np.float32(mean), np.float32(factors))
 
 
 def zero(image_shape):

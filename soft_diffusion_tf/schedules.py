@@ -241,10 +241,11 @@ def ends(schedule: Schedule) -> tuple[float, float]:
 
 def from_config(config: Mapping[str, Any] | float) -> Schedule:
   """The schedule that `get_config` described; a lone number means Constant."""
-  if isinstance(config, int | float):
+  if isinstance(config, int | float) and fits(config, float):
     return Constant(float(config))
   if not isinstance(config, Mapping):
-    raise ValueError(f"a schedule is a number or a kind with its fields, got {config!r}")
+    text = reprlib.repr(config)
+    raise ValueError(f"a schedule is a number or a kind with its fields, got {text}")
   fields = dict(config)
   name = fields.pop("kind", None)
   if name not in __all__:

@@ -8,6 +8,7 @@ it stopped, equal to the bit to a run that never did.
 import contextlib
 import dataclasses
 import fcntl
+import math
 import pathlib
 import signal
 import threading
@@ -157,10 +158,26 @@ def load(workdir, step=None, trust_code=False):
   workdir = pathlib.Path(workdir)
   experiment = Experiment.load(workdir, trust_code)
   prior = priors.Prior.load(workdir / PRIOR_FILE)
+  _check_size(workdir, experiment)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
   return Run(experiment, model, int(model.optimizer.iterations.numpy()))
+
+
+def _check_size(workdir, experiment):
+  """Raises the ValueError of a config whose network no checkpoint of the workdir can hold.
+
+  Before the network is made: a config of unknown origin may ask for more memory than there is.
+  """
+  files = [f for f in (workdir / CHECKPOINTS).rglob("ckpt-*.data*") if f.is_file()]
+  experiment.check_network()
+  weights = sum(math.prod(shape) for shape in experiment.network_shapes())
+  if files and 4 * weights > max(f.stat().st_size for f in files):
+    raise ValueError(
+      f"{workdir}: its config.json describes a network of {weights:,} weights, and no checkpoint "
+      "in it has so many; restore the config.json that it was trained with"
+    )
 
 
 def write(run, workdir):

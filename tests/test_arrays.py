@@ -12,7 +12,7 @@ from soft_diffusion_tf import arrays
 
 
 def opened(path):
-  return arrays.opened(path, "a test", "write it again")
+  return arrays.opened(path, "cannot be read as a test", "write it again")
 
 
 def npy(shape, dtype="<f4", data=b"", version=(1, 0)):

@@ -454,7 +454,7 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
   "an unknown prior": (lambda c: c | {"prior_kind": np.array("gauss")}, "unknown prior 'gauss'"),
   "a prior of another shape": (
     lambda c: c | {"prior_mean": np.zeros([4, 4, 1]), "prior_factors": np.zeros([1, 4, 4, 1])},
-    r"the prior is of images of shape \(4, 4, 1\)",
+    r"its prior is of images of shape \(4, 4, 1\)",
   ),
   "a renamed entry": (
     lambda c: {("weight_9" if k == "weight_0002" else k): v for k, v in c.items()}, "weight_0002",
@@ -477,6 +477,18 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
   ),
   "nothing as shape": (lambda c: _about(c, _experiment("data", image_shape=[0, 0, 1])), "image_sh"),
   "two as shape": (lambda c: _about(c, _experiment("data", image_shape=[8, 8])), "image_shape"),
+  "a large shape": (
+    lambda c: _about(c, _experiment("data", image_shape=[8192, 8192, 1])), r"\(8192, 8192",
+  ),
+  "a level of many digits": (
+    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update(level=10**400)),
+    "a schedule is a number",
+  ),
+  "an infinite number": (lambda c: _about(c, _experiment("network", cond_max=1e400)), "cond_max"),
+  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "too large"),
+  "a field of two lines": (
+    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})), "z z",
+  ),
   "a shape without end": (
     lambda c: _about(c, _experiment("data", image_shape=[10**6, 10**6, 3])), "image_shape",
   ),

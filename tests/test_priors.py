@@ -65,10 +65,10 @@ def test_bad_requests(tmp_path, blur_diffusion, digits):
     priors.fit("gauss", digits, blur_diffusion)
   with pytest.raises(ValueError, match="at least 2 images"):
     priors.fit("colour", digits[:1], blur_diffusion)
-  with pytest.raises(ValueError, match=r"none\.npz: cannot be read as a saved prior"):
+  with pytest.raises(ValueError, match=r"none\.npz: not a saved prior"):
     priors.Prior.load(tmp_path / "none.npz")
   (tmp_path / "bad.npz").write_bytes(b"PK nothing")
-  with pytest.raises(ValueError, match=r"bad\.npz: cannot be read as a saved prior"):
+  with pytest.raises(ValueError, match=r"bad\.npz: not a saved prior"):
     priors.Prior.load(tmp_path / "bad.npz")
 
 

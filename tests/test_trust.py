@@ -226,7 +226,8 @@ def test_a_config_may_name_a_data_set_that_runs_code_only_by_consent(tmp_path):
   file.write_text(json.dumps({"featuresDict": {"features": {"image": good}}, **good}))
   data.check_consent("own", tmp_path)
   for bad in ('{"a": {"\\u0070ythonClassName": "foreign_module.x"}}',
-              '{"type": "foreign_module.x"}', '[{"python_class_name": "foreign_module.x", "python_class_name": "y"}]'):  # fmt: skip
+              '{"type": "foreign_module.x"}',
+              '[{"python_class_name": "foreign_module.x", "python_class_name": "y"}]'):  # fmt: skip
     file.write_text(bad)
     with pytest.raises(trust.UntrustedCode, match="foreign_module"):
       data.check_consent("own", tmp_path)

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf.networks import blocks, resampling
 
-_MOST_BLOCKS = 128
+_MOST = {"num_res_blocks": 128, "num_scales": 1_000_000}  # what can be made within minutes
 _CHOICES = {
   "resblock_type": ("biggan", "ddpm"),
   "progressive": ("none", "output_skip", "residual"),
@@ -43,11 +43,9 @@ def _check(o):
   for key, least in {"nf": 4, "num_res_blocks": 1, "seed": 0}.items():
     if o[key] < least:
       raise ValueError(f"{key}={o[key]} is too small; the least is {least}")
-  if o["num_res_blocks"] > _MOST_BLOCKS:
-    raise ValueError(
-      f"num_res_blocks={o['num_res_blocks']} blocks in each level would take minutes to make; the "
-      f"most is {_MOST_BLOCKS}"
-    )
+  for key, most in _MOST.items():
+    if (o[key] or 0) > most:
+      raise ValueError(f"{key}={o[key]} is too large; the most is {most}")
   if not 0 <= o["dropout"] < 1:
     raise ValueError(f"dropout={o['dropout']} is not a probability below 1; 0 switches it off")
   if o["init_scale"] < 0:
