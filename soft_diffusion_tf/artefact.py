@@ -311,7 +311,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     The manifest.
 
   Raises:
-    ValueError: `out` is there already, or a sampler cannot be exported.
+    ValueError: `out` is there already, a sampler cannot be exported, or a weight is not finite.
   """
   out = pathlib.Path(out)
   refuse_to_overwrite(out, force, MARK)
@@ -326,6 +326,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
       )
     if by_name.setdefault(name_of(o), o) != o:
       raise ValueError(f"two of the samplers to export would both be called {name_of(o)}")
+  _check_finite(run.model.ema_network.get_weights())
   if dtype != run.experiment.network.dtype:
     run = _with_dtype(run, dtype)
   exported = _Exported(run, by_name, restoring)
@@ -595,6 +596,12 @@ def _check_shapes(experiment, shapes):
       raise ValueError(f"weight {k} has the shape {tuple(given)}, and its network's {wanted}")
 
 
+def _check_finite(weights):
+  """Raises the ValueError of NaN or infinite weights: all that they give is NaN."""
+  if not all(np.isfinite(w).all() for w in weights):
+    raise ValueError("the weights hold NaN or infinite values; take another checkpoint")
+
+
 def load(path, trust_code=False):
   """A `training.Run` of an exported folder: network, diffusion and samplers, to go on with.
 
@@ -618,6 +625,7 @@ def load(path, trust_code=False):
     names = [f"ema/{k}/.ATTRIBUTES/VARIABLE_VALUE" for k in range(count)]
     _check_shapes(experiment, [shapes[name] for name in names])
     weights = [reader.get_tensor(name) for name in names]
+    _check_finite(weights)
     run = _make(experiment, prior, weights, manifest["step"])
   except Exception as error:  # damaged files raise many kinds
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

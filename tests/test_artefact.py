@@ -353,6 +353,16 @@ def test_samplers_that_cannot_be_exported(exported, tmp_path):
   assert not out.exists()
 
 
+def test_weights_that_are_not_finite_are_not_handed_on(tiny, digits, tmp_path):
+  run = make_run(tiny, digits)
+  run.model.ema_network.variables[3].assign(run.model.ema_network.variables[3] * np.nan)
+  with pytest.raises(ValueError, match="NaN or infinite"):
+    artefact.export(run, tmp_path / "m")
+  with pytest.raises(ValueError, match="not finite in float16"):
+    artefact.pack(run, tmp_path / "m.npz")
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_read_is_named(exported, model, tmp_path):
   folder = shutil.copytree(exported[1], tmp_path / "m")
   with pytest.raises(ValueError, match="did you mean 'sample_momentum_3'"):
