@@ -31,14 +31,14 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
+import reprlib
 import shutil
-import zipfile
 
 import numpy as np
 import tensorflow as tf
 
 import soft_diffusion_tf
-from soft_diffusion_tf import bulk, priors, restoration, samplers, training
+from soft_diffusion_tf import arrays, bulk, priors, restoration, samplers, training, trust
 from soft_diffusion_tf.experiment import Experiment, Sampling, options_from_config
 
 FORMAT = 1
@@ -112,6 +112,7 @@ def _cuts(rows):
 
 
 def _check_images(images, what):
+  tf.debugging.assert_positive(tf.size(images), f"{what} holds no image; give at least 1")
   tf.debugging.assert_all_finite(images, f"{what} holds NaN or infinite values")
 
 
@@ -119,6 +120,14 @@ def _check_seeds(seeds):
   count = tf.size(seeds)
   tf.debugging.assert_positive(count, "ask for at least 1 image")
   tf.debugging.assert_less_equal(count, MOST, f"ask for at most {MOST} images in one call")
+
+
+def _seeds_from(seed, count):
+  """Image seeds seed, seed + 1, …, int64 [count]; they must not wrap around."""
+  count = tf.cast(count, tf.int64)
+  last = tf.int64.max - tf.maximum(count, 1) + 1
+  tf.debugging.assert_less_equal(seed, last, "seed is too large for so many images")
+  return seed + tf.range(count)
 
 
 def _check_num(num):
@@ -168,7 +177,7 @@ class _Exported(tf.Module):
 
     def corrupt(x_0, t, seed):
       _check_images(x_0, "x_0")
-      seeds = seed + tf.range(tf.shape(x_0)[0], dtype=tf.int64)
+      seeds = _seeds_from(seed, tf.shape(x_0)[0])
       return {"x_t": restoration.corrupt(diffusion, x_0, per_image(t, x_0), seeds)}
 
     self._add("denoise", denoise, [image("x_t"), times])
@@ -228,7 +237,7 @@ def _drawing(drawer):
 
   def sample(num, seed):
     num = _check_num(num)
-    return draw(seed + tf.range(tf.cast(num, tf.int64)))
+    return draw(_seeds_from(seed, num))
 
   def draw(seeds):
     _check_seeds(seeds)
@@ -254,7 +263,7 @@ def _restoring(diffusion, predict, options):
     num = _check_num(num)
     start = tf.clip_by_value(tf.cast(tf.round(t * LATTICE), tf.int32), 1, LATTICE)
     many = tf.repeat(y, num, axis=0)
-    seeds = seed + tf.range(tf.cast(tf.shape(many)[0], tf.int64), dtype=tf.int64)
+    seeds = _seeds_from(seed, tf.shape(many)[0])
     images = restoration.restore(diffusion, predict, tf.gather(tables, start - 1), seeds, many)
     return tf.reshape(images, tf.concat([tf.shape(y)[:1], [num], tf.shape(y)[1:]], 0))
 
@@ -302,7 +311,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     The manifest.
 
   Raises:
-    ValueError: `out` is there already, or a sampler cannot be exported.
+    ValueError: `out` is there already, a sampler cannot be exported, or a weight is not finite.
   """
   out = pathlib.Path(out)
   refuse_to_overwrite(out, force, MARK)
@@ -317,6 +326,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
       )
     if by_name.setdefault(name_of(o), o) != o:
       raise ValueError(f"two of the samplers to export would both be called {name_of(o)}")
+  _check_finite(run.model.ema_network.get_weights())
   if dtype != run.experiment.network.dtype:
     run = _with_dtype(run, dtype)
   exported = _Exported(run, by_name, restoring)
@@ -526,6 +536,33 @@ def _spell(specs):
 # --- Reading ------------------------------------------------------------------------------------
 
 
+# Where a model comes from: fields of a manifest and of a packed file's `about`, and their types.
+_ABOUT = {
+  "step": int, "name": str, "version": str, "config": str, "weights_sha256": str,
+  "parameters": int, "dtype": str, "licence": str, "data": dict,
+}  # fmt: skip
+
+
+def _check_about(about):
+  """Raises the ValueError of what is not what `_about` gives, or of another format."""
+  if not isinstance(about, dict):
+    raise ValueError(f"it says {reprlib.repr(about)} of itself, not an object of fields")
+  if about.get("format") != FORMAT:
+    raise ValueError(
+      f"its format is {reprlib.repr(about.get('format'))} and this version reads {FORMAT}; export "
+      f"the model again with soft-diffusion-tf {soft_diffusion_tf.__version__}, or read it with "
+      "the version that wrote it"
+    )
+  for name, kind in _ABOUT.items():
+    if name not in about:
+      raise ValueError(f"it lacks {name!r}")
+    if not isinstance(about[name], kind) or isinstance(about[name], bool):
+      got = reprlib.repr(about[name])
+      raise ValueError(f"its {name} is {got}, which is not of the type {kind.__name__}")
+  if not 0 <= about["step"] < 2**63:
+    raise ValueError(f"its step is {about['step']}, which no training reaches")
+
+
 def manifest_of(path):
   """The manifest of an exported folder, checked; a ValueError says what else the folder is."""
   path = pathlib.Path(path)
@@ -534,38 +571,65 @@ def manifest_of(path):
     raise ValueError(f"{path}: not an exported model; write one with soft-diffusion-export")
   try:
     manifest = json.loads(file.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except (OSError, ValueError, RecursionError) as error:  # ValueError: also of other bytes
     raise ValueError(f"{file}: not JSON ({error}); export the model again") from None
-  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-    theirs = manifest.get("format") if isinstance(manifest, dict) else None
-    raise ValueError(
-      f"{path}: its format is {theirs!r} and this version reads {FORMAT}; export the model again "
-      f"with soft-diffusion-tf {soft_diffusion_tf.__version__}, or read it with the version that "
-      "wrote it"
-    )
+  try:
+    _check_about(manifest)
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}; export the model again") from None
   return manifest
 
 
-def load(path):
+def _check_shapes(experiment, shapes):
+  """Raises the ValueError of weights that are not those of the experiment's network.
+
+  Before the network is made: a config of unknown origin may ask for more memory than there is.
+  """
+  if 2 * experiment.network.num_res_blocks > len(shapes):  # to count them all would take minutes
+    raise ValueError(f"it has {len(shapes)} weights, too few for its num_res_blocks")
+  experiment.check_network()
+  want = experiment.network_shapes()
+  if len(shapes) != len(want):
+    raise ValueError(f"it has {len(shapes)} weights, and its network {len(want)}")
+  for k, (given, wanted) in enumerate(zip(shapes, want)):
+    if tuple(given) != wanted:
+      raise ValueError(f"weight {k} has the shape {tuple(given)}, and its network's {wanted}")
+
+
+def _check_finite(weights):
+  """Raises the ValueError of NaN or infinite weights: all that they give is NaN."""
+  if not all(np.isfinite(w).all() for w in weights):
+    raise ValueError("the weights hold NaN or infinite values; take another checkpoint")
+
+
+def load(path, trust_code=False):
   """A `training.Run` of an exported folder: network, diffusion and samplers, to go on with.
 
-  The weights trained and their averages both start as the averages; the optimizer is fresh.
+  The weights trained and their averages both start as the averages; the optimizer is fresh. Only
+  config, prior and weights are read, which are data; the SavedModel's graph is not run.
+
+  Args:
+    trust_code: import code that its config.json names (see `trust`).
 
   Raises:
     ValueError: not an exported folder, one of another format, or a damaged one.
   """
   path = pathlib.Path(path)
   manifest = manifest_of(path)
-  experiment = Experiment.load(path / EXTRA)
+  experiment = Experiment.load(path / EXTRA, trust_code)
   prior = priors.Prior.load(path / EXTRA / "prior.npz")
   try:
     reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
-    count = sum(name.startswith("ema/") for name in reader.get_variable_to_shape_map())
-    weights = [reader.get_tensor(f"ema/{k}/.ATTRIBUTES/VARIABLE_VALUE") for k in range(count)]
+    shapes = reader.get_variable_to_shape_map()
+    count = sum(name.startswith("ema/") for name in shapes)
+    names = [f"ema/{k}/.ATTRIBUTES/VARIABLE_VALUE" for k in range(count)]
+    _check_shapes(experiment, [shapes[name] for name in names])
+    weights = [reader.get_tensor(name) for name in names]
+    _check_finite(weights)
     run = _make(experiment, prior, weights, manifest["step"])
-  except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
-    text = str(error).strip().splitlines()[0]
-    raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from None
+  except Exception as error:  # damaged files raise many kinds
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from error
   if digest_of(run) != manifest["weights_sha256"]:
     raise ValueError(f"{path}: its weights are not those of its manifest; export it again")
   return run
@@ -601,38 +665,77 @@ def pack(run, out, *, dtype="float16", evaluations=(), licence=UNSTATED, force=F
   weights = [w.astype(dtype) for w in run.model.ema_network.get_weights()]
   if not all(np.all(np.isfinite(w)) for w in weights):
     raise ValueError(f"a weight is not finite in {dtype}; take float32")
-  about = _about(run, dtype, licence) | {"dtype_of": "weights stored in"}
   prior = run.diffusion.prior
+  about = _about(run, dtype, licence) | {"dtype_of": "weights stored in"}
+  content = json.loads(json.dumps(about | {"experiment": run.experiment.to_dict()}))
+  content["sha256"] = _digest_of_file(content, prior, weights)
   partial = out.with_name(f".{out.name}.partial.npz")
   partial.parent.mkdir(parents=True, exist_ok=True)
   np.savez_compressed(
-    partial, about=np.array(json.dumps(about | {"experiment": run.experiment.to_dict()})),
-    prior_kind=np.array(prior.kind),
-    prior_mean=prior.mean, prior_factors=prior.factors,
-    **{f"weight_{k:04d}": w for k, w in enumerate(weights)},
+    partial, about=np.array(json.dumps(content)), prior_kind=np.array(prior.kind),
+    prior_mean=np.float32(prior.mean), prior_factors=np.float32(prior.factors),
+    **{_weight_name(k): w for k, w in enumerate(weights)},
   )  # fmt: skip
   partial.replace(out)
   out.with_suffix(".md").write_text(card(run, about, evaluations), encoding="utf-8")
 
 
-def unpack(path):
-  """The `training.Run` of a file that `pack` wrote."""
+def _weight_name(k):
+  return f"weight_{k:04d}"
+
+
+def _digest_of_file(about, prior, weights):
+  """SHA-256 of all that a packed file holds, in hexadecimal: `about` but for itself, and arrays."""
+  said = {k: v for k, v in about.items() if k != "sha256"} | {"prior": prior.kind}
+  total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+  for value in (np.float32(prior.mean), np.float32(prior.factors), *weights):
+    total.update(f"{value.dtype.str} {value.shape}".encode())
+    total.update(np.ascontiguousarray(value).tobytes())
+  return total.hexdigest()
+
+
+def unpack(path, trust_code=False):
+  """The `training.Run` of a file that `pack` wrote.
+
+  The file is data of unknown origin: sizes follow from its config and are checked before memory is
+  taken, as are the digest over all of it, kinds and shapes, and that every number is finite.
+
+  Args:
+    trust_code: import code that its config names (see `trust`).
+
+  Raises:
+    trust.UntrustedCode: it names code, and nobody has consented.
+    ValueError: it is something else, or damaged.
+  """
+  wrong, remedy = "cannot be read as a packed model", "get it anew, or export the model again"
+  with arrays.opened(path, wrong, remedy) as content:
+    about = json.loads(content.text("about"))
+    _check_about(about)
   try:
-    with np.load(path, allow_pickle=False) as content:
-      about = json.loads(str(content["about"]))
-      if about["format"] != FORMAT:
-        raise ValueError(f"its format is {about['format']!r} and this version reads {FORMAT}")
-      prior = priors.Prior(
-        str(content["prior_kind"]), content["prior_mean"], content["prior_factors"]
+    experiment = Experiment.from_config(about.get("experiment"), trust_code)
+  except trust.UntrustedCode as error:
+    raise trust.UntrustedCode(f"{path}: {error}") from None
+  except (ValueError, RecursionError) as error:
+    text = " ".join(str(error).split())
+    raise ValueError(f"{path}: its config is not one ({text}); {remedy}") from error
+  with arrays.opened(path, wrong, remedy) as content:
+    kept = ("about", "prior_kind", "prior_mean", "prior_factors")
+    count = sum(name.startswith("weight_") for name in content.names)
+    names = [_weight_name(k) for k in range(count)]
+    for name in sorted({*names, *kept}.symmetric_difference(content.names)):
+      raise ValueError(f"{name!r} is {'not part of one' if name in content.names else 'missing'}")
+    prior = priors.Prior.read(content, "prior_")
+    if prior.mean.shape != experiment.data.image_shape:  # before anything of that size is made
+      raise ValueError(
+        f"its prior is of images of shape {prior.mean.shape}, and its data.image_shape is "
+        f"{experiment.data.image_shape}"
       )
-      names = sorted(name for name in content.files if name.startswith("weight_"))
-      weights = [content[name].astype(np.float32) for name in names]
-    return _make(Experiment.from_config(about["experiment"]), prior, weights, about["step"])
-  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"{path}: cannot be read as a packed model ({error}); write it again with "
-      "soft-diffusion-export --out=FILE.npz"
-    ) from None
+    shapes = [content.shape(name) for name in names]
+    _check_shapes(experiment, shapes)
+    stored = [content.array(n, s, ("float16", "float32")) for n, s in zip(names, shapes)]
+    if about.get("sha256", digest := _digest_of_file(about, prior, stored)) != digest:
+      raise ValueError("its digest is not that of its content")
+    return _make(experiment, prior, [w.astype(np.float32) for w in stored], about["step"])
 
 
 def pretrained():
@@ -643,14 +746,17 @@ def pretrained():
   return {name.removesuffix(".npz"): digest for digest, name in pairs}
 
 
-def from_pretrained(name):
+def from_pretrained(name, trust_code=False):
   """A `training.Run` by name or path, ready to sample from and to train on.
 
   Args:
     name: a model that comes with the package ("digits"; a folder of that name is "./digits"); an
       exported folder; a packed .npz file; or the workdir of a training run.
+    trust_code: import code that its config names, such as somebody's own corruption. Without it
+      nothing but this package's own code runs, whoever made the file (see `trust`).
 
   Raises:
+    trust.UntrustedCode: its config names code, and nobody has consented.
     ValueError: none of these, or damaged.
   """
   known = pretrained()
@@ -662,11 +768,11 @@ def from_pretrained(name):
       return unpack(path)
   path = pathlib.Path(name)
   if (path / EXTRA).is_dir():
-    return load(path)
+    return load(path, trust_code)
   if path.is_dir():
-    return training.load(path)
+    return training.load(path, trust_code=trust_code)
   if path.is_file():
-    return unpack(path)
+    return unpack(path, trust_code)
   raise ValueError(
     f"{name}: no such model comes with the package, and no such file or folder is there; "
     f"the package has {', '.join(sorted(known))}"

@@ -18,7 +18,6 @@ import abc
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import products, schedules
+from soft_diffusion_tf import products, schedules, trust
 
 __all__ = [
   "BlockAverage",
@@ -39,6 +38,9 @@ __all__ = [
   "Matrix",
   "Scale",
 ]
+
+
+_MOST_HALF_SIZE = 1 << 16  # of a blur, in pixels: its kernel is made whole
 
 
 class Svd(NamedTuple):
@@ -270,8 +272,10 @@ class GaussianBlur(_Separable):
   half_size: int = 32
 
   def __post_init__(self):
-    if self.half_size < 0:
-      raise ValueError(f"half_size is a number of pixels, not {self.half_size}")
+    if not 0 <= self.half_size <= _MOST_HALF_SIZE:
+      raise ValueError(
+        f"half_size is a number of pixels from 0 to {_MOST_HALF_SIZE}, not {self.half_size}"
+      )
 
   def _toeplitz(self, level, n):
     # Below a thousandth of a pixel every tap but the middle one is 0 in float32 already.
@@ -476,7 +480,7 @@ class Family(Corruption):
     return (self.low, self.high)
 
   def _operator(self, level):
-    function = _import(self.family) if isinstance(self.family, str) else self.family
+    function = trust.find(self.family) if isinstance(self.family, str) else self.family
     result = function(level)
     if isinstance(result, tf.linalg.LinearOperator):
       return result
@@ -528,6 +532,14 @@ class Family(Corruption):
       return {"kind": "Family", "family": name, "low": self.low, "high": self.high}
     return super().get_config()
 
+  @classmethod
+  def from_config(cls, config):
+    """The family that `get_config` described; its function is imported at once, by consent."""
+    family = config.get("family")
+    if isinstance(family, str) and not callable(trust.load(family)):
+      raise ValueError(f"{family} is not a function of the level; name one")
+    return super().from_config(config)
+
 
 class Matrix(Family):
   """A user's matrix A as a family: C = (1 − level) I + level A, from the identity to A."""
@@ -536,6 +548,8 @@ class Matrix(Family):
     matrix = np.asarray(matrix, np.float32)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
       raise ValueError(f"the matrix must be square, got shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+      raise ValueError("the matrix holds NaN or infinite numbers")
     object.__setattr__(self, "matrix", matrix)
     super().__init__(self._blend)
 
@@ -552,38 +566,44 @@ class Matrix(Family):
     return {"kind": "Matrix", "matrix": self.matrix.tolist()}
 
 
-def _import(name):
-  """The object that "module:attribute" names."""
-  module, _, attribute = name.partition(":")
-  try:
-    value = importlib.import_module(module)
-    for part in attribute.split("."):
-      value = getattr(value, part)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(
-      f"cannot import {name!r} ({error}); is its folder on PYTHONPATH, and is it 'module:name'?"
-    ) from None
-  return value
+def from_config(config, trust_code=False) -> Corruption:
+  """The corruption that `get_config` described: one of this module's, or "module:Class".
 
+  Args:
+    trust_code: import what the config names outside this module (see `trust`).
 
-def from_config(config) -> Corruption:
-  """The corruption that `get_config` described: one of this module's, or "module:Class"."""
+  Raises:
+    trust.UntrustedCode: it names something, and nobody has consented.
+    ValueError: it describes no corruption.
+  """
   if not isinstance(config, Mapping):
     raise ValueError(f"corruption = {config!r}: give its kind and fields, as {{'kind': 'Mask'}}")
-  name = config.get("kind", "")
-  if ":" in name:
-    kind = _import(name)
-    if not (isinstance(kind, type) and issubclass(kind, Corruption)):
-      raise ValueError(f"{name} is not a class derived from Corruption; name one")
-  elif name in __all__:
-    kind = globals()[name]
-  else:
-    near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
-    raise ValueError(f"unknown corruption {name!r}; did you mean {near!r}?")
-  try:
-    return kind.from_config(config)
-  except TypeError as error:
-    raise ValueError(f"{name} does not take these fields: {error}") from None
+  name = config.get("kind")
+  with trust.trust_code(trust_code):
+    if isinstance(name, str) and ":" in name:
+      kind = trust.load(name)
+      if not (isinstance(kind, type) and issubclass(kind, Corruption)):
+        raise ValueError(f"{name} is not a class derived from Corruption; name one")
+    elif name in __all__:
+      kind = globals()[name]
+    else:
+      near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
+      raise ValueError(f"unknown corruption {name!r}; did you mean {near!r}?")
+    if kind.__module__ == __name__:
+      schedules.check_fields(kind, config)
+    try:
+      return kind.from_config(config)
+    except TypeError as error:
+      raise ValueError(f"{name} does not take these fields: {error}") from None
+
+
+def code_of(config):
+  """The names "module:name" of all code that a corruption's config names, in its parts too."""
+  found = set()
+  for value in config.values():
+    if isinstance(value, Mapping):
+      found |= code_of(value)
+  return found | {v for k in ("kind", "family") if ":" in str(v := config.get(k))}
 
 
 def check_importable(config):
@@ -721,7 +741,8 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
 
   def config():
     # Through JSON, but by the class at hand: one defined in a notebook cannot be imported by name.
-    again = type(corruption).from_config(json.loads(json.dumps(corruption.get_config())))
+    with trust.trust_code():  # the user's own code, at hand and in use
+      again = type(corruption).from_config(json.loads(json.dumps(corruption.get_config())))
     same("config", again(x, levels), corruption(x, levels), "from_config(get_config()) differs")
 
   for check in (

@@ -12,14 +12,16 @@ import collections
 import concurrent.futures
 import dataclasses
 import difflib
+import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import rng
+from soft_diffusion_tf import rng, trust
 
 DIGITS_TRAIN = 1500
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -255,6 +257,37 @@ def _tfds(name, split, shape, crop, data_dir, progress):
       f"TFDS data set {name!r}, split {split!r}: {text}; copy or prepare it again"
     ) from None
   return images, labels
+
+
+def check_consent(name, data_dir=None):
+  """Raises the `trust.UntrustedCode` of a data set that a config names and that runs code.
+
+  A TFDS name may have TFDS fetch or import a builder of somebody's, and the description of a
+  prepared set beside the images, features.json, names classes that TFDS imports.
+  """
+  if name == "digits" or name.startswith("folder:"):
+    return
+  if not re.fullmatch(r"[A-Za-z]\w*(/[\w.-]+)?(:[\d*]+\.[\d*]+\.[\d*]+)?", name):
+    trust.check(name, "a TFDS data set with a namespace or arguments")
+  if not data_dir:
+    return
+  if not pathlib.Path(data_dir).is_dir():
+    trust.check(data_dir, "a TFDS data_dir that is no local folder")
+    return
+  for file in pathlib.Path(data_dir).rglob("features.json"):
+
+    def look(pairs, file=file):
+      for key, kind in pairs:
+        if (key in ("pythonClassName", "python_class_name", "type") and isinstance(kind, str)
+            and "." in kind and not kind.startswith("tensorflow_datasets.")):  # fmt: skip
+          trust.check(kind, f"{file}: a class")
+
+    try:
+      json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=look)
+    except trust.UntrustedCode:
+      raise
+    except (OSError, ValueError, RecursionError) as error:
+      raise ValueError(f"{file}: not JSON ({error}); prepare the data set again") from None
 
 
 def _in_parallel(function, items, ahead=64):

@@ -7,6 +7,8 @@ images. Times are scalars or [B], images float32 [B, H, W, C].
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +23,19 @@ from soft_diffusion_tf.schedules import Schedule
 Denoiser = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (x_t, t [B]) → x̂_0, an E[x_0 | x_t]
 
 _CHECKED_TIMES = np.linspace(0, 1, 257, dtype=np.float32)
+_MOST_SIDE, _MOST_NUMBERS = 1 << 13, 1 << 26  # of an image; beyond, no computer has the memory
 _PRIOR_NOISE = -2  # salt of the noise on the prior; the sampler's steps are salted 0, 1, 2, …
+
+
+def check_image_shape(shape: Any) -> None:
+  """Raises the ValueError of what is not (height, width, channels) of an image."""
+  whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in shape)
+  if not (whole and len(shape) == 3 and min(shape) >= 1 and max(shape) <= _MOST_SIDE
+          and math.prod(map(int, shape)) <= _MOST_NUMBERS):  # fmt: skip
+    raise ValueError(
+      f"image_shape = {reprlib.repr(shape)} is not (height, width, channels): give three whole "
+      f"numbers from 1 to {_MOST_SIDE:,}, of at most {_MOST_NUMBERS:,} pixels and channels together"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +60,12 @@ class Diffusion:
   prior: Prior | None = None
 
   def __post_init__(self) -> None:
+    check_image_shape(self.image_shape)
+    if self.prior is not None and self.prior.mean.shape != tuple(self.image_shape):
+      raise ValueError(
+        f"the prior is of images of shape {self.prior.mean.shape}, and image_shape is "
+        f"{tuple(self.image_shape)}; fit another"
+      )
     kind = type(self.corruption).__name__
     levels = self.level(_CHECKED_TIMES).numpy()
     low, high = sorted(self.corruption.level_range)
@@ -132,12 +152,17 @@ class Diffusion:
     }
 
   @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> Diffusion:
-    """The process that `get_config` described."""
+  def from_config(cls, config: Mapping[str, Any], trust_code: bool = False) -> Diffusion:
+    """The process that `get_config` described; `trust_code`: see `corruptions.from_config`."""
+    parts = {"image_shape", "corruption", "level", "sigma", "prior"}
+    if not isinstance(config, Mapping) or not parts <= config.keys():
+      raise ValueError(f"the config of a diffusion has {', '.join(sorted(parts))}, not {config!r}")
     prior = config["prior"]
+    if not isinstance(config["image_shape"], list | tuple):
+      raise ValueError(f"image_shape = {config['image_shape']!r}: give [height, width, channels]")
     return cls(
       tuple(config["image_shape"]),
-      corruptions.from_config(config["corruption"]),
+      corruptions.from_config(config["corruption"], trust_code),
       schedules.from_config(config["level"]),
       schedules.from_config(config["sigma"]),
       None if prior is None else Prior.from_config(prior),

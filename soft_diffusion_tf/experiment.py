@@ -13,14 +13,16 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import pathlib
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
-from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules
+from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules, trust
 from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 
 CONFIG_FILE = "config.json"
@@ -135,6 +137,7 @@ class Training:
   sample_every: int = 10_000
 
 
+_MOST_SAMPLING = 1 << 20  # steps, and images in a batch
 _READ_BY = {"k": "ddim", "noise": "stochastic_two_step", "tolerance": samplers.ADAPTIVE}
 
 
@@ -166,6 +169,11 @@ class Sampling:
     _choice("sampling.grid", self.grid, samplers.GRIDS)
     if self.steps < 1:
       raise ValueError(f"sampling.steps: sampling takes at least 1 step, got {self.steps}")
+    for field in ("steps", "batch_size"):
+      if getattr(self, field) > _MOST_SAMPLING:
+        raise ValueError(
+          f"sampling.{field} = {getattr(self, field)} is too large; the most is {_MOST_SAMPLING}"
+        )
     for field in ("batch_size", "tolerance"):
       if not getattr(self, field) > 0:  # NaN as well
         raise ValueError(f"sampling.{field} must be positive, got {getattr(self, field)}")
@@ -327,6 +335,10 @@ class Experiment:
     if self.prior.rank < 1:
       raise ValueError(f"prior.rank: a subspace has at least 1 dimension, got {self.prior.rank}")
     self._check_conditioning()
+    for group in (self.network, t, self.sampling):
+      for name, number in vars(group).items():
+        if number != number or (group is self.network and number in (math.inf, -math.inf)):
+          raise ValueError(f"{type(group).__name__.lower()}.{name} must be a number, got {number}")
 
   def _check_conditioning(self) -> None:
     n = self.network
@@ -360,6 +372,12 @@ class Experiment:
     """A fresh network; its weights are a function of `seed` alone."""
     return NCSNpp(image_shape=self.data.image_shape, seed=self.seed, **self._network_options())
 
+  def network_shapes(self) -> list[tuple[int, ...]]:
+    """The shapes of the network's variables, without making them."""
+    return NCSNpp.shapes(
+      image_shape=self.data.image_shape, seed=self.seed, **self._network_options()
+    )
+
   def _network_options(self) -> dict[str, Any]:
     options = dataclasses.asdict(self.network)
     for name in ("prediction", "conditioning", "cond_min", "cond_max"):
@@ -386,12 +404,19 @@ class Experiment:
     return ml_collections.ConfigDict(self.to_dict(), convert_dict=True)
 
   @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> Experiment:
+  def from_config(cls, config: Mapping[str, Any], trust_code: bool = False) -> Experiment:
     """The experiment of a config (or of `to_dict`'s values).
 
+    Args:
+      trust_code: import code that the config names (see `trust`): yes for a config file, which is
+        a program itself.
+
     Raises:
+      trust.UntrustedCode: it names code, and nobody has consented to run it.
       ValueError: names an unknown field with the nearest valid one, or a value of the wrong type.
     """
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+      raise ValueError(f"a config is an object of fields, not {reprlib.repr(config)}")
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     fields = {field.name for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -399,11 +424,14 @@ class Experiment:
     for name, value in content.items():
       _known("", name, fields)
       if name == "corruption":
-        value = corruptions.from_config(value)
+        value = corruptions.from_config(value, trust_code)
       elif name in ("level", "sigma"):
         value = schedules.from_config(value)
       elif dataclasses.is_dataclass(hints[name]):
         value = _typed(hints[name], value, name + ".")
+      elif not schedules.fits(value, hints[name]):
+        want = hints[name].__name__
+        raise ValueError(f"{name} must be {want} of at most 64 bits, got {reprlib.repr(value)}")
       parts[name] = value
     return cls(**parts)
 
@@ -427,17 +455,22 @@ class Experiment:
     partial.replace(path)
 
   @classmethod
-  def load(cls, workdir: str | pathlib.Path) -> Experiment:
-    """The experiment of a workdir; a ValueError when there is none."""
+  def load(cls, workdir: str | pathlib.Path, trust_code: bool = False) -> Experiment:
+    """The experiment of a workdir; a ValueError when there is none. See `from_config`."""
     path = pathlib.Path(workdir) / CONFIG_FILE
     if not path.is_file():
       raise ValueError(f"{workdir}: no {CONFIG_FILE} in it; is it the workdir of a training run?")
     try:
-      return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
+      content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also of other bytes
       raise ValueError(
         f"{path}: not JSON ({error}); restore it or train in a new workdir"
       ) from None
+    try:
+      return cls.from_config(content, trust_code)
+    except (ValueError, RecursionError) as error:
+      kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
+      raise kind(f"{path}: {' '.join(str(error).split())}") from error
 
   def flat(self) -> dict[str, Any]:
     """Every field by its dotted name, as plain values."""
@@ -462,7 +495,7 @@ def from_file(path: str | pathlib.Path) -> Experiment:
   namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
   source = pathlib.Path(path).read_text(encoding="utf-8")
   exec(compile(source, str(path), "exec"), namespace)
-  return Experiment.from_config(namespace["get_config"]())
+  return Experiment.from_config(namespace["get_config"](), trust_code=True)
 
 
 def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption,
@@ -520,7 +553,7 @@ def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
   """A dataclass from a mapping, every field checked against the default's type."""
   if not isinstance(values, Mapping):
     raise ValueError(f"{prefix[:-1]} must be a group of fields, got {values!r}")
-  defaults = kind()
+  defaults, hints = kind(), typing.get_type_hints(kind)
   checked: dict[str, Any] = {}
   for name, value in values.items():
     _known(prefix, name, {f.name for f in dataclasses.fields(kind)})
@@ -528,9 +561,14 @@ def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
     want = type(default)
     if isinstance(value, list):
       value = tuple(value)
+    if isinstance(value, int) and not schedules.fits(int(value), int):
+      raise ValueError(f"{prefix}{name} = {reprlib.repr(value)} has more than 64 bits")
     if want is float and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)
-    if not isinstance(value, want) or (want is int and isinstance(value, bool)):
-      raise ValueError(f"{prefix}{name} must be {want.__name__} like {default!r}, got {value!r}")
+    fit = isinstance(value, want) and (want is not tuple or schedules.fits(value, hints[name]))
+    if not fit or (want is int and isinstance(value, bool)):
+      raise ValueError(
+        f"{prefix}{name} must be {want.__name__} like {default!r}, got {reprlib.repr(value)}"
+      )
     checked[name] = value
   return kind(**checked)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import classifier
+from soft_diffusion_tf import classifier, trust
 
 TFGAN_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 TFGAN_SIZE, TFGAN_FEATURES, TFGAN_CLASSES = 299, 2048, 1008
@@ -102,6 +102,15 @@ def feature_network(name, source=None, progress=True):
   if own.partition(":")[0] in _BUILT_IN:  # must not pass for one
     own = f"./{own}"
   return FeatureNetwork(own + name[len(folder) :], call, digest)
+
+
+def check_consent(name):
+  """Raises the `trust.UntrustedCode` of a network that a config names and that is a program.
+
+  A SavedModel is one: TensorFlow runs whatever graph is in it, and graphs read and write files.
+  """
+  if name not in ("classifier", "tfgan") and name.partition(":")[0] != "pixels":
+    trust.check(name, "a SavedModel as feature network")
 
 
 def resize(images, height, width):

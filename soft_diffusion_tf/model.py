@@ -118,11 +118,20 @@ class SoftDiffusionModel(keras.Model):
     }
 
   @classmethod
-  def from_config(cls, config, custom_objects=None):
-    """The model that `get_config` described, its weights fresh."""
+  def from_config(cls, config, custom_objects=None, trust_code=False):
+    """The model that `get_config` described, its weights fresh.
+
+    Args:
+      custom_objects: classes of the network by name, as of `keras.models.load_model`.
+      trust_code: import code that the config names. `keras.models.load_model` cannot hand it on:
+        call it within `trust.trust_code()`.
+    """
+    lost = {"network", "diffusion", "training", "options", "seed"} - config.keys()
+    if lost:
+      raise ValueError(f"the config of this model lacks {min(lost)}; save the model again")
     return cls(
       keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
-      diffusions.Diffusion.from_config(config["diffusion"]),
+      diffusions.Diffusion.from_config(config["diffusion"], trust_code),
       training=experiment.options_from_config(experiment.Training, config["training"]),
       options=experiment.options_from_config(experiment.Network, config["options"]),
       seed=config["seed"],

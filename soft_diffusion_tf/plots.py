@@ -11,7 +11,16 @@ _METADATA = {"Software": None}  # keeps Matplotlib's version out of the file
 
 
 def to_uint8(images):
-  """Float images in [0, 1] (others are clipped) → uint8, rounded to nearest."""
+  """Float images in [0, 1] (others are clipped) → uint8, rounded to nearest.
+
+  Raises:
+    ValueError: NaN or infinite values, which no picture shows.
+  """
+  if not np.isfinite(images).all():
+    raise ValueError(
+      "an image holds NaN or infinite values, and no picture is made of it; try more steps, "
+      "another sampler or another checkpoint"
+    )
   return np.rint(np.clip(np.asarray(images, np.float64), 0, 1) * 255).astype(np.uint8)
 
 

@@ -14,12 +14,13 @@ They differ in what they are fitted to:
 import base64
 import dataclasses
 import pathlib
-import zipfile
+import reprlib
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import gaussians, rng, sinkhorn
+from soft_diffusion_tf import arrays, gaussians, rng, sinkhorn
 
 KINDS = ("colour", "blurred_colour", "subspace", "zero")
 
@@ -33,12 +34,29 @@ class Prior:
   Attributes:
     kind: one of `KINDS`.
     mean: float32 [H, W, C].
-    factors: float32 [rank, H, W, C], each scaled by its standard deviation.
+    factors: float32 [rank, H, W, C], each scaled by its standard deviation; none of "zero", and
+      no more than an image has numbers.
+
+  Raises:
+    ValueError: another kind, shapes that do not fit, or values that are not finite.
   """
 
   kind: str
   mean: np.ndarray
   factors: np.ndarray
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"unknown prior {reprlib.repr(self.kind)}; choose one of {', '.join(KINDS)}")
+    mean, factors = np.shape(self.mean), np.shape(self.factors)
+    most = 0 if self.kind == "zero" else np.size(self.mean)
+    if len(mean) != 3 or factors[1:] != mean or factors[0] > most:
+      raise ValueError(
+        f"a prior of kind {self.kind} has a mean [H, W, C] and up to {most} factors of its shape, "
+        f"got shapes {mean} and {factors}"
+      )
+    if not (np.isfinite(self.mean).all() and np.isfinite(self.factors).all()):
+      raise ValueError("the prior holds NaN or infinite values; fit it again")
 
   def draw(self, seeds):
     """Noise-free images float32 [B, H, W, C]; image i depends on seeds[i] (int64 [B]) alone."""
@@ -72,22 +90,37 @@ class Prior:
 
   @classmethod
   def from_config(cls, config):
-    """The prior that `get_config` described."""
+    """The prior that `get_config` described; a ValueError of one that is damaged."""
+    if not isinstance(config, Mapping):
+      raise ValueError(f"a prior's config has kind, shape, mean and factors, not {config!r}")
     decode = lambda text: np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
-    shape = tuple(config["shape"])
-    mean, factors = (decode(config[name]) for name in ("mean", "factors"))
-    return cls(config["kind"], mean.reshape(shape), factors.reshape(-1, *shape))
+    try:
+      shape = tuple(config["shape"])
+      mean, factors = (decode(config[name]) for name in ("mean", "factors"))
+      mean, factors = mean.reshape(shape), factors.reshape(-1, *shape)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+      raise ValueError(f"the prior's config is damaged ({error}); fit the prior again") from None
+    return cls(config.get("kind"), mean, factors)
 
   @classmethod
   def load(cls, path):
     """Reads what `save` wrote; a ValueError names a file that is missing or unreadable."""
-    try:
-      with np.load(path, allow_pickle=False) as content:
-        return cls(str(content["kind"]), content["mean"], content["factors"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-      raise ValueError(
-        f"{path}: not a saved prior ({error}); fit it again by training in a new workdir"
-      ) from None
+    remedy = "fit it again by training in a new workdir"
+    with arrays.opened(path, "not a saved prior", remedy) as content:
+      return cls.read(content)
+
+  @classmethod
+  def read(cls, content, prefix=""):
+    """The prior in an open file of `arrays`, its entries named by a prefix."""
+    kind = content.text(f"{prefix}kind")
+    shape = content.shape(f"{prefix}mean")
+    count = content.shape(f"{prefix}factors")[:1]
+    mean = content.array(f"{prefix}mean", shape)
+    if not count or count[0] > mean.size:
+      raise ValueError(f"{prefix}factors are more than an image has numbers, or no list")
+    factors = content.array(f"{prefix}factors", (*count, *shape))
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+      return cls(kind, np.float32(mean), np.float32(factors))
 
 
 def zero(image_shape):

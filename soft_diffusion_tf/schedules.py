@@ -10,6 +10,9 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import reprlib
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -238,10 +241,11 @@ def ends(schedule: Schedule) -> tuple[float, float]:
 
 def from_config(config: Mapping[str, Any] | float) -> Schedule:
   """The schedule that `get_config` described; a lone number means Constant."""
-  if isinstance(config, int | float):
+  if isinstance(config, int | float) and fits(config, float):
     return Constant(float(config))
   if not isinstance(config, Mapping):
-    raise ValueError(f"a schedule is a number or a kind with its fields, got {config!r}")
+    text = reprlib.repr(config)
+    raise ValueError(f"a schedule is a number or a kind with its fields, got {text}")
   fields = dict(config)
   name = fields.pop("kind", None)
   if name not in __all__:
@@ -252,10 +256,40 @@ def from_config(config: Mapping[str, Any] | float) -> Schedule:
   unknown = set(fields) - known
   if unknown:
     raise ValueError(f"{name} has no field {sorted(unknown)[0]!r}; it has {sorted(known)}")
+  check_fields(kind, fields)
   try:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
   except TypeError as error:
     raise ValueError(f"{name} does not take these fields: {error}") from None
+
+
+def check_fields(kind: type, fields: Mapping[str, Any]) -> None:
+  """Raises the ValueError of a field, read from a file, that is not of the type its class gives."""
+  hints = typing.get_type_hints(kind)
+  for name, value in fields.items():
+    if name in hints and not fits(value, hints[name]):
+      what = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
+      raise ValueError(f"{kind.__name__}.{name} must be {what}, got {reprlib.repr(value)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+  """Whether a value read from a file is of a type: of numbers, tuples of them, or a part's."""
+  inner = typing.get_args(hint)
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    return any(fits(value, part) for part in inner)
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, tuple | list):
+      return False
+    if inner[1:] == (...,):
+      inner = inner[:1] * len(value)
+    return len(inner) == len(value) and all(map(fits, value, inner))
+  if hint in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int if hint is int else int | float):
+      return False
+    return value == value and (isinstance(value, float) or abs(value) < 2**63)  # no NaN
+  if isinstance(hint, type):
+    return isinstance(value, hint) or (hint.__module__ != "builtins" and isinstance(value, Mapping))
+  return True
 
 
 # --- Levels on disk -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import importlib.resources
+import ipaddress
 import json
 import logging
 import math
@@ -124,8 +125,8 @@ class Model:
     try:
       self._loaded = tf.saved_model.load(str(path))
       proto = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
-    except (tf.errors.OpError, OSError, ValueError, KeyError, AttributeError) as error:
-      cause = " ".join(str(error).split())[:200]
+    except Exception as error:  # damaged files raise many kinds
+      cause = " ".join(str(error).split())[:200] or type(error).__name__
       raise ValueError(f"{path}: the SavedModel cannot be loaded ({cause})") from None
     self.name, self.path = name, path
     self.signatures = {k: Signature(k, f) for k, f in sorted(self._loaded.signatures.items())}
@@ -364,11 +365,13 @@ def decode(model, body, max_rows):
     raise Refused(400, f"the inputs differ in their number of rows: {said}")
   if (amount := amount * max(sizes, default=1)) > max_rows:
     raise Refused(400, f"{amount} results of one request; ask for at most {max_rows}")
+  if "seed" in inputs and not inputs["seed"].ndim:  # image k has seed + k, which must not wrap
+    seed = int(inputs["seed"])
+    if seed + amount - 1 > np.iinfo(inputs["seed"].dtype).max:
+      raise Refused(400, f"seed {seed} is too large for {amount} images")
   twin = model.rows_for(signature)
   if twin:
     seed, num = int(inputs["seed"]), int(inputs["num"])
-    if seed + num > np.iinfo(np.int64).max:
-      raise Refused(400, f"seed {seed} is too large for {num} images")
     return Request(twin, {"seeds": seed + np.arange(num)}, num, False, signature.name)
   # A single row beside many is for the model to spread, so such a request has a call of its own.
   rows = sizes[0] if signature.row_wise and len(sizes) == 1 else None
@@ -601,11 +604,17 @@ class App:
     timeout: seconds from a request's last byte to its answer, after which it is given up (504).
     body_timeout: seconds that a client may take to send a body (408).
     max_body: bytes of a body (413).
+    hosts: what a request's Host may be, "name:port" or "name" at any port; None: anything. A page
+      of another site that has its name point here (DNS rebinding) is refused by it.
+    addresses: whether an IP address at any port may be the Host too: no site has one as its name.
   """
 
   _BODIES = 16  # bodies of full size that may be held at once
 
-  def __init__(self, model, batcher, *, timeout=60.0, body_timeout=10.0, max_body=8 << 20):
+  def __init__(self, model, batcher, *, timeout=60.0, body_timeout=10.0, max_body=8 << 20,
+               hosts=None, addresses=False):  # fmt: skip
+    self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+    self.addresses = addresses
     self.model, self.batcher, self.metrics = model, batcher, batcher.metrics
     self.timeout, self.body_timeout, self.max_body = timeout, body_timeout, max_body
     self._held = 0
@@ -649,8 +658,37 @@ class App:
     })  # fmt: skip
     await send({"type": "http.response.body", "body": body})
 
+  def _check_origin(self, scope):
+    """Refuses what a page of another site asks for, by whatever name it found this server."""
+    headers, method = dict(scope["headers"]), scope["method"]
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    if self.hosts is not None and host and not self._serves(host):
+      raise Refused(
+        403, f"Host {_quote(host)} is not served here; start the server with --allow_host=NAME if "
+        "it should be"
+      )  # fmt: skip
+    site = headers.get(b"sec-fetch-site")
+    if site is None and b"origin" in headers:  # as browsers ask where there is no TLS
+      own = headers[b"origin"].rpartition(b"//")[2].lower() == host.encode("latin-1")
+      site = b"same-origin" if own else b"cross-site"
+    link = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"  # somebody clicked
+    if site not in (None, b"same-origin", b"none") and not link:
+      raise Refused(403, "a page of another site may not use this server")
+
+  def _serves(self, host):
+    name, colon, port = host.rpartition(":")
+    if not (colon and port.isdecimal()):
+      name = host
+    if host in self.hosts or name in self.hosts:
+      return True
+    try:
+      return self.addresses and bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+      return False
+
   async def _respond(self, scope, receive, what):
     path, method = scope["path"], scope["method"]
+    self._check_origin(scope)
     if path in self._page:
       self._allow(method, "GET")
       return 200, *self._page[path], _PAGE_HEADERS
@@ -696,12 +734,6 @@ class App:
 
   async def _predict(self, scope, receive, what):
     headers = dict(scope["headers"])
-    site = headers.get(b"sec-fetch-site")
-    if site is None and b"origin" in headers:  # as browsers ask where there is no TLS
-      own = headers[b"origin"].rpartition(b"//")[2] == headers.get(b"host")
-      site = b"same-origin" if own else b"cross-site"
-    if site == b"cross-site":
-      raise Refused(403, "a page of another site may not use this server")
     if headers.get(b"content-encoding", b"identity") != b"identity":
       raise Refused(415, "send the body without a content-encoding")
     loop = asyncio.get_running_loop()
@@ -770,13 +802,18 @@ class App:
 
 def _cause(error):
   """What a check in the graph says, without TensorFlow's list of nodes."""
+  _, found, text = " ".join(str(error.message).split()).partition("assertion failed: [")
+  if found:
+    # "[the message] [a value] [Condition …] …", each in brackets, and then nodes or further errors.
+    text = re.split(r"\](?: \[\[| \(\d+\) | \d+ successful| Detected at|$)", text)[0]
+    said, *more = text.split("] [")
+    condition = next((k for k, part in enumerate(more) if part.startswith("Condition ")), len(more))
+    return " ".join([said, *more[:condition]])[:200]
   lines = [x.strip() for x in str(error.message).splitlines()]
   lines = [
     x for x in lines if x and not x.startswith(("Graph execution", "Detected at", "[[", "("))
   ]
-  text = " ".join(lines)
-  check = re.search(r"assertion failed: \[([^\]]*)\]", text)
-  return (check[1] if check else re.sub(r"\[\[.*$", "", lines[-1] if lines else "")).strip()[:200]
+  return re.sub(r"\[\[.*$", "", lines[-1] if lines else "").strip()[:200]
 
 
 async def _until_gone(receive):
@@ -796,7 +833,9 @@ def _guarded(seconds):
   """uvicorn's protocol, which by itself waits for ever for a request's head and for a slow reader.
 
   A connection that has stood still for `seconds`, in the middle of a head or with bytes that the
-  client does not fetch, is cut; so is one that goes on sending a body that was refused.
+  client does not fetch, is cut; so is one that goes on sending a body that was refused. Where there
+  is no room, a connection that waits for its client is cut, of the client that has most of them: no
+  client can keep the others out.
   """
   import h11
   from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -809,6 +848,20 @@ def _guarded(seconds):
       # A small buffer in the kernel, so that ours falls for a client that reads, if slowly.
       transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
       self._timer = self.loop.call_later(seconds, self._look)
+      self._begin = self.loop.time()
+      there = [c for c in self.connections if not c.transport.is_closing()]
+      if self.limit_concurrency is not None and len(there) >= self.limit_concurrency:
+        self._make_room(there)
+
+    def _make_room(self, there):
+      address = lambda c: c.client[0] if c.client else ""
+      held = collections.Counter(map(address, there))
+      waits = lambda c: c.cycle is None or c.cycle.response_complete
+      idle = lambda c: waits(c) and not c.transport.get_write_buffer_size()
+      free = [c for c in there if c is not self
+              and (waits(c) or c.conn.their_state is h11.SEND_BODY)]  # fmt: skip
+      if free:
+        max(free, key=lambda c: (held[address(c)], idle(c), -c._begin)).transport.abort()
 
     def connection_lost(self, exc):
       self._timer.cancel()
@@ -845,7 +898,8 @@ def make_server(app, *, connections=512, slow_client=10.0, grace=None):
 
   Args:
     app: an ASGI application.
-    connections: above so many, requests are answered 503.
+    connections: above so many, those that wait for their client are cut, of the client that has
+      most; where there are none of these, requests are answered 503.
     slow_client: seconds (up to twice that) after which a client that stands still is cut.
     grace: seconds that the stop may take; requests that are left then are answered 503.
 

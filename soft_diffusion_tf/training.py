@@ -8,6 +8,7 @@ it stopped, equal to the bit to a run that never did.
 import contextlib
 import dataclasses
 import fcntl
+import math
 import pathlib
 import signal
 import threading
@@ -15,7 +16,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies
+from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies, trust
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -79,11 +80,16 @@ def _end_at_once(number, frame):
 def _check_config(workdir, experiment):
   """Checks the config against that of the workdir, if there is one."""
   if (workdir / "config.json").exists():
-    changed = [
-      name
-      for name in Experiment.load(workdir).differences(experiment)
-      if not name.startswith(_MAY_CHANGE)
-    ]
+    # What this run names is trusted, and no other code that a config.json of unknown origin names.
+    with trust.trust_code(corruptions.code_of(experiment.corruption.get_config())):
+      try:
+        there = Experiment.load(workdir)
+      except trust.UntrustedCode:
+        raise ValueError(
+          f"{workdir} holds a run of another config (its corruption is code that this config does "
+          "not name); take another workdir"
+        ) from None
+    changed = [n for n in there.differences(experiment) if not n.startswith(_MAY_CHANGE)]
     if changed:
       raise ValueError(
         f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
@@ -140,19 +146,38 @@ class Run:
     return self.drawer(options).rows
 
 
-def load(workdir, step=None):
+def load(workdir, step=None, trust_code=False):
   """A run, ready to sample from: its newest state, or the checkpoint kept at a step.
+
+  Args:
+    trust_code: import code that its config.json names (see `trust`).
 
   Raises:
     ValueError: the workdir holds no such checkpoint, or none that can be read.
   """
   workdir = pathlib.Path(workdir)
-  experiment = Experiment.load(workdir)
+  experiment = Experiment.load(workdir, trust_code)
   prior = priors.Prior.load(workdir / PRIOR_FILE)
+  _check_size(workdir, experiment)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
   return Run(experiment, model, int(model.optimizer.iterations.numpy()))
+
+
+def _check_size(workdir, experiment):
+  """Raises the ValueError of a config whose network no checkpoint of the workdir can hold.
+
+  Before the network is made: a config of unknown origin may ask for more memory than there is.
+  """
+  files = [f for f in (workdir / CHECKPOINTS).rglob("ckpt-*.data*") if f.is_file()]
+  experiment.check_network()
+  weights = sum(math.prod(shape) for shape in experiment.network_shapes())
+  if files and 4 * weights > max(f.stat().st_size for f in files):
+    raise ValueError(
+      f"{workdir}: its config.json describes a network of {weights:,} weights, and no checkpoint "
+      "in it has so many; restore the config.json that it was trained with"
+    )
 
 
 def write(run, workdir):
@@ -377,6 +402,8 @@ class _Pictures:
     drawer = self._run.drawer()
     drawer.refresh()
     images = drawer.images(np.arange(GRID_IMAGES))
+    if not np.isfinite(images).all():  # of a network that has hardly learnt: no reason to end
+      return
     self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
 
   def predictions(self):

@@ -11,7 +11,8 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "products", "rng", "gaussians", "neighbours", "schedules", "sinkhorn", "corruptions",
+  "trust", "arrays", "products", "rng", "gaussians", "neighbours", "schedules", "sinkhorn",
+  "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",

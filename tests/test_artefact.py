@@ -257,6 +257,7 @@ def test_bfloat16(exported, tmp_path):
 
 def test_bad_calls_are_refused_by_the_graph(model, digits):
   call, seed = model.signatures, tf.constant(0, tf.int64)
+  last = tf.constant(tf.int64.max)
   x = tf.constant(digits[:2])
   for text, do in {
     "num must be at least 1": lambda: call["sample"](num=0, seed=seed),
@@ -265,9 +266,19 @@ def test_bad_calls_are_refused_by_the_graph(model, digits):
     "y holds NaN": lambda: call["restore"](y=x * np.nan, t=tf.constant(0.5), seed=seed),
     "t must lie in": lambda: call["restore"](y=x, t=tf.constant(np.nan), seed=seed),
     "t must": lambda: call["denoise"](x_t=x, t=tf.constant([1.5])),
+    "x_t holds no image": lambda: call["denoise"](x_t=x[:0], t=tf.constant([0.5])),
+    "x_t holds no": lambda: call["score"](x_t=x[:0], t=tf.constant([0.5])),
+    "x_0 holds no image": lambda: call["corrupt"](x_0=x[:0], t=tf.constant([0.5]), seed=seed),
+    "y holds no image": lambda: call["restore"](y=x[:0], t=tf.constant(0.5), seed=seed),
+    "seed is too large": lambda: call["restore"](y=x, t=tf.constant(0.5), seed=last),
+    "seed is too": lambda: call["restore_map"](y=x, t=tf.constant(0.5), seed=last - 2, num=2),
+    "seed is": lambda: call["sample"](num=2, seed=last),
+    "seed": lambda: call["corrupt"](x_0=x, t=tf.constant([0.5]), seed=last),
   }.items():
     with pytest.raises(tf.errors.InvalidArgumentError, match=text):
       do()
+  one = call["restore"](y=x[:1], t=tf.constant(0.5), seed=last)  # the last seed of all
+  assert np.isfinite(one["images"]).all()
 
 
 def test_nothing_is_overwritten_unless_forced(exported, tmp_path):
@@ -342,6 +353,16 @@ def test_samplers_that_cannot_be_exported(exported, tmp_path):
   assert not out.exists()
 
 
+def test_weights_that_are_not_finite_are_not_handed_on(tiny, digits, tmp_path):
+  run = make_run(tiny, digits)
+  run.model.ema_network.variables[3].assign(run.model.ema_network.variables[3] * np.nan)
+  with pytest.raises(ValueError, match="NaN or infinite"):
+    artefact.export(run, tmp_path / "m")
+  with pytest.raises(ValueError, match="not finite in float16"):
+    artefact.pack(run, tmp_path / "m.npz")
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_read_is_named(exported, model, tmp_path):
   folder = shutil.copytree(exported[1], tmp_path / "m")
   with pytest.raises(ValueError, match="did you mean 'sample_momentum_3'"):
@@ -359,6 +380,13 @@ def test_what_cannot_be_read_is_named(exported, model, tmp_path):
   manifest.write_text("{")
   with pytest.raises(ValueError, match="not JSON"):
     artefact.from_pretrained(folder)
+  content = json.loads(text)
+  for bad in (None, 5, [], content | {"step": "7"}, content | {"step": -1},
+              {k: v for k, v in content.items() if k != "weights_sha256"},
+              content | {"weights_sha256": 5}):  # fmt: skip
+    manifest.write_text(json.dumps(bad))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*; export the model again"):
+      artefact.from_pretrained(folder)
   manifest.write_text(text)
   data = next((folder / "variables").glob("*.data*"))
   data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
@@ -385,6 +413,114 @@ def test_a_packed_model_comes_back(exported, tmp_path):
     artefact.from_pretrained(broken)
   with pytest.raises(ValueError, match="no such model comes with the package"):
     artefact.from_pretrained("digitz")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, request):
+  """A packed model, and what is in it by name."""
+  run = make_run(request.getfixturevalue("tiny"), request.getfixturevalue("digits"))
+  path = tmp_path_factory.mktemp("packed") / "good.npz"
+  artefact.pack(run, path)
+  with np.load(path) as content:
+    return path, dict(content)
+
+
+def _about(content, change):
+  """The entries with another `about`: `change` gets the dictionary and may give another value."""
+  about = json.loads(str(content["about"]))
+  about = change(about) or about
+  return content | {"about": np.array(json.dumps(about))}
+
+
+def _experiment(group, **fields):
+  def change(about):
+    about.pop("sha256")
+    about["experiment"][group] |= fields
+
+  return change
+
+
+DAMAGES = {  # name → (what becomes of the entries, what the error says)
+  "a flipped bit": (
+    lambda c: c | {"weight_0003": np.bitwise_xor(c["weight_0003"].view(np.uint16), 1).view("f2")},
+    "digest",
+  ),
+  "another prior": (lambda c: c | {"prior_mean": c["prior_mean"] + 1}, "digest"),
+  "another step": (lambda c: _about(c, lambda a: a | {"step": 8}), "digest"),
+  "another seed": (lambda c: _about(c, lambda a: a["experiment"].update(seed=5)), "digest"),
+  "a NaN": (lambda c: c | {"weight_0000": c["weight_0000"] * np.float16("nan")}, "NaN"),
+  "an infinity": (lambda c: c | {"weight_0001": c["weight_0001"] + np.float16("inf")}, "infinite"),
+  "a NaN prior": (lambda c: c | {"prior_factors": c["prior_factors"] * np.nan}, "NaN"),
+  "about a list": (lambda c: _about(c, lambda _: [1]), "not an object"),
+  "about a number": (lambda c: _about(c, lambda _: 5), "not an object"),
+  "about an array": (lambda c: c | {"about": np.zeros(3)}, "about is not a text"),
+  "about no JSON": (lambda c: c | {"about": np.array("{")}, "cannot be read"),
+  "about deep": (lambda c: c | {"about": np.array("[" * 100_000)}, "cannot be read"),
+  "no experiment": (lambda c: _about(c, lambda a: a | {"experiment": None}), "config"),
+  "an experiment of lists": (lambda c: _about(c, lambda a: a | {"experiment": []}), "config"),
+  "no step": (lambda c: _about(c, lambda a: {k: a[k] for k in a if k != "step"}), "step"),
+  "another format": (lambda c: _about(c, lambda a: a | {"format": 9}), "format is 9"),
+  "a number as prior": (lambda c: c | {"prior_kind": np.array(5)}, "prior_kind is not a text"),
+  "an unknown prior": (lambda c: c | {"prior_kind": np.array("gauss")}, "unknown prior 'gauss'"),
+  "a prior of another shape": (
+    lambda c: c | {"prior_mean": np.zeros([4, 4, 1]), "prior_factors": np.zeros([1, 4, 4, 1])},
+    r"its prior is of images of shape \(4, 4, 1\)",
+  ),
+  "a renamed entry": (
+    lambda c: {("weight_9" if k == "weight_0002" else k): v for k, v in c.items()}, "weight_0002",
+  ),
+  "a missing entry": (lambda c: {k: v for k, v in c.items() if k != "prior_mean"}, "prior_mean"),
+  "one entry more": (lambda c: c | {"x": np.zeros(3)}, "'x' is not part of one"),
+  "a weight of another shape": (lambda c: c | {"weight_0004": np.zeros([3], "f2")}, "weight 4"),
+  "weights of whole numbers": (
+    lambda c: c | {"weight_0005": c["weight_0005"].astype(np.int64)}, "weight_0005 holds int64",
+  ),
+  "weights of texts": (lambda c: c | {"weight_0000": np.array(["a"])}, "weight 0|weight_0000"),
+  "nf": (lambda c: _about(c, _experiment("network", nf=10**6)), "weight 0 has the shape"),
+  "nf without end": (lambda c: _about(c, _experiment("network", nf=10**30)), "64 bits"),
+  "blocks": (lambda c: _about(c, _experiment("network", num_res_blocks=10**6)), "num_res_blocks"),
+  "texts as shape": (
+    lambda c: _about(c, _experiment("data", image_shape=["8", "8", "1"])), "data.image_shape",
+  ),
+  "halves as shape": (
+    lambda c: _about(c, _experiment("data", image_shape=[8.5, 8, 1])), "data.image_shape",
+  ),
+  "nothing as shape": (lambda c: _about(c, _experiment("data", image_shape=[0, 0, 1])), "image_sh"),
+  "two as shape": (lambda c: _about(c, _experiment("data", image_shape=[8, 8])), "image_shape"),
+  "a large shape": (
+    lambda c: _about(c, _experiment("data", image_shape=[8192, 8192, 1])), r"\(8192, 8192",
+  ),
+  "a level of many digits": (
+    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update(level=10**400)),
+    "a schedule is a number",
+  ),
+  "an infinite number": (lambda c: _about(c, _experiment("network", cond_max=1e400)), "cond_max"),
+  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "too large"),
+  "a field of two lines": (
+    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})), "z z",
+  ),
+  "a shape without end": (
+    lambda c: _about(c, _experiment("data", image_shape=[10**6, 10**6, 3])), "image_shape",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_packed_file_of_unknown_origin_is_checked(damage, packed, tmp_path):
+  change, text = DAMAGES[damage]
+  np.savez(tmp_path / "bad.npz", **change(packed[1]))
+  with pytest.raises(ValueError, match=text) as raised:
+    artefact.from_pretrained(tmp_path / "bad.npz")
+  said = str(raised.value)
+  assert said.startswith(f"{tmp_path / 'bad.npz'}: ")
+  assert "\n" not in said
+  assert len(said) < 600
+
+
+def test_a_packed_file_without_a_digest_is_of_an_older_version(packed, tmp_path):
+  content = _about(packed[1], lambda a: {k: a[k] for k in a if k != "sha256"})
+  np.savez(tmp_path / "old.npz", **content)
+  assert artefact.unpack(tmp_path / "old.npz").step == artefact.unpack(packed[0]).step == 7
 
 
 @pytest.mark.parametrize("name", artefact.pretrained())

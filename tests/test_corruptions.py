@@ -303,7 +303,7 @@ def test_configs_survive_json():
     if type(corruption) is c.Family:
       assert config["family"].endswith("_family")
     else:
-      assert c.from_config(config) == corruption
+      assert c.from_config(config, trust_code=True) == corruption
   assert Squares().get_config()["kind"].endswith(":Squares")
 
 
@@ -321,7 +321,7 @@ def test_configs_survive_json():
     (lambda: c.from_config({"kind": "Mask", "shape": 3}), "does not take these fields"),
     (lambda: c.from_config("Mask"), "corruption = 'Mask': give its kind and fields"),
     (lambda: c.Family(mixing_family).svd(0.5, (6, 4, 2)), "Family mixes channels"),
-    (lambda: c.from_config({"kind": "no_such:Thing"}), "cannot import"),
+    (lambda: c.from_config({"kind": "no_such:Thing"}, trust_code=True), "cannot import"),
     (lambda: c.Matrix(np.zeros([2, 3])), "square"),
     (lambda: c.GaussianBlur(-1), "half_size"),
     (
@@ -332,8 +332,8 @@ def test_configs_survive_json():
     (lambda: c.Family(lambda v: v).get_config(), "cannot travel in a config"),
     (lambda: Undecorated(3.0).get_config(), "Undecorated: strength would be lost in a config"),
     (lambda: Kernel().get_config(), "Kernel.kernel is a ndarray, which JSON does not hold"),
-    (lambda: c.from_config({"kind": f"{__name__}:fade_family"}), "not a class derived from"),
-    (lambda: c.from_config({"kind": f"{__name__}:A_BLUR"}), "not a class derived from"),
+    (lambda: c.from_config({"kind": f"{__name__}:fade_family"}, True), "not a class derived from"),
+    (lambda: c.from_config({"kind": f"{__name__}:A_BLUR"}, True), "not a class derived from"),
     (lambda: c.check_importable({"kind": "__main__:Fade"}), "put the class into a module"),
     (
       lambda: c.check_importable({"kind": "Compose", "inner": {"kind": "m:f.<locals>.Fade"}}),

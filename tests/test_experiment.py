@@ -141,6 +141,22 @@ def test_a_workdir_without_config(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="not JSON"):
     Experiment.load(tmp_path)
+  for content in ("null", "5", "[]", '"text"', "[" * 100_000, "\xff", '{"data": []}',
+                  '{"seed": 1.5}', '{"name": 5}', '{"corruption": {"kind": ["Mask"]}}',
+                  '{"corruption": null}',
+                  '{"corruption": {"kind": "GaussianBlur", "half_size": 1e9}}',
+                  '{"corruption": {"kind": "GaussianBlur", "half_size": 1000000000}}',
+                  '{"level": {"kind": "Linear", "start": "a", "stop": 1}}',
+                  '{"level": {"kind": "Linear", "start": NaN, "stop": 1}}',
+                  '{"level": {"kind": "Staged", "inner": 5, "begin": 0, "end": 1}}',
+                  '{"data": {"image_shape": ["8", "8", "1"]}}', '{"network": {"ch_mult": [1.5]}}',
+                  '{"network": {"fourier_scale": NaN}}',
+                  '{"network": {"nf": 100000000000000000000}}'):  # fmt: skip
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json: ") as raised:
+      Experiment.load(tmp_path)
+    assert "\n" not in str(raised.value), content
+    assert len(str(raised.value)) < 500, content
 
 
 def test_levels_from_a_file_must_fit(tmp_path):

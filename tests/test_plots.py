@@ -55,3 +55,12 @@ def test_figures_are_not_blank_and_deterministic(tmp_path, blur_diffusion, rng):
     picture = content(tmp_path / "1" / f"{name}.png")
     assert picture.std() > 10
     assert min(picture.shape[:2]) > 60
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_picture_is_made_of_what_is_not_finite(value):
+  images = np.zeros([2, 4, 4, 1], np.float32)
+  images[1, 2, 3, 0] = value
+  for make in (plots.to_uint8, plots.grid):
+    with pytest.raises(ValueError, match="an image holds NaN or infinite values"):
+      make(images)

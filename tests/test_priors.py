@@ -65,8 +65,41 @@ def test_bad_requests(tmp_path, blur_diffusion, digits):
     priors.fit("gauss", digits, blur_diffusion)
   with pytest.raises(ValueError, match="at least 2 images"):
     priors.fit("colour", digits[:1], blur_diffusion)
-  with pytest.raises(ValueError, match="not a saved prior"):
+  with pytest.raises(ValueError, match=r"none\.npz: not a saved prior"):
     priors.Prior.load(tmp_path / "none.npz")
   (tmp_path / "bad.npz").write_bytes(b"PK nothing")
-  with pytest.raises(ValueError, match="not a saved prior"):
+  with pytest.raises(ValueError, match=r"bad\.npz: not a saved prior"):
     priors.Prior.load(tmp_path / "bad.npz")
+
+
+MEAN, FACTORS = np.zeros([4, 4, 1]), np.zeros([2, 4, 4, 1])
+
+
+@pytest.mark.parametrize(
+  ("kind", "mean", "factors", "text"),
+  [
+    (5, MEAN, FACTORS, "unknown prior 5"),
+    ("zero", MEAN, FACTORS, "up to 0 factors"),
+    ("colour", MEAN, FACTORS[:, :3], r"got shapes \(4, 4, 1\) and \(2, 3, 4, 1\)"),
+    ("colour", MEAN[..., 0], FACTORS[..., 0], "has a mean"),
+    ("colour", MEAN, np.zeros([17, 4, 4, 1]), "up to 16 factors"),
+    ("colour", MEAN + np.nan, FACTORS, "NaN or infinite"),
+    ("colour", MEAN, FACTORS + np.inf, "NaN or infinite"),
+  ],
+)
+def test_what_is_no_gaussian_over_images(kind, mean, factors, text):
+  with pytest.raises(ValueError, match=text):
+    priors.Prior(kind, mean, factors)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"mean": "?"}, {"mean": 5}, {"factors": "AAAA"}, {"shape": 8}, {"shape": ["a"]}, {"kind": None},
+   {"shape": [10**30, 1, 1]}],
+)  # fmt: skip
+def test_a_damaged_config_of_a_prior(change):
+  config = priors.Prior("colour", MEAN, FACTORS).get_config()
+  with pytest.raises(ValueError, match=r"damaged|unknown prior"):
+    priors.Prior.from_config(config | change)
+  with pytest.raises(ValueError, match="a prior's config has"):
+    priors.Prior.from_config(5)

@@ -519,13 +519,78 @@ def test_a_large_body_is_refused_before_and_while_it_comes(client):
 def test_compressed_bodies_and_foreign_pages_are_refused(client):
   path, body = "/v1/models/model:predict", json.dumps(SAMPLE).encode()
   assert client.raw("POST", path, body, {"content-encoding": "gzip"})[0] == 415
-  assert client.raw("POST", path, body, {"sec-fetch-site": "cross-site"})[0] == 403
-  assert client.raw("POST", path, body, {"sec-fetch-site": "same-origin"})[0] == 200
+  for site, status in (
+    ("cross-site", 403), ("same-site", 403), ("else", 403), ("same-origin", 200), ("none", 200),
+  ):  # fmt: skip
+    assert client.raw("POST", path, body, {"sec-fetch-site": site})[0] == status
+    assert client.raw("GET", "/v1/models", None, {"sec-fetch-site": site})[0] == status
+  linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+  assert client.raw("GET", "/", None, linked)[0] == 200  # somebody followed a link to the page
+  assert client.raw("POST", path, body, linked)[0] == 403
   # As a browser asks without TLS.
   own = f"127.0.0.1:{client.port}"
   assert client.raw("POST", path, body, {"origin": "http://elsewhere.org"})[0] == 403
   assert client.raw("POST", path, body, {"origin": "null"})[0] == 403
   assert client.raw("POST", path, body, {"origin": f"http://{own}", "host": own})[0] == 200
+
+
+def test_only_hosts_that_are_served_are_answered(model):
+  own = ["localhost:8501", "127.0.0.1:8501", "[::1]:8501", "example.org"]
+  path, body = "/v1/models/model:predict", json.dumps(SAMPLE).encode()
+  good = ("localhost:8501", "LOCALHOST:8501", "[::1]:8501", "example.org", "example.org:99")
+  bad = ("evil.com", "evil.com:8501", "localhost", "localhost:85", "[::1]", "x",
+         "127.0.0.1:8501.evil.com", "example.org.evil.com", "[::1", ":8501", "\xff")  # fmt: skip
+  numeric = ("10.1.2.3:8501", "10.1.2.3", "[fe80::1]:8501", "0x7f.1:8501")
+  with served(model, hosts=own) as client:
+    for host in good:
+      assert client.raw("POST", path, body, {"host": host})[0] == 200, host
+    for host in bad + numeric:
+      for method, where in (
+        ("POST", path),
+        ("GET", "/"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/models"),
+      ):
+        status, _, answer = client.raw(method, where, body, {"host": host})
+        assert status == 403, host
+        assert "--allow_host" in json.loads(answer)["error"]
+  with served(model, hosts=own, addresses=True) as client:
+    for host in numeric[:3]:
+      assert client.raw("GET", "/healthz", None, {"host": host})[0] == 200, host
+    for host in ("evil.com", numeric[3], "1.2.3.4.evil.com:8501"):
+      assert client.raw("GET", "/healthz", None, {"host": host})[0] == 403, host
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("assertion failed: [t must lie in [0, 1], got] [1.5 2]\n\t [[{{node Assert}}]] [Op:x]",
+     "t must lie in [0, 1], got 1.5 2"),
+    ("Graph execution error:\n\nassertion failed: [ask for [1, 2]] [Condition x < y did not hold "
+     "element-wise:] [x (seeds:0) = ] [7]\n\t [[{{node a}}]]", "ask for [1, 2]"),
+    ("2 root error(s) found.\n  (0) INVALID_ARGUMENT: assertion failed: [no]\n\t [[{{node a}}]]\n  "
+     "(1) INVALID_ARGUMENT: assertion failed: [no]\n0 successful operations.", "no"),
+    ("x_t holds NaN : Tensor had NaN values\n\t [[{{node a}}]]",
+     "x_t holds NaN : Tensor had NaN values"),
+    ("", ""),
+  ],
+)  # fmt: skip
+def test_the_cause_is_said_whole(text, said):
+  assert serving._cause(tf.errors.InvalidArgumentError(None, None, text)) == said
+
+
+def test_a_seed_does_not_wrap(client):
+  last = 2**63 - 1
+  for inputs in (
+    {"signature_name": "restore_map", "inputs": {"y": [X], "t": 0.5, "seed": last, "num": 2}},
+    {"signature_name": "restore", "inputs": {"y": [X] * 2, "t": 0.5, "seed": last}},
+    {"signature_name": "corrupt", "inputs": {"x_0": [X] * 2, "t": [0.5] * 2, "seed": last}},
+  ):
+    status, answer = client.predict(inputs)
+    assert status == 400
+    assert answer["error"] == f"seed {last} is too large for 2 images"
+  one = {"signature_name": "restore", "inputs": {"y": [X], "t": 0.5, "seed": last}}
+  assert client.predict(one)[0] == 200
 
 
 def test_clients_that_stand_still_are_cut(model, rng):
@@ -608,12 +673,40 @@ def test_what_fails_in_the_server_says_so_and_no_more(client, model, monkeypatch
   assert client.predict(SAMPLE)[0] == 200
 
 
-def test_too_many_connections(model):
+def test_too_many_connections(model, gate, images):
   with served(model, connections=4, slow_client=20) as client:
-    idle = [socket.create_connection(("127.0.0.1", client.port), 5) for _ in range(6)]
-    wait_until(lambda: len(client.server.server_state.connections) >= 6)
-    assert client.raw("GET", "/healthz")[0] == 503
-    for s in idle:
+    body = {"signature_name": "denoise", "inputs": {"x_t": images.tolist(), "t": [0.5] * 6}}
+    asked, there = [], client.server.server_state.connections
+    for k in range(3):
+      asked.append(asking(client, json.dumps(body).encode()))
+      wait_until(lambda: len(client.batcher._waiting) + len(gate.calls) > k)  # noqa: B023
+    assert len(there) == 3
+    assert client.raw("GET", "/healthz")[0] == 503  # all are being answered: none makes room
+    for s in asked:
       s.close()
+    gate.open.set()
     wait_until(lambda: not client.server.server_state.connections)
     assert client.get("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+  "sent", [b"", b"GET / HT", head(100), head(100, b"Expect: 100-continue\r\n")]
+)
+def test_one_client_cannot_use_up_the_connections(model, sent):
+  """It has more of them open than there are, and stands still; others are answered all the same."""
+  with served(model, connections=8, slow_client=60) as client:
+    held = []
+    for _ in range(12):
+      held.append(socket.create_connection(("127.0.0.1", client.port), 5))
+      held[-1].sendall(sent)
+    for own in ("127.0.0.1", "127.0.0.2"):  # from the same address, too
+      with socket.create_connection(("127.0.0.1", client.port), 5, (own, 0)) as s:
+        s.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert s.recv(100).split()[1] == b"200"
+    with socket.create_connection(("127.0.0.1", client.port), 5, ("127.0.0.2", 0)) as other:
+      for _ in range(12):  # and who has few keeps them
+        held.append(socket.create_connection(("127.0.0.1", client.port), 5))
+      other.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+      assert other.recv(100).split()[1] == b"200"
+    for s in held:
+      s.close()

@@ -24,6 +24,16 @@ def metrics(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_config_that_no_checkpoint_fits_is_refused_before_memory_is_taken(tiny, tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "checkpoints" / "ckpt-2.data-00000-of-00001").write_bytes(bytes(100_000))
+  training._check_size(tmp_path, tiny)
+  with pytest.raises(ValueError, match=r"a network of [\d,]{15,} weights, and no checkpoint"):
+    training._check_size(tmp_path, tiny.replace(network={"nf": 10**6}))
+  with pytest.raises(ValueError, match="num_res_blocks=1000000 is too large"):
+    training._check_size(tmp_path, tiny.replace(network={"num_res_blocks": 10**6}))
+
+
 def test_a_workdir_holds_everything(tiny, tmp_path):
   run = training.train(tiny, tmp_path, progress=False)
   assert run.step == 6

@@ -31,6 +31,7 @@ _FEATURE_NET = flags.DEFINE_string(
   "feature_net", None, "Feature network of Figure 12, instead of the config's."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+_TRUST_CODE = cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite figures that are there.")
 
 
@@ -47,7 +48,7 @@ class _Runs:
         raise ValueError(
           f"--workdir: {names.count(name)} of the folders are called {name!r}; rename one of them"
         )
-    self.all = {w.name: training.load(w) for w in self.workdirs}
+    self.all = {w.name: training.load(w, trust_code=_TRUST_CODE.value) for w in self.workdirs}
     self.first = next(iter(self.all.values()))
     self._samples = {}
 
@@ -63,9 +64,11 @@ class _Runs:
     return self._samples[key], options
 
   def source(self, split):
-    from soft_diffusion_tf import data
+    from soft_diffusion_tf import data, trust
 
     d = self.first.experiment.data
+    with trust.trust_code(_TRUST_CODE.value):
+      data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
     return data.load(d.name, split, d.image_shape, d.crop, _DATA_DIR.value or d.data_dir or None)
 
 
@@ -142,13 +145,16 @@ def figure_9(runs, path):
 def figure_12(runs, path):
   import numpy as np
 
-  from soft_diffusion_tf import features, memorisation, plots
+  from soft_diffusion_tf import features, memorisation, plots, trust
 
   e = runs.first.experiment
   train = runs.source(e.data.train_split)
   held_out = None
   if e.data.test_split != e.data.train_split:
     held_out = runs.source(e.data.test_split).images
+  if not _FEATURE_NET.value:
+    with trust.trust_code(_TRUST_CODE.value):
+      features.check_consent(e.evaluation.feature_net)
   network = features.feature_network(_FEATURE_NET.value or e.evaluation.feature_net, train)
   options = runs.first.options(steps=_STEPS.value)
   images = runs.first.images(np.arange(_NEIGHBOURS.value), options, "figure 12")

@@ -65,7 +65,7 @@ def corruption_of(name):
   from soft_diffusion_tf import corruptions
 
   if ":" in name:
-    return corruptions.from_config({"kind": name})
+    return corruptions.from_config({"kind": name}, trust_code=True)
   kinds = {
     "blur": corruptions.GaussianBlur(), "mask": corruptions.Mask(),
     "soft_mask": corruptions.Mask(edge=1.0), "ve": corruptions.Identity(),

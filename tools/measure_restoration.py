@@ -27,6 +27,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
   _REFERENCE = flags.DEFINE_integer(
     "reference", 10_000, "Training images to compare with, at most."
   )
+  _TRUST_CODE = cli.define_trust_code()
   _OUT = flags.DEFINE_string("out", None, "A new folder for the results.", required=True)
 
 _TUNING = 40  # training images by which the baselines' strengths are chosen
@@ -82,6 +83,7 @@ def main():
     plots,
     restoration,
     training,
+    trust,
   )
 
   if _SAMPLES.value < 2:
@@ -89,8 +91,10 @@ def main():
   out = pathlib.Path(_OUT.value)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out")
-  run = training.load(_WORKDIR.value)
+  run = training.load(_WORKDIR.value, trust_code=_TRUST_CODE.value)
   e, diffusion = run.experiment, run.diffusion
+  with trust.trust_code(_TRUST_CODE.value):
+    data.check_consent(e.data.name, e.data.data_dir)
   part = lambda split: data.load(
     e.data.name, split, e.data.image_shape, e.data.crop, e.data.data_dir or None
   )

@@ -23,7 +23,7 @@ def main():
   workdir = pathlib.Path(_WORKDIR.value)
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
-  experiment = Experiment.from_config(_CONFIG.value)
+  experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None)
   if _FRESH.value and workdir.exists():

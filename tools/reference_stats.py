@@ -42,7 +42,7 @@ def main():
   cli.refuse_to_overwrite(out, _FORCE.value)
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
-  e = Experiment.from_config(_CONFIG.value)
+  e = Experiment.from_config(_CONFIG.value, trust_code=True)
   d, split = e.data, _SPLIT.value or e.data.train_split
   count = e.evaluation.samples if _SAMPLES.value is None else _SAMPLES.value
 

@@ -261,7 +261,7 @@ def main():
       return
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/cifar10_blur.py")
-  experiment, stand_in = with_levels(Experiment.from_config(_CONFIG.value))
+  experiment, stand_in = with_levels(Experiment.from_config(_CONFIG.value, trust_code=True))
   experiment.check_network()
   python = env_python(_ENV.value)
   device = _ask(python, _TOPOLOGY.value)

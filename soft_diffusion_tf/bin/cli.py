@@ -24,6 +24,13 @@ def define_config():
   )
 
 
+def define_trust_code():
+  """The --trust_code flag of programs that open a model: consent to run code that it names."""
+  return flags.DEFINE_bool(
+    "trust_code", False, "Run code that the model's files name: for files of people you trust."
+  )
+
+
 def refuse(ignored, why):
   """Raises the ValueError of one of the flags that was given; `why` says what would ignore it."""
   for flag in ignored:

@@ -61,6 +61,7 @@ _CHECKPOINTS = flags.DEFINE_string(
 _MEMORISATION = flags.DEFINE_bool(
   "memorisation", False, "Find the nearest training images of the samples, or of --images."
 )
+_TRUST_CODE = cli.define_trust_code()
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
 
 # A flag, why others would be ignored beside it, and which.
@@ -102,6 +103,8 @@ class _Job:
     self._asked = asked
     self._source = None
     feature_net = _FEATURE_NET.value or self.options.feature_net
+    if not _FEATURE_NET.value:
+      features.check_consent(feature_net)
     needs_data = feature_net == "classifier"
     self.network = features.feature_network(feature_net, self.train() if needs_data else None)
 
@@ -120,8 +123,11 @@ class _Job:
 
   def _place(self):
     """(data set, split, image shape, crop, data_dir) of the real images."""
+    from soft_diffusion_tf import data
+
     d = self.experiment.data if self.experiment else None
     if d is not None and (self._stored or not _REFERENCE.value):
+      data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
       return d.name, _SPLIT.value or d.train_split, d.image_shape, d.crop, d.data_dir
     name = _REFERENCE.value
     split = _SPLIT.value or ("all" if name.startswith("folder:") else "train")
@@ -342,6 +348,13 @@ def _memorisation(job):
 
 
 def main():
+  from soft_diffusion_tf import trust
+
+  with trust.trust_code(_TRUST_CODE.value):
+    _main()
+
+
+def _main():
   if not _WORKDIR.value and not (_IMAGES.value and _REFERENCE.value):
     raise ValueError("give --workdir=FOLDER, or --images=FOLDER with --reference=REAL_IMAGES")
   for flag, what in ((_SWEEP, "sweep"), (_MEMORISATION, "memorisation")):

@@ -32,6 +32,7 @@ _DTYPE = flags.DEFINE_enum(
   "float32); by default float32 and float16.",
 )  # fmt: skip
 _LICENCE = flags.DEFINE_string("licence", None, "Licence of the weights, for the model card.")
+_TRUST_CODE = cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the export at --out.")
 
 
@@ -62,7 +63,7 @@ def main():
     raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
-  run = training.load(_WORKDIR.value, _STEP.value)
+  run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
   options = {
     "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
     "force": _FORCE.value,

@@ -37,6 +37,7 @@ _NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step e
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Hold the samples to the image given: ‖C x − y‖ ≲ σ √n."
 )
+_TRUST_CODE = cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the results at --out.")
 
 _ARRAYS = "restored.npz"  # every folder of results has it
@@ -78,7 +79,7 @@ def main():
   artefact.keep_apart(out, _IMAGES.value)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
-  model = artefact.from_pretrained(_WORKDIR.value)
+  model = artefact.from_pretrained(_WORKDIR.value, _TRUST_CODE.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
   options = restoration.DEFAULT.changed(

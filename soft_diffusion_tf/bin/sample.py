@@ -41,6 +41,7 @@ _SHARD = flags.DEFINE_string("shard", "1/1", "k/n: this is the k-th of n process
 _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
 )
+_TRUST_CODE = cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
 
@@ -82,7 +83,7 @@ def main():
     cli.refuse_to_overwrite(out, _FORCE.value)
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
-    run = training.load(_WORKDIR.value, _STEP.value)
+    run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
   options = run.options(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
     k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,

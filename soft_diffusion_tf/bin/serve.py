@@ -8,6 +8,7 @@ SIGTERM or Ctrl-C stops: what was asked is answered first.
 
 import ipaddress
 import pathlib
+import re
 import signal
 import socket
 
@@ -28,12 +29,19 @@ _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are ans
 _TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until a request is answered 504.", 0.001)
 _SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1)
 _MAX_BODY = flags.DEFINE_integer("max_body", 8 << 20, "Bytes of a request's body.", 1024)
-_CONNECTIONS = flags.DEFINE_integer("connections", 512, "Open connections; more get 503.", 2)
+_CONNECTIONS = flags.DEFINE_integer(
+  "connections", 512, "Open connections; beyond, idle ones are cut, or new ones get 503.", 2
+)
+_ALLOW_HOST = flags.DEFINE_list(
+  "allow_host", [], "More names NAME or NAME:PORT by which clients may ask for this server."
+)
 _WARM = flags.DEFINE_bool("warm", True, "Call every signature once before listening.")
 
 
 def _bind(host, port):
   """A socket that does not listen yet: clients are refused until the model is there."""
+  if not host.strip():
+    raise ValueError("--host= is empty; give an address, such as 127.0.0.1")
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
@@ -47,6 +55,29 @@ def _bind(host, port):
     ) from None
 
 
+def _check_numbers():
+  """Raises the ValueError of a number that no flag's lower bound stops: NaN, or far too large."""
+  for flag, most in (
+    (_TIMEOUT, 86_400), (_SLOW, 86_400), (_MAX_BATCH, 1 << 16), (_QUEUE, 1 << 20),
+    (_MAX_BODY, 1 << 30), (_CONNECTIONS, 1 << 16),
+  ):  # fmt: skip
+    if not flag.value <= most:
+      raise ValueError(f"--{flag.name}={flag.value}: give a number up to {most}")
+
+
+def _hosts(bound_to, port):
+  """What a request's Host may be, and whether it may be any IP address."""
+  for name in _ALLOW_HOST.value:
+    if not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", name):
+      raise ValueError(f"--allow_host={name}: give names such as example.org or example.org:8501")
+  names = ["localhost", "127.0.0.1", "[::1]", f"[{bound_to}]" if ":" in bound_to else bound_to]
+  local = _is_local(bound_to)
+  if not local:
+    names += [_HOST.value, socket.gethostname()]
+  own = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+  return own | set(_ALLOW_HOST.value), not local
+
+
 def _is_local(host):
   try:
     return ipaddress.ip_address(host).is_loopback
@@ -57,17 +88,21 @@ def _is_local(host):
 def main():
   from soft_diffusion_tf import serving
 
+  _check_numbers()
   if not pathlib.Path(_MODEL.value).is_dir():
     raise ValueError(f"--model={_MODEL.value}: no such folder; give the folder of an export")
   serving.uvicorn_module()  # before a model is loaded and warmed, which may take minutes
   with _bind(_HOST.value, _PORT.value) as listening:
+    host, port = listening.getsockname()[:2]
+    hosts, addresses = _hosts(host, port)
     model = serving.Model(_MODEL.value, _NAME.value)
     if _WARM.value:
       model.warm()
     batcher = serving.Batcher(_MAX_BATCH.value, _QUEUE.value, _REPRODUCIBLE.value)
     app = serving.App(
-      model, batcher, timeout=_TIMEOUT.value, body_timeout=_SLOW.value, max_body=_MAX_BODY.value
-    )
+      model, batcher, timeout=_TIMEOUT.value, body_timeout=_SLOW.value, max_body=_MAX_BODY.value,
+      hosts=hosts, addresses=addresses,
+    )  # fmt: skip
     server = serving.make_server(
       app, connections=_CONNECTIONS.value, slow_client=_SLOW.value,
       grace=round(_TIMEOUT.value + _SLOW.value) + 1,
@@ -75,7 +110,6 @@ def main():
     # uvicorn stops in good order at the first signal, and raises it again at the end.
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    host, port = listening.getsockname()[:2]
     listening.listen(512)  # from now on clients may come, as the lines below promise
     print(f"serving {', '.join(model.signatures)}", flush=True)
     if not _is_local(host):

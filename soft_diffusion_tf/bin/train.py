@@ -29,7 +29,7 @@ def main():
 
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
-  experiment = Experiment.from_config(_CONFIG.value)
+  experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
   strategy = make_strategy(_STRATEGY.value, _TPU.value, _PEER_TIMEOUT.value)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf.networks import blocks, resampling
 
+_MOST = {"num_res_blocks": 128, "num_scales": 1_000_000}  # what can be made within minutes
 _CHOICES = {
   "resblock_type": ("biggan", "ddpm"),
   "progressive": ("none", "output_skip", "residual"),
@@ -42,6 +43,9 @@ def _check(o):
   for key, least in {"nf": 4, "num_res_blocks": 1, "seed": 0}.items():
     if o[key] < least:
       raise ValueError(f"{key}={o[key]} is too small; the least is {least}")
+  for key, most in _MOST.items():
+    if (o[key] or 0) > most:
+      raise ValueError(f"{key}={o[key]} is too large; the most is {most}")
   if not 0 <= o["dropout"] < 1:
     raise ValueError(f"dropout={o['dropout']} is not a probability below 1; 0 switches it off")
   if o["init_scale"] < 0:
@@ -176,6 +180,15 @@ class NCSNpp(keras.Model):
     But for channels that no group normalisation can split: they show when layers are made.
     """
     _check(options | {"image_shape": image_shape, "fir_kernel": fir_kernel})
+
+  @classmethod
+  def shapes(cls, **options):
+    """The shapes of its `variables`, in order, without making any: options as of the constructor.
+
+    For a check of sizes before memory is taken.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+      return [tuple(v.shape) for v in cls(**options).variables]
 
   def _attends(self, level):
     return self.image_shape[0] // 2**level in self.attn_resolutions

@@ -58,6 +58,9 @@ def test_it_serves_on_this_machine_alone_until_it_is_stopped(folder):
     assert status == 200
     assert len(answer["outputs"]["images"]) == 3
     assert b"<h1>Soft Diffusion</h1>" in client.raw("GET", "/")[2]
+    for host, want in (("elsewhere.org", 403), (f"localhost:{client.port}", 200),
+                       (f"elsewhere.org:{client.port}", 403)):  # fmt: skip
+      assert client.raw("GET", "/healthz", None, {"host": host})[0] == want
     listening = pathlib.Path("/proc/net/tcp")
     if listening.exists():  # Linux
       mine = [x.split()[1] for x in listening.read_text().splitlines()[1:]
@@ -77,6 +80,31 @@ def test_it_serves_on_this_machine_alone_until_it_is_stopped(folder):
     assert process.returncode == 0
     assert "stopped; " in out
     assert "Traceback" not in err
+
+
+def test_names_that_are_allowed_are_served_and_foreign_ones_are_not(folder):
+  flags = ("--host=0.0.0.0", "--allow_host=models.example.org,short:80", "--nowarm")
+  with running(f"--model={folder}", *flags) as (_, client, _):
+    port = client.port
+    for host, want in (
+      ("models.example.org", 200), (f"models.example.org:{port}", 200), ("short:80", 200),
+      (f"127.0.0.1:{port}", 200), (f"10.1.2.3:{port}", 200),
+      (f"{socket.gethostname()}:{port}", 200), ("short", 403),
+      ("example.org", 403), (f"elsewhere.org:{port}", 403),
+    ):  # fmt: skip
+      assert client.raw("GET", "/healthz", None, {"host": host})[0] == want, host
+
+
+@pytest.mark.parametrize(
+  "flag", ["--timeout=nan", "--slow_client=inf", "--max_batch=1" + 20 * "0", "--allow_host=a b"]
+)
+def test_a_flag_that_no_server_can_follow(folder, flag):
+  process = start(f"--model={folder}", "--port=0", flag)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 2
+  assert "Traceback" not in err
+  (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+  assert line.startswith(f"error: {flag.partition('=')[0]}=")
 
 
 def test_a_port_in_use_ends_with_one_line(folder):

@@ -139,7 +139,7 @@ def test_a_sound_corruption_is_well_posed_and_a_jump_is_not(images):
 def test_a_corruption_that_is_not_linear_is_refused_at_once(images, tmp_path, monkeypatch):
   (tmp_path / "own_corruptions.py").write_text(OWN)
   monkeypatch.syspath_prepend(tmp_path)
-  crooked = corruptions.from_config({"kind": "own_corruptions:Crooked"})
+  crooked = corruptions.from_config({"kind": "own_corruptions:Crooked"}, trust_code=True)
   result = laboratory.examine(crooked, images[0], laboratory.mixture_of(*images))
   assert not result.well_posed
   assert "linear" in str(result)
