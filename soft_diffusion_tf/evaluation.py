@@ -27,6 +27,7 @@ import tensorflow as tf
 import tqdm
 
 from soft_diffusion_tf import gaussians, neighbours, plots
+from soft_diffusion_tf.images import check_range
 
 PARTS = 3  # disjoint parts of one side, for the spread
 BLOCK = 1024  # features that are gathered before they enter the moments; also TF-GAN's KID block
@@ -208,6 +209,8 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
           f"image {statistics.seen + int(np.argmin(finite))} holds NaN or infinite values; a "
           "sampled one: lower the number of steps or look at the checkpoint"
         )
+      if np.asarray(images).dtype != np.uint8:
+        check_range(images, f"the images from number {statistics.seen} on")
       statistics.update(*network(images))
       bar.update(len(images))
       if statistics.seen == count:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
-from soft_diffusion_tf.model import SoftDiffusionModel
+from soft_diffusion_tf.model import NonFiniteLoss, SoftDiffusionModel
 from soft_diffusion_tf.monitoring import Monitor
 
 BUCKETS = 10  # of t, for the loss by time
@@ -39,10 +39,6 @@ class Preempted(RuntimeError):
 
 class WorkerLost(RuntimeError):
   """Another worker of this run is gone; the others end, and all of them start again."""
-
-
-class NonFiniteLoss(RuntimeError):
-  """The loss or the gradient is not finite; the message says where."""
 
 
 @contextlib.contextmanager
