@@ -426,6 +426,8 @@ def frechet(label, one, two):
   gap = one.mean - two.mean
   value = float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root)
   exact = gaussians.frechet_distance(one.mean, s_1, two.mean, s_2)
+  if abs(value - exact) <= 1e-12 * (np.trace(s_1) + np.trace(s_2)):  # rounding of what is equal
+    value = exact
   return Distance(label, value, exact, min(one.count, two.count), len(one.mean))
 
 
