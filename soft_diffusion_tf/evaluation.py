@@ -613,10 +613,11 @@ def with_reference(network, one, real, k=3, conditions=None):
 # --- A run --------------------------------------------------------------------------------------
 
 
-def run_conditions(experiment, step, options, count, first_seed=0):
+def run_conditions(experiment, step, options, count, first_seed=0, averaged=True):
   """What a run's numbers depend on, besides network and reference."""
+  decay = experiment.training.ema_decay if averaged else 0.0  # without memory it is no average
   return {
-    "experiment": experiment.name, "step": int(step), "ema_decay": experiment.training.ema_decay,
+    "experiment": experiment.name, "step": int(step), "ema_decay": decay,
     "sampler": options.sampler, "nfe": options.evaluations,
     "sampling": json.loads(json.dumps(dataclasses.asdict(options))),
     "samples": int(count), "first_seed": int(first_seed),
@@ -640,7 +641,7 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
     network, sample_batches(run, seeds, options, keep), count, e.subset,
     "sampling" if progress else None, partial, every,
   )  # fmt: skip
-  about = run_conditions(run.experiment, run.step, options, count, first_seed)
+  about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
   about |= {"reference": real.conditions}
   return with_reference(network, statistics, real, e.neighbours, about)
 
@@ -681,6 +682,7 @@ def to_tensorboard(workdir, record):
   """The numbers of a run's record as scalars under the checkpoint's step."""
   writer = tf.summary.create_file_writer(str(pathlib.Path(workdir) / "tensorboard"))
   where = f"evaluation/{record['sampler']}_{record['nfe']}_N{record['samples']}"
+  where += "" if record["ema_decay"] else "_raw"
   with writer.as_default():
     tf.summary.scalar(f"{where}/{record['label']}", record["value"], record["step"])
     for name in ("exact", "kid", "inception_score", "precision", "recall"):

@@ -108,8 +108,10 @@ class SoftDiffusionModel(keras.Model):
   """Soft Score Matching around a network φ: x̂_0 = φ(x_t, cond(t)) + x_t (P Eq. 10).
 
   `update` is one training step, for any strategy; `train_step` gives it to `fit`, on one device,
-  and `test_step` the loss of held-out images to `evaluate` and `validation_data`. The averaged weights live in a second network, so exactly what is sampled from can be saved and
-  called. `save` and `keras.models.load_model` carry all of it, the optimizer's state included.
+  `test_step` the loss of held-out images to `evaluate`, by the weights under training ("loss") and
+  by the averaged ones ("ema_loss"), and `predict` takes pairs [x_t, t]. The averaged weights live
+  in a second network, so exactly what is sampled from can be saved and called. `save` and
+  `keras.models.load_model` carry all of it, the optimizer's state included.
 
   Args:
     network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
@@ -485,12 +487,12 @@ class SoftDiffusionModel(keras.Model):
     def checked(iterator):
       logs = dict(function(iterator))
       images.check_range(logs.pop("range"), f"the {what} images")
-      odd = [name for name, value in logs.items() if not np.isfinite(float(value))]
-      if odd:
+      if not all(np.isfinite(float(value)) for value in logs.values()):
+        of = "loss" if not np.isfinite(float(logs["loss"])) else "gradient"
         step = int(self.optimizer.iterations.numpy()) - (what == "training")
         raise NonFiniteLoss(
-          f"the {what} {odd[0].replace('_', ' ')} is not finite at step {step}, and no update was "
-          "made from it; lower the learning rate or look at the data"
+          f"the {what} {of} is not finite at step {step}, and no update was made from it; lower "
+          "the learning rate or look at the data"
         )
       return logs
 

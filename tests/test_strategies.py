@@ -70,7 +70,9 @@ CLUSTER = '{"cluster": {"worker": WORKERS}, "task": {"type": "worker", "index": 
     ("[" * 100_000, "0", "is not a cluster of workers alone"),
   ],
 )
-def test_a_tf_config_that_would_hang_or_crash_is_refused_at_once(monkeypatch, workers, index, cause):
+def test_a_tf_config_that_would_hang_or_crash_is_refused_at_once(
+  monkeypatch, workers, index, cause
+):
   monkeypatch.setenv("TF_CONFIG", CLUSTER.replace("WORKERS", workers).replace("INDEX", index))
   begin = time.monotonic()
   with pytest.raises(ValueError, match="TF_CONFIG") as error:

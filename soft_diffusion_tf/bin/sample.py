@@ -9,6 +9,7 @@ not finished is gone on with by the same command; several processes share it by 
 
 import pathlib
 import re
+import sys
 
 from absl import flags
 
@@ -40,6 +41,9 @@ _FORMAT = flags.DEFINE_enum("format", "png", ["png", "npz"], "What a folder is f
 _SHARD = flags.DEFINE_string("shard", "1/1", "k/n: this is the k-th of n processes.")
 _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
+)
+_RAW_WEIGHTS = flags.DEFINE_bool(
+  "raw_weights", False, "Draw by the weights under training, not by their averages."
 )
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
@@ -82,7 +86,9 @@ def main():
     cli.refuse_to_overwrite(out, _FORCE.value)
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
-    run = training.load(_WORKDIR.value, _STEP.value)
+    run = training.load(_WORKDIR.value, _STEP.value, averaged=not _RAW_WEIGHTS.value)
+  if run.remark:
+    print(f"warning: {run.remark}; --raw_weights draws without them", file=sys.stderr)
   options = run.options(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
     k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
@@ -96,6 +102,8 @@ def main():
   else:
     nfe = None if drawer.adaptive else int(drawer.rows.shape[0])
     settings = bulk.settings_of(run.experiment, run.step, options, nfe)
+    if _RAW_WEIGHTS.value:
+      settings["ema_decay"] = 0.0
     total, there = bulk.write(
       drawer, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
     )
