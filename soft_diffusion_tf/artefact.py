@@ -503,7 +503,7 @@ def card(run, manifest, evaluations=()):
     lines.append("Not evaluated against its training images.")
   lines += ["", "## Use and limits", "", _LIMITS.format(data=e.data.name), ""]
   if run.remark:
-    lines += [f"Of its making: {run.remark}.", ""]
+    lines += [f"Of the weights: {run.remark.partition(';')[0]}.", ""]
   if manifest.get("signatures"):
     lines += ["## Signatures", "", "| signature | inputs | outputs |", "|---|---|---|"]
     for name, s in sorted(manifest["signatures"].items()):

@@ -519,6 +519,7 @@ class Result:
   conditions: dict = dataclasses.field(default_factory=dict)
   floor: dict | None = None
   why_no_floor: str = ""
+  remark: str = ""  # on the weights
 
   def numbers(self):
     """The numbers alone, for JSON: None where there is none."""
@@ -533,7 +534,7 @@ class Result:
 
   def warnings(self):
     """What to keep in mind, a line each."""
-    d, lines = self.distance, []
+    d, lines = self.distance, [self.remark] if self.remark else []
     if d.count <= d.dimension:
       lines.append(
         f"N = {d.count} is not above the {d.dimension} features: the distance is biased upwards"
@@ -643,7 +644,8 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
   )  # fmt: skip
   about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
   about |= {"reference": real.conditions}
-  return with_reference(network, statistics, real, e.neighbours, about)
+  result = with_reference(network, statistics, real, e.neighbours, about)
+  return dataclasses.replace(result, remark=run.remark)
 
 
 # --- Records ------------------------------------------------------------------------------------

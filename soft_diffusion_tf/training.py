@@ -183,7 +183,8 @@ class Run:
   @property
   def remark(self):
     """A warning about what it draws by, or ""."""
-    return _ema_remark(self.experiment, self.step) if self.averaged else ""
+    text = _ema_remark(self.experiment, self.step) if self.averaged else ""
+    return text and f"{text}; --raw_weights draws without them"
 
   def options(self, **changes):
     """The experiment's `Sampling` with other values for what is not None (`Sampling.changed`)."""
@@ -323,8 +324,9 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
       f"take {batch // each * each or each} or another multiple of {each}"
     )
   # An unsound process or network is refused before a file is written.
-  hosts, each = strategies.replicas_by_host(strategy)
-  memory.check(experiment, hosts, each)
+  apart = bool(tf.config.list_physical_devices("GPU"))
+  apart |= isinstance(strategy, tf.distribute.TPUStrategy)
+  memory.check(experiment, *strategies.replicas_by_host(strategy), apart)
   corruptions.check_importable(experiment.corruption.get_config())
   diffusion = experiment.build_diffusion()
   experiment.check_network()

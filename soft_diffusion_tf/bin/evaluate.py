@@ -9,7 +9,6 @@ soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL   images of any 
 import hashlib
 import json
 import pathlib
-import sys
 
 from absl import flags
 
@@ -266,8 +265,6 @@ def _run(job):
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
   run = training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value)
-  if run.remark:
-    print(f"warning: {run.remark}; --raw_weights draws without them", file=sys.stderr)
   return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
 
 
@@ -321,6 +318,8 @@ def _memorisation(job):
       raise ValueError(
         "some samples are not finite; lower the number of steps or look at the model"
       )
+    if run.remark:
+      print(f"warning: {run.remark}")
     names = seeds.tolist()
     title = f"step{run.step}_{options.sampler}_{options.evaluations or 'adaptive'}"
     title += f"_seeds{seeds[0]}-{seeds[-1]}"

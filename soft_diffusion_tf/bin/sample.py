@@ -88,7 +88,7 @@ def main():
   with strategy.scope():
     run = training.load(_WORKDIR.value, _STEP.value, averaged=not _RAW_WEIGHTS.value)
   if run.remark:
-    print(f"warning: {run.remark}; --raw_weights draws without them", file=sys.stderr)
+    print(f"warning: {run.remark}", file=sys.stderr)
   options = run.options(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
     k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
