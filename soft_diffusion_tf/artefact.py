@@ -493,6 +493,7 @@ def card(run, manifest, evaluations=()):
   records = [
     r for r in evaluations
     if r.get("step") == manifest["step"] and train.items() <= r.get("reference", {}).items()
+    and r.get("ema_decay", e.training.ema_decay) == e.training.ema_decay  # not by --raw_weights
   ]  # fmt: skip
   if records:
     lines += [
@@ -511,6 +512,8 @@ def card(run, manifest, evaluations=()):
   else:
     lines.append("Not evaluated against its training images.")
   lines += ["", "## Use and limits", "", _LIMITS.format(data=e.data.name), ""]
+  if run.remark:
+    lines += [f"Of the weights: {run.remark.partition(';')[0]}.", ""]
   if manifest.get("signatures"):
     lines += ["## Signatures", "", "| signature | inputs | outputs |", "|---|---|---|"]
     for name, s in sorted(manifest["signatures"].items()):

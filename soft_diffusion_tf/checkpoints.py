@@ -6,12 +6,28 @@ of their own. What is in a checkpoint is named by the variables' own paths.
 """
 
 import concurrent.futures
+import contextlib
 import pathlib
+import re
+import shutil
 
 import tensorflow as tf
 import tqdm
 
 KEPT = "kept"
+_FILE = re.compile(r"(ckpt-([0-9]{1,18}))(\.index|\.data-[0-9]+-of-[0-9]+|_temp|\..*tempstate.*)")
+
+
+def steps_in(folder):
+  """Steps of the checkpoints in a folder, rising; what only looks like one is passed over."""
+  return sorted({step for step, _, file in _files(folder) if file.suffix == ".index"})
+
+
+def _files(folder):
+  """(step, path without suffix, file) of whatever belongs to a checkpoint in a folder."""
+  for file in sorted(pathlib.Path(folder).glob("ckpt-*")):
+    if match := _FILE.fullmatch(file.name):
+      yield int(match[2]), file.with_name(match[1]), file
 
 
 def named_variables(model):
@@ -44,10 +60,13 @@ class Checkpoints:
 
   def paths(self):
     """Every checkpoint, newest first, as paths without suffix."""
-    found = [
-      f.with_suffix("") for d in (self.folder, self.folder / KEPT) for f in d.glob("ckpt-*.index")
-    ]
-    return sorted(found, key=lambda f: (_step_of(f), f.parent == self.folder), reverse=True)
+    found = {
+      (step, folder == self.folder, path)
+      for folder in (self.folder, self.folder / KEPT)
+      for step, path, file in _files(folder)
+      if file.suffix == ".index"
+    }
+    return [path for _, _, path in sorted(found, reverse=True)]
 
   def restore(self, step=None):
     """Restores the newest readable checkpoint, or the one of a step.
@@ -65,6 +84,8 @@ class Checkpoints:
       if not paths:
         there = ", ".join(map(str, steps)) or "no step at all"
         raise ValueError(f"{self.folder}: no checkpoint of step {step} is kept, but of {there}")
+    if step is None:
+      self._say_what_lost_its_index(_step_of(paths[0]) if paths else -1)
     for path in paths:
       try:
         tf.train.Checkpoint(variables=self._live).restore(
@@ -80,6 +101,11 @@ class Checkpoints:
         "network?); restore one from a backup, or train in a new workdir"
       )
     return None
+
+  def _say_what_lost_its_index(self, newest):
+    for step, path, file in _files(self.folder):
+      if step > newest and ".data-" in file.name and "tempstate" not in file.name:
+        tqdm.tqdm.write(f"{path} has lost its .index file and cannot be read; it is passed over")
 
   # --- Writing ------------------------------------------------------------------------------------
 
@@ -112,6 +138,21 @@ class Checkpoints:
     if for_good:
       self._kept.save(checkpoint_number=step)
     self._newest.save(checkpoint_number=step)
+    self._clear(step)
+
+  def _clear(self, step):
+    """Removes what killed and failed saves left, and what is older than the newest few.
+
+    Checkpoints beyond this step stay: they could not be read, and nobody knows why.
+    """
+    stay = set(sorted(s for s in steps_in(self.folder) if s <= step)[-self._keep :])
+    for folder in (self.folder, self.folder / KEPT):
+      whole = set(steps_in(folder))
+      for s, _, file in _files(folder):
+        half = file.is_dir() or "tempstate" in file.name or s not in whole
+        old = folder == self.folder and s not in stay
+        if s <= step and (half or old):
+          (shutil.rmtree if file.is_dir() else pathlib.Path.unlink)(file)
 
   def wait(self):
     """Returns when what was saved is on disk; raises `save`'s ValueError if it is not."""
@@ -121,6 +162,8 @@ class Checkpoints:
     try:
       future.result()
     except (OSError, tf.errors.OpError) as error:
+      with contextlib.suppress(OSError):  # half a checkpoint would take the space of a whole one
+        self._clear(step)
       text = str(error).strip().splitlines()[0]
       raise ValueError(
         f"{self.folder}: cannot save step {step} ({text}); the checkpoints before it are intact: "

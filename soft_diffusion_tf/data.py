@@ -36,6 +36,13 @@ class Source:
   images: np.ndarray
   labels: np.ndarray
 
+  def __post_init__(self):
+    if self.images.dtype != np.uint8:
+      raise ValueError(
+        f"{self.name}: a data set holds images as uint8 from 0 to 255, not {self.images.dtype}; "
+        "give np.uint8(np.rint(255 * images)) of images in [0, 1]"
+      )
+
   def __len__(self):
     return len(self.images)
 

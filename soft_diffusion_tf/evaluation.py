@@ -27,6 +27,7 @@ import tensorflow as tf
 import tqdm
 
 from soft_diffusion_tf import gaussians, neighbours, plots
+from soft_diffusion_tf.images import check_range
 
 PARTS = 3  # disjoint parts of one side, for the spread
 BLOCK = 1024  # features that are gathered before they enter the moments; also TF-GAN's KID block
@@ -208,6 +209,8 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
           f"image {statistics.seen + int(np.argmin(finite))} holds NaN or infinite values; a "
           "sampled one: lower the number of steps or look at the checkpoint"
         )
+      if np.asarray(images).dtype != np.uint8:
+        check_range(images, f"the images from number {statistics.seen} on")
       statistics.update(*network(images))
       bar.update(len(images))
       if statistics.seen == count:
@@ -423,6 +426,8 @@ def frechet(label, one, two):
   gap = one.mean - two.mean
   value = float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root)
   exact = gaussians.frechet_distance(one.mean, s_1, two.mean, s_2)
+  if abs(value - exact) <= 1e-12 * (np.trace(s_1) + np.trace(s_2)):  # rounding of what is equal
+    value = exact
   return Distance(label, value, exact, min(one.count, two.count), len(one.mean))
 
 
@@ -514,6 +519,7 @@ class Result:
   conditions: dict = dataclasses.field(default_factory=dict)
   floor: dict | None = None
   why_no_floor: str = ""
+  remark: str = ""  # on the weights
 
   def numbers(self):
     """The numbers alone, for JSON: None where there is none."""
@@ -528,7 +534,7 @@ class Result:
 
   def warnings(self):
     """What to keep in mind, a line each."""
-    d, lines = self.distance, []
+    d, lines = self.distance, [self.remark] if self.remark else []
     if d.count <= d.dimension:
       lines.append(
         f"N = {d.count} is not above the {d.dimension} features: the distance is biased upwards"
@@ -608,10 +614,11 @@ def with_reference(network, one, real, k=3, conditions=None):
 # --- A run --------------------------------------------------------------------------------------
 
 
-def run_conditions(experiment, step, options, count, first_seed=0):
+def run_conditions(experiment, step, options, count, first_seed=0, averaged=True):
   """What a run's numbers depend on, besides network and reference."""
+  decay = experiment.training.ema_decay if averaged else 0.0  # without memory it is no average
   return {
-    "experiment": experiment.name, "step": int(step), "ema_decay": experiment.training.ema_decay,
+    "experiment": experiment.name, "step": int(step), "ema_decay": decay,
     "sampler": options.sampler, "nfe": options.evaluations,
     "sampling": json.loads(json.dumps(dataclasses.asdict(options))),
     "samples": int(count), "first_seed": int(first_seed),
@@ -635,9 +642,10 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
     network, sample_batches(run, seeds, options, keep), count, e.subset,
     "sampling" if progress else None, partial, every,
   )  # fmt: skip
-  about = run_conditions(run.experiment, run.step, options, count, first_seed)
+  about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
   about |= {"reference": real.conditions}
-  return with_reference(network, statistics, real, e.neighbours, about)
+  result = with_reference(network, statistics, real, e.neighbours, about)
+  return dataclasses.replace(result, remark=run.remark)
 
 
 # --- Records ------------------------------------------------------------------------------------
@@ -676,6 +684,7 @@ def to_tensorboard(workdir, record):
   """The numbers of a run's record as scalars under the checkpoint's step."""
   writer = tf.summary.create_file_writer(str(pathlib.Path(workdir) / "tensorboard"))
   where = f"evaluation/{record['sampler']}_{record['nfe']}_N{record['samples']}"
+  where += "" if record["ema_decay"] else "_raw"
   with writer.as_default():
     tf.summary.scalar(f"{where}/{record['label']}", record["value"], record["step"])
     for name in ("exact", "kid", "inception_score", "precision", "recall"):

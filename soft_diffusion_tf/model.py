@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+import pathlib
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import diffusion as diffusions
-from soft_diffusion_tf import experiment, losses, rng
+from soft_diffusion_tf import experiment, images, losses, rng
 
 _TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
+_HELD_OUT = -1  # the stream of held-out noise: no step has that number
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss or the gradient is not finite; the message says where."""
 
 
 @keras.saving.register_keras_serializable(package="soft_diffusion_tf")
@@ -23,6 +30,36 @@ class PreReducedAdam(keras.optimizers.Adam):
   The fused update has Keras' formula, and takes half of the time of its ten operations a variable.
   """
 
+  _wanted = None  # a scalar bool inside `apply_if`
+
+  def apply_if(self, wanted, gradients, variables):
+    """`apply`, which changes neither variables nor slots where the scalar `wanted` is False.
+
+    The step is counted all the same. Gradients must be finite, wanted or not.
+    """
+    self._wanted = wanted
+    try:
+      self.apply(gradients, variables)
+    finally:
+      self._wanted = None
+
+  @property
+  def learning_rate(self):
+    """The rate now. It can be set, as callbacks do, but not one that `WarmUp` holds as a number."""
+    return self._get_current_learning_rate()
+
+  @learning_rate.setter
+  def learning_rate(self, rate):
+    if not isinstance(self._learning_rate, WarmUp):
+      keras.optimizers.Adam.learning_rate.fset(self, rate)
+    elif isinstance(self._learning_rate.rate, keras.Variable):
+      self._learning_rate.rate.assign(rate)
+    else:
+      raise ValueError(
+        "this optimizer's rate is fixed when it is made; for a callback that sets it call "
+        "model.compile() without an optimizer, or with one of a plain rate"
+      )
+
   def _all_reduce_sum_gradients(self, grads_and_vars):
     return grads_and_vars
 
@@ -30,15 +67,19 @@ class PreReducedAdam(keras.optimizers.Adam):
     k = self._get_variable_index(variable)
     step = tf.cast(self.iterations + 1, tf.float32)
     var = variable.value if isinstance(variable, keras.Variable) else variable
+    rate, beta_1, beta_2 = tf.cast(learning_rate, tf.float32), self.beta_1, self.beta_2
+    if self._wanted is not None:  # at rate 0 and with β = 1 nothing moves, to the bit
+      rate = tf.where(self._wanted, rate, 0.0)
+      beta_1, beta_2 = (tf.where(self._wanted, beta, 1.0) for beta in (beta_1, beta_2))
     tf.raw_ops.ResourceApplyAdam(
       var=var.handle,
       m=self._momentums[k].value.handle,
       v=self._velocities[k].value.handle,
       beta1_power=tf.constant(self.beta_1) ** step,
       beta2_power=tf.constant(self.beta_2) ** step,
-      lr=tf.cast(learning_rate, tf.float32),
-      beta1=self.beta_1,
-      beta2=self.beta_2,
+      lr=rate,
+      beta1=beta_1,
+      beta2=beta_2,
       epsilon=self.epsilon,
       grad=tf.cast(gradient, tf.float32),
     )
@@ -46,7 +87,10 @@ class PreReducedAdam(keras.optimizers.Adam):
 
 @keras.saving.register_keras_serializable(package="soft_diffusion_tf")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-  """rate · min(step / steps, 1): the first update has rate 0, as in Song et al. 2021."""
+  """rate · min(step / steps, 1): the first update has rate 0, as in Song et al. 2021.
+
+  A rate that is a Keras variable can be changed on the way.
+  """
 
   def __init__(self, rate, steps):
     self.rate, self.steps = rate, steps
@@ -56,16 +100,18 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     return self.rate * (tf.minimum(share, 1.0) if self.steps else 1.0)
 
   def get_config(self):
-    return {"rate": self.rate, "steps": self.steps}
+    return {"rate": float(self.rate), "steps": self.steps}
 
 
 @keras.saving.register_keras_serializable(package="soft_diffusion_tf")
 class SoftDiffusionModel(keras.Model):
   """Soft Score Matching around a network φ: x̂_0 = φ(x_t, cond(t)) + x_t (P Eq. 10).
 
-  `update` is one training step, for any strategy; `train_step` gives it to `fit`, on one device.
-  The averaged weights live in a second network, so exactly what is sampled from can be saved and
-  called. `save` and `keras.models.load_model` carry all of it, the optimizer's state included.
+  `update` is one training step, for any strategy; `train_step` gives it to `fit`, on one device,
+  `test_step` the loss of held-out images to `evaluate`, by the weights under training ("loss") and
+  by the averaged ones ("ema_loss"), and `predict` takes pairs [x_t, t]. The averaged weights live
+  in a second network, so exactly what is sampled from can be saved and called. `save` and
+  `keras.models.load_model` carry all of it, the optimizer's state included.
 
   Args:
     network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
@@ -103,6 +149,7 @@ class SoftDiffusionModel(keras.Model):
     self.network_options = options
     self.seed = seed
     self.built = True
+    self._means = {}  # what `fit` and `evaluate` show, by name: made by `compile`
 
   def build(self, input_shape=None):
     self.built = True
@@ -137,18 +184,56 @@ class SoftDiffusionModel(keras.Model):
       seed=config["seed"],
     )
 
-  def compile(self, optimizer=None, jit_compile=False, **kwargs):
+  def compile(self, optimizer=None, loss=None, *, jit_compile=False, **kwargs):
     """Makes the model ready for `fit`; by default with the paper's optimizer and without XLA."""
-    super().compile(
-      optimizer=self.make_optimizer() if optimizer is None else optimizer,
-      jit_compile=jit_compile, **kwargs,
-    )  # fmt: skip
+    ignored = {"loss": loss, "metrics": kwargs.get("metrics")}
+    ignored |= {name: kwargs.get(name) for name in ("loss_weights", "weighted_metrics")}
+    for name, value in ignored.items():
+      if value is not None:
+        raise ValueError(
+          f"compile({name}={value!r}): this model's loss is that of experiment.Training (weight, "
+          "filtered, look_ahead), which fit and evaluate report; leave that argument out"
+        )
+    if optimizer is None:
+      optimizer = self._settable(self.make_optimizer())
+    optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+      raise ValueError(
+        "this model does not scale its loss (bfloat16 needs no scaling); give the inner optimizer"
+      )
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1 and not isinstance(
+      optimizer, PreReducedAdam
+    ):
+      raise ValueError(
+        f"{type(optimizer).__name__} would sum the gradients of several replicas twice; on several "
+        "devices compile with model.PreReducedAdam, or without an optimizer"
+      )
+    super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+    for name in ("loss", "gradient_norm", "ema_loss"):
+      self._means.setdefault(name, keras.metrics.Mean(name=name))
+
+  @staticmethod
+  def _settable(optimizer):
+    """An optimizer whose warmed-up rate callbacks can change; a number would be in the graph."""
+    rate = getattr(optimizer, "_learning_rate", None)
+    if isinstance(rate, WarmUp) and not isinstance(rate.rate, keras.Variable):
+      rate.rate = keras.Variable(float(rate.rate), trainable=False, name="rate")
+    return optimizer
 
   def compile_from_config(self, config):
     """Compiles a loaded model as it was, with room for the optimizer's state."""
-    optimizer = keras.saving.deserialize_keras_object(config["optimizer"])
+    optimizer = self._settable(keras.saving.deserialize_keras_object(config["optimizer"]))
     self.compile(optimizer=optimizer, jit_compile=config.get("jit_compile", False))
     self.optimizer.build(self.network.trainable_variables)
+
+  def save(self, filepath, *args, **kwargs):
+    """Writes a .keras file with all of it; see `keras.Model.save`."""
+    if pathlib.Path(filepath).suffix != ".keras":
+      raise ValueError(
+        f"{filepath}: this model is saved as a file that ends in .keras; save_weights writes "
+        "NAME.weights.h5, and artefact.export a SavedModel"
+      )
+    super().save(filepath, *args, **kwargs)
 
   def cond(self, t):
     """The network's conditioning value at times t."""
@@ -160,12 +245,26 @@ class SoftDiffusionModel(keras.Model):
     low, high = math.log(o.cond_min), math.log(o.cond_max)
     return tf.exp(low + (high - low) * t)
 
+  def _check_shape(self, images):
+    """Raises the ValueError of images [B, H, W, C] of another size, where that is known."""
+    shape, mine = tf.TensorShape(images.shape), list(self.diffusion.image_shape)
+    if not shape.is_compatible_with([None, *mine]):
+      raise ValueError(
+        f"images of shape {shape}, but this model is made for [N, {', '.join(map(str, mine))}]: "
+        "crop or resize them, or make a model for their size"
+      )
+
+  def __call__(self, x_t, *args, **kwargs):
+    self._check_shape(x_t if hasattr(x_t, "shape") else np.asarray(x_t))  # before Keras, in a line
+    return super().__call__(x_t, *args, **kwargs)
+
   def call(self, x_t, t, training=False, seed=None, first=0):
     """x̂_0 for x_t [B, H, W, C] at times t [B], float32, by the weights under training."""
     return self._predict(self.network, x_t, t, training=training, seed=seed, first=first)
 
   def _predict(self, network, x_t, t, **options):
     x_t = tf.cast(x_t, tf.float32)
+    self._check_shape(x_t)
     sigma, level = (
       tf.reshape(schedule(t), [-1, 1, 1, 1])
       for schedule in (self.diffusion.sigma, self.diffusion.level)
@@ -265,6 +364,9 @@ class SoftDiffusionModel(keras.Model):
   def update(self, x_0):
     """One optimisation step on this replica's part of the global batch.
 
+    Where the gradient of the whole batch is not finite, weights, averages and the optimizer's state
+    stay as they are, on every replica; only the step is counted.
+
     Args:
       x_0: see `gradients`.
 
@@ -275,16 +377,132 @@ class SoftDiffusionModel(keras.Model):
     context = tf.distribute.get_replica_context()
     gradients, each, t = self.gradients(x_0)
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-    gradients, norm = tf.clip_by_global_norm(gradients, self.training_options.clip_norm)
-    self.optimizer.apply(gradients, self.network.trainable_variables)
-    decay = self.training_options.ema_decay
+    gradients, norm, finite = self._clip(gradients)
+    self._apply_if(finite, gradients)
+    share = tf.where(finite, 1.0 - self.training_options.ema_decay, 0.0)
     for average, value in self._averaged:
-      average.value.assign_sub((1.0 - decay) * (average.value - value.value), read_value=False)
+      average.value.assign_sub(share * (average.value - value.value), read_value=False)
     batch = tf.shape(x_0)[0] * context.num_replicas_in_sync
     loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
     return {"loss": loss, "losses": each, "t": t, "gradient_norm": norm}
 
+  def _clip(self, gradients):
+    """`tf.clip_by_global_norm` to the bit, but zeros where the norm is not finite; and if it is."""
+    norm, most = tf.linalg.global_norm(gradients), self.training_options.clip_norm
+    finite = tf.math.is_finite(norm)
+    scale = 1.0 if math.isinf(most) else most * tf.minimum(1.0 / norm, tf.constant(1.0) / most)
+    scale = tf.where(finite, scale, 0.0)
+    return [tf.math.multiply_no_nan(g, scale) for g in gradients], norm, finite
+
+  def _apply_if(self, finite, gradients):
+    """The optimizer's update, or none."""
+    optimizer, variables = self.optimizer, self.network.trainable_variables
+    extras = ("weight_decay", "use_ema", "gradient_accumulation_steps")
+    if isinstance(optimizer, PreReducedAdam) and not any(getattr(optimizer, e) for e in extras):
+      optimizer.apply_if(finite, gradients, variables)
+      return
+    if not optimizer.built:
+      optimizer.build(variables)
+    held = [v for v in optimizer.variables if v is not optimizer.iterations] + variables
+    before = [tf.identity(v.value) for v in held]
+    optimizer.apply(gradients, variables)
+    for variable, value in zip(held, before):
+      variable.value.assign(tf.where(finite, variable.value, value))
+
+  def held_out(self, x_0, averaged, first=0):
+    """The loss of images that are not trained on, at times and noise that are always the same.
+
+    Args:
+      x_0: float32 [B, H, W, C] in [0, 1].
+      averaged: by the averaged weights, else by those under training; without dropout.
+      first: the number of the first image: image k has its own time, from all of (0, 1), and noise.
+
+    Returns:
+      The losses [B] and the times [B].
+    """
+    options, rows = self.training_options, tf.shape(x_0)[0]
+    place = tf.cast(first + tf.range(rows), tf.float64)
+    # The golden ratio spreads any number of neighbours evenly, in an order of no other meaning.
+    spread = tf.math.floormod(0.5 + place * ((math.sqrt(5.0) - 1.0) / 2.0), 1.0)
+    t = options.t_min + (1.0 - options.t_min) * tf.cast(spread, tf.float32)
+    seed = rng.fold_in(tf.constant([self.seed, _HELD_OUT], tf.int64), _NOISE)
+    eta = rng.normal(seed, first, rows, self.diffusion.image_shape)
+    each = losses.soft_score_matching(
+      self.diffusion, self.denoiser(averaged), x_0, t, eta, weight=options.weight,
+      filtered=options.filtered, look_ahead=options.look_ahead,
+    )  # fmt: skip
+    return each, t
+
+  # --- What Keras calls ---------------------------------------------------------------------------
+
+  def _batch(self, data):
+    """The images of a Keras batch, and the ends of their range; NaN if that is not [0, 1].
+
+    NaN instead of images gives a gradient that is not finite, so nothing is learnt from them.
+    """
+    x_0, _, weights = keras.utils.unpack_x_y_sample_weight(data)
+    if weights is not None:
+      raise ValueError("sample_weight and class_weight have no use here; leave them out")
+    if isinstance(x_0, (dict, list, tuple)):
+      what = f"a dictionary of {', '.join(x_0)}" if isinstance(x_0, dict) else "several arrays"
+      raise ValueError(f"a batch must be images [N, H, W, C], not {what}; map the data to images")
+    self._check_shape(x_0)
+    x_0 = tf.cast(x_0, tf.float32)
+    ends = tf.stack([tf.reduce_min(x_0), tf.reduce_max(x_0)])
+    ends = tf.where(tf.reduce_all(tf.math.is_finite(x_0)), ends, np.nan)
+    sound = (ends[0] >= -images.SLACK) & (ends[1] <= 1.0 + images.SLACK)
+    return tf.where(sound, x_0, np.nan), ends
+
+  def _report(self, ends, **values):
+    """The means over an epoch, and the range for `_checked`."""
+    for name, value in values.items():
+      self._means[name].update_state(value)
+    return {name: self._means[name].result() for name in values} | {"range": ends}
+
   def train_step(self, data):
-    x_0 = data[0] if isinstance(data, tuple) else data
+    x_0, ends = self._batch(data)
     result = self.update(x_0)
-    return {"loss": result["loss"], "gradient_norm": result["gradient_norm"]}
+    return self._report(ends, loss=result["losses"], gradient_norm=result["gradient_norm"])
+
+  def test_step(self, data):
+    x_0, ends = self._batch(data)
+    loss, ema_loss = (self.held_out(x_0, averaged)[0] for averaged in (False, True))
+    return self._report(ends, loss=loss, ema_loss=ema_loss)
+
+  def predict_step(self, data):
+    """E[x_0|x_t] by the averaged weights, of a pair [x_t, t]."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    if not isinstance(x, (list, tuple)) or len(x) != 2:
+      raise ValueError(
+        "predict takes a pair: model.predict([x_t, t]) of corrupted images [N, H, W, C] and their "
+        "times [N] gives E[x_0|x_t]; callbacks.SampleGrid and bulk.Drawer draw samples"
+      )
+    return self._predict(self.ema_network, *x)
+
+  def make_train_function(self, force=False):
+    """Keras' own, which then ends with one line at a loss that is not finite."""
+    made = self.train_function is not None and not force
+    super().make_train_function(force)
+    if not made:
+      self.train_function = self._checked(self.train_function, "training")
+
+  def make_test_function(self, force=False):
+    made = self.test_function is not None and not force
+    super().make_test_function(force)
+    if not made:
+      self.test_function = self._checked(self.test_function, "held-out")
+
+  def _checked(self, function, what):
+    def checked(iterator):
+      logs = dict(function(iterator))
+      images.check_range(logs.pop("range"), f"the {what} images")
+      if not all(np.isfinite(float(value)) for value in logs.values()):
+        of = "loss" if not np.isfinite(float(logs["loss"])) else "gradient"
+        step = int(self.optimizer.iterations.numpy()) - (what == "training")
+        raise NonFiniteLoss(
+          f"the {what} {of} is not finite at step {step}, and no update was made from it; lower "
+          "the learning rate or look at the data"
+        )
+      return logs
+
+    return checked

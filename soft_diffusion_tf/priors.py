@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import arrays, gaussians, rng, sinkhorn
+from soft_diffusion_tf.images import check_range
 
 KINDS = ("colour", "blurred_colour", "subspace", "zero")
 
@@ -147,6 +148,7 @@ def fit(kind, images, diffusion, rank=16):
     raise ValueError(
       f"fitting a prior takes at least 2 images of {shape}, got an array of {images.shape}"
     )
+  check_range(images, "the images to fit a prior to")
   if kind == "subspace":
     return _fit_subspace(images, diffusion, rank)
   colours = images.mean(axis=(1, 2), dtype=np.float64)

@@ -40,6 +40,7 @@ import scipy.sparse.csgraph
 
 from soft_diffusion_tf import __version__, sinkhorn
 from soft_diffusion_tf.corruptions import Corruption, as_channels
+from soft_diffusion_tf.images import check_range
 
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
@@ -81,8 +82,7 @@ def _check_images(images: Any) -> Array:
       f"scheduling takes at least 2 images [N, H, W, C], got an array of {images.shape}; "
       "take a larger slice"
     )
-  if not np.all(np.isfinite(images)):
-    raise ValueError("the images hold NaN or infinity; clean the data before scheduling")
+  check_range(images, "the images to find levels by")
   return images
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 import socket
 import time
 
@@ -44,18 +46,9 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
     devices = [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
     return tf.distribute.MirroredStrategy(devices)
   if name == "multi_worker":
-    text = os.environ.get("TF_CONFIG", "")
-    try:
-      content = json.loads(text)
-      workers, index = content["cluster"]["worker"], content["task"]["index"]
-      assert content["cluster"].keys() == {"worker"}  # the first of them is the chief
-      assert content["task"].get("type", "worker") == "worker"
-      assert 0 <= index < len(workers)
-    except (ValueError, KeyError, TypeError, AssertionError):
-      raise ValueError(
-        f"TF_CONFIG = {text!r} is not a cluster of workers alone; give JSON such as "
-        '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
-      ) from None
+    workers, index = _cluster(os.environ.get("TF_CONFIG", ""))
+    if not 0 <= peer_timeout < math.inf:
+      raise ValueError(f"--peer_timeout={peer_timeout:g}: give a number of seconds, such as 300")
     _meet(workers, index, peer_timeout)
     return tf.distribute.MultiWorkerMirroredStrategy()
   try:
@@ -68,6 +61,72 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
       f"TPU {tpu!r} cannot be used ({text}); is its name right, and is tensorflow-tpu installed?"
     ) from None
   return tf.distribute.TPUStrategy(resolver)
+
+
+def _cluster(text: str) -> tuple[list[str], int]:
+  """The workers' addresses of a TF_CONFIG, all sound, and this one's place; or a ValueError."""
+  brief = repr(text) if len(text) <= 300 else f"{text[:300]!r}…"
+  try:
+    content = json.loads(text)
+    workers, task = content["cluster"]["worker"], content["task"]
+    index = task["index"]
+    assert content["cluster"].keys() == {"worker"}  # the first of them is the chief
+    assert task.get("type", "worker") == "worker"
+    assert content.get("rpc_layer", "grpc") == "grpc"
+    assert isinstance(workers, list)
+    assert all(isinstance(worker, str) for worker in workers)
+    assert type(index) is int
+    assert 0 <= index < len(workers)
+  except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+    raise ValueError(
+      f"TF_CONFIG = {brief} is not a cluster of workers alone; give JSON such as "
+      '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+    ) from None
+  places: dict[tuple[str, int], int] = {}
+  for k, worker in enumerate(workers):
+    for place in _places(worker):
+      other = places.setdefault(place, k)
+      if other != k:
+        same = "" if worker == workers[other] else f", which is {workers[other]}"
+        raise ValueError(
+          f"TF_CONFIG: workers {other} and {k} have one address, {worker}{same}; give every worker "
+          "a host or a port of its own"
+        )
+  return workers, index
+
+
+def _places(worker: str) -> set[tuple[str, int]]:
+  """What a worker's "host:port" stands for: its port at every IP address of its host."""
+  host, _, text = worker.rpartition(":")
+  number = re.fullmatch(r"[0-9]{1,5}", text)
+  port = int(text) if number else 0
+  if not 1 <= port <= 65535:
+    raise ValueError(
+      f"TF_CONFIG: worker {worker[:300]!r} has no port from 1 to 65535; give it as host:port"
+    )
+  if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?|\[[0-9A-Fa-f:.]+\]", host):
+    raise ValueError(
+      f"TF_CONFIG: worker {worker[:300]!r} has no host that is a name or an address; give it as "
+      "host:port, or [address]:port for IPv6"
+    )
+  host = host.strip("[]").lower()
+  try:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+  except (OSError, UnicodeError):  # not known here (yet): the meeting will tell
+    return {(host, port)}
+  # One machine has several addresses, and only one port of a number.
+  return {("here" if _is_here(address[4]) else str(address[4][0]), port) for address in found}
+
+
+def _is_here(address: tuple) -> bool:
+  """Whether an IP address is one of this machine's."""
+  family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+  try:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+      probe.bind((address[0], 0, *address[2:]))
+  except OSError:
+    return False
+  return True
 
 
 def replicas_by_host(strategy):
@@ -91,7 +150,7 @@ def _meet(workers: list[str], index: int, seconds: float) -> None:
     host, _, port = peer.rpartition(":")
     try:
       socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
+    except (OSError, UnicodeError):
       return False
     return True
 

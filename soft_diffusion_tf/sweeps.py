@@ -11,6 +11,7 @@ import pathlib
 import re
 
 from soft_diffusion_tf import evaluation, plots, samplers, training
+from soft_diffusion_tf.checkpoints import steps_in
 from soft_diffusion_tf.experiment import Experiment
 
 FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
@@ -47,10 +48,7 @@ def checkpoints(workdir, which="all"):
       `parse_numbers`. Step 0 is left out unless it is all there is or named.
   """
   folder = pathlib.Path(workdir) / "checkpoints"
-  found = {
-    part.name: sorted(int(f.stem.split("-")[1]) for f in part.glob("ckpt-*.index"))
-    for part in (folder, folder / "kept")
-  }
+  found = {part.name: steps_in(part) for part in (folder, folder / "kept")}
   steps = sorted({*found["checkpoints"], *found["kept"]})
   if not steps:
     raise ValueError(f"{workdir}: no checkpoint in it; train first")

@@ -1,33 +1,50 @@
 """A training run in a workdir: the loop over `model.update` under any strategy.
 
 A workdir holds everything: config.json, prior.npz, checkpoints/, metrics.jsonl (a line per
-`log_every` steps), tensorboard/, schedule.png. Starting again with the same workdir goes on where
-it stopped, equal to the bit to a run that never did.
+`log_every` steps), history.jsonl (fields that changed on the way, and from which step on),
+tensorboard/, schedule.png. Starting again with the same workdir goes on where it stopped, equal to
+the bit to a run that never did.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import json
 import math
 import pathlib
 import signal
+import sys
 import threading
 
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies, trust
+from soft_diffusion_tf import (
+  bulk,
+  corruptions,
+  data,
+  memory,
+  plots,
+  priors,
+  rng,
+  strategies,
+  trust,
+)
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
-from soft_diffusion_tf.model import SoftDiffusionModel
+from soft_diffusion_tf.model import NonFiniteLoss, SoftDiffusionModel
 from soft_diffusion_tf.monitoring import Monitor
 
 BUCKETS = 10  # of t, for the loss by time
 PRIOR_FILE = "prior.npz"
+HISTORY_FILE = "history.jsonl"
 CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 64
 SHOWN_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of E[x_0|x_t], as in P Figure 7
 PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
+HELD_OUT_IMAGES = 512  # of the test split, for the held-out loss
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "sweep/results.jsonl")  # of steps that were taken
 
 # What may change when a run goes on in its workdir; all else would make it another run. The rate is
 # not incidental, but who is told to lower it has to be able to.
@@ -40,10 +57,6 @@ class Preempted(RuntimeError):
 
 class WorkerLost(RuntimeError):
   """Another worker of this run is gone; the others end, and all of them start again."""
-
-
-class NonFiniteLoss(RuntimeError):
-  """The loss or the gradient is not finite; the message says where."""
 
 
 @contextlib.contextmanager
@@ -77,24 +90,79 @@ def _end_at_once(number, frame):
   raise Preempted("asked to end before the first step; start again to go on")
 
 
-def _check_config(workdir, experiment):
-  """Checks the config against that of the workdir, if there is one."""
-  if (workdir / "config.json").exists():
-    # What this run names is trusted, and no other code that a config.json of unknown origin names.
-    with trust.trust_code(corruptions.code_of(experiment.corruption.get_config())):
-      try:
-        there = Experiment.load(workdir)
-      except trust.UntrustedCode:
-        raise ValueError(
-          f"{workdir} holds a run of another config (its corruption is code that this config does "
-          "not name); take another workdir"
-        ) from None
-    changed = [n for n in there.differences(experiment) if not n.startswith(_MAY_CHANGE)]
-    if changed:
+def _changes(workdir, experiment):
+  """Fields that differ from the workdir's config, as {name: (old, new)}; a ValueError for those
+  that would make it another run.
+  """
+  if not (workdir / "config.json").exists():
+    return {}
+  # What this run names is trusted, and no other code that a config.json of unknown origin names.
+  with trust.trust_code(corruptions.code_of(experiment.corruption.get_config())):
+    try:
+      before = Experiment.load(workdir)
+    except trust.UntrustedCode:
       raise ValueError(
-        f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
-        "take another workdir, or the config that the run was started with"
-      )
+        f"{workdir} holds a run of another config (its corruption is code that this config does "
+        "not name); take another workdir"
+      ) from None
+  names = before.differences(experiment)
+  if changed := [name for name in names if not name.startswith(_MAY_CHANGE)]:
+    raise ValueError(
+      f"{workdir} holds a run of another config (it differs in {', '.join(changed)}); "
+      "take another workdir, or the config that the run was started with"
+    )
+  old, new = before.flat(), experiment.flat()
+  return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def _spell(changes):
+  short = lambda value: text if len(text := str(value)) <= 60 else text[:57] + "…"
+  return ", ".join(f"{name} {short(old)} → {short(new)}" for name, (old, new) in changes.items())
+
+
+def _check_records(workdir, restored, anew):
+  """A ValueError where records tell of steps whose checkpoints are gone, unless `anew`."""
+  if restored is not None and anew:
+    raise ValueError(
+      f"{workdir} has a checkpoint, of step {restored:,}, and --start_anew is for a workdir that "
+      "has lost all of them; leave it out to go on, or take another workdir"
+    )
+  found = [
+    name for name in RECORDS if (workdir / name).exists() and (workdir / name).stat().st_size
+  ]
+  if restored is None and found and not anew:
+    raise ValueError(
+      f"{workdir} has records ({', '.join(found)}) and no checkpoint: was {CHECKPOINTS}/ moved or "
+      "deleted? Put it back, take another workdir, or give --start_anew, which puts the records "
+      "into a folder and begins at step 0"
+    )
+
+
+def _put_away(workdir):
+  """Moves the records of a run whose checkpoints are gone into records-1, or the next free one."""
+  names = [
+    n for n in (*RECORDS, HISTORY_FILE, "tensorboard", "best.json") if (workdir / n).exists()
+  ]
+  if not names:
+    return
+  k = 1
+  while (folder := workdir / f"records-{k}").exists():
+    k += 1
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (workdir / name).rename(folder / name)
+
+
+def _ema_remark(experiment, step):
+  """What to say of averages that still hold much of the random start at a step, or ""."""
+  decay = experiment.training.ema_decay
+  share = decay**step
+  if step < 1 or share < 0.01:
+    return ""
+  return (
+    f"training.ema_decay = {decay:g} is long for {step:,} steps: {share:.0%} of the averaged "
+    "weights are still the random ones of the start"
+  )
 
 
 def build(experiment, diffusion):
@@ -110,27 +178,35 @@ def build(experiment, diffusion):
 
 @dataclasses.dataclass
 class Run:
-  """A trained model, as a workdir holds it."""
+  """A trained model, as a workdir holds it; `averaged`: it draws by the averaged weights."""
 
   experiment: Experiment
   model: SoftDiffusionModel
   step: int
+  averaged: bool = True
   _drawers: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def diffusion(self):
     return self.model.diffusion
 
+  @property
+  def remark(self):
+    """A warning about what it draws by, or ""."""
+    text = _ema_remark(self.experiment, self.step) if self.averaged else ""
+    return text and f"{text}; --raw_weights draws without them"
+
   def options(self, **changes):
     """The experiment's `Sampling` with other values for what is not None (`Sampling.changed`)."""
     return self.experiment.sampling.changed(**changes)
 
   def drawer(self, options=None, strategy=None):
-    """A `bulk.Drawer` on the averaged weights, by the experiment's sampler or other options."""
+    """A `bulk.Drawer`, by the experiment's sampler or other options."""
     options = options or self.experiment.sampling
     key = (options.clip, options.threshold, id(strategy))
     if key not in self._drawers:
-      self._drawers[key] = bulk.Drawer(self.diffusion, self.model.denoiser(), options, strategy)
+      denoiser = self.model.denoiser(self.averaged)
+      self._drawers[key] = bulk.Drawer(self.diffusion, denoiser, options, strategy)
     return self._drawers[key].with_options(options)
 
   def images(self, seeds, options=None, progress=None):
@@ -146,11 +222,12 @@ class Run:
     return self.drawer(options).rows
 
 
-def load(workdir, step=None, trust_code=False):
+def load(workdir, step=None, trust_code=False, averaged=True):
   """A run, ready to sample from: its newest state, or the checkpoint kept at a step.
 
   Args:
     trust_code: import code that its config.json names (see `trust`).
+    averaged: draw by the averaged weights, else by those under training.
 
   Raises:
     ValueError: the workdir holds no such checkpoint, or none that can be read.
@@ -162,7 +239,7 @@ def load(workdir, step=None, trust_code=False):
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
-  return Run(experiment, model, int(model.optimizer.iterations.numpy()))
+  return Run(experiment, model, int(model.optimizer.iterations.numpy()), averaged)
 
 
 def _check_size(workdir, experiment):
@@ -243,14 +320,15 @@ def _make_loop(model, strategy):
   return tf.function(loop, autograph=False)
 
 
-def train(experiment, workdir, strategy=None, progress=True):
+def train(experiment, workdir, strategy=None, progress=True, anew=False):
   """Trains to `experiment.training.steps`, going on from the workdir's newest checkpoint.
 
   Args:
     experiment: an `Experiment`.
     workdir: its folder, made if need be.
     strategy: a `tf.distribute.Strategy`; by default the current one.
-    progress: show a bar with the time left.
+    progress: show a bar with the time left, and say what is worth knowing, on stderr.
+    anew: begin at step 0 in a workdir that has records and has lost its checkpoints.
 
   Returns:
     The `Run` at its end.
@@ -273,6 +351,9 @@ def train(experiment, workdir, strategy=None, progress=True):
       f"take {batch // each * each or each} or another multiple of {each}"
     )
   # An unsound process or network is refused before a file is written.
+  apart = bool(tf.config.list_physical_devices("GPU"))
+  apart |= isinstance(strategy, tf.distribute.TPUStrategy)
+  memory.check(experiment, *strategies.replicas_by_host(strategy), apart)
   corruptions.check_importable(experiment.corruption.get_config())
   diffusion = experiment.build_diffusion()
   experiment.check_network()
@@ -281,10 +362,10 @@ def train(experiment, workdir, strategy=None, progress=True):
     source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
-        return _train(experiment, source, diffusion, workdir, strategy, progress=False)
+        return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)
     with lock(workdir), _lost_workers(strategy):
-      _check_config(workdir, experiment)
-      return _train(experiment, source, diffusion, workdir, strategy, progress)
+      changes = _changes(workdir, experiment)
+      return _train(experiment, source, diffusion, workdir, strategy, changes, anew, progress)
 
 
 def _several_workers(strategy):
@@ -313,8 +394,13 @@ def _lost_workers(strategy):
     ) from error
 
 
-def _train(experiment, source, diffusion, workdir, strategy, progress):
+def _train(experiment, source, diffusion, workdir, strategy, changes, anew, progress):
   options, chief = experiment.training, _is_chief(strategy)
+
+  def say(text):
+    if progress and text:
+      print(text, file=sys.stderr, flush=True)
+
   if (workdir / PRIOR_FILE).exists():
     prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
@@ -324,19 +410,35 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   diffusion = diffusion.with_prior(prior)
   with strategy.scope():
     model = build(experiment, diffusion)
-  if chief:  # not before: a config that cannot be trained does not claim the workdir
-    experiment.save(workdir)
-    if not (workdir / PRIOR_FILE).exists():
-      prior.save(workdir / PRIOR_FILE)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, model, options.keep)
   restored = checkpoints.restore()
   step = restored or 0
-  _check_agreement(strategy, experiment, step)
+  _check_records(workdir, restored, anew)
+  _check_agreement(strategy, experiment, step, source, prior, model)
   run = Run(experiment, model, step)
-  if restored is None and chief:
-    checkpoints.save(wait=True)
-  if step >= options.steps:
+  if restored is not None and step >= options.steps:
+    say(f"{workdir} is at step {step:,} of {options.steps:,}: nothing is left to do")
+    if changes:
+      say(f"left as it was, for no step would have used it: {_spell(changes)}")
     return run
+  if chief:  # not before: a config that cannot be trained does not claim the workdir
+    if anew:
+      _put_away(workdir)
+    if changes:
+      say(f"changed: {_spell(changes)} from step {step:,} on")
+      with open(workdir / HISTORY_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "changed": changes}) + "\n")
+    experiment.save(workdir)
+    if not (workdir / PRIOR_FILE).exists():
+      prior.save(workdir / PRIOR_FILE)
+    if restored is None:
+      checkpoints.save(wait=True)
+    else:
+      say(f"going on from step {step:,} of {options.steps:,}")
+    if remark := _ema_remark(experiment, options.steps):
+      say(f"warning: {remark} at the end; take at most {0.01 ** (1 / options.steps):.4g}")
+    held_out = _make_held_out(experiment, model, strategy, say)
+    _say_what_evaluation_lacks(experiment, source, say)
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
     replicas=strategies.replicas_by_host(strategy),
@@ -352,7 +454,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       show.schedule(workdir)
     while step < options.steps:
       ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
-      n = min(options.steps_per_loop, *ahead)
+      n = min(options.steps_per_loop, *ahead, 2**31 - 1)
       totals, odd_step, odd_t = loop(iterator, tf.constant(n))
       if int(odd_step) >= 0:
         checkpoints.wait()
@@ -368,13 +470,16 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       monitor.advance(step, totals)
       last = step == options.steps
       if _due(step, options.log_every) or last:
-        monitor.record(step, learning_rate=model.optimizer.learning_rate, **norms())
+        values = {"learning_rate": model.optimizer.learning_rate, **norms()}
+        if chief and held_out and (monitor.passed(step, options.checkpoint_every) or last):
+          values |= held_out()
+        monitor.record(step, **values)
       if show and options.sample_every and (_due(step, options.sample_every) or last):
         show.samples()
         show.predictions()
       keep, stop = _due(step, options.keep_every), anywhere(asked)
       if chief and (_due(step, options.checkpoint_every) or keep or last or stop):
-        monitor.flush()
+        monitor.flush(step)
         checkpoints.save(for_good=keep, wait=last or stop)
       if stop and not last:
         raise Preempted(f"asked to end at step {step}, which is saved; start again to go on")
@@ -437,18 +542,95 @@ def _make_anywhere(strategy):
   return lambda flag: float(total(tf.constant(float(bool(flag))))) > 0
 
 
-def _check_agreement(strategy, experiment, step):
-  """A ValueError in every worker unless all have one config and stand at one step."""
+def _check_agreement(strategy, experiment, step, source, prior, model):
+  """A ValueError in every worker unless all have one config, step, data, prior and state."""
   if not _several_workers(strategy):
     return
-  mine = np.array([step, int(experiment.identity(), 16) % 2**20], np.float64)
-  sums = _make_total(strategy)(tf.constant(np.concatenate([mine, mine**2]))).numpy()
+  sha = lambda arrays: hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
+  state = [*model.network.variables, *model.ema_network.variables, *model.optimizer.variables]
+  mine = {
+    "step": (f"at step {step:,}", step),
+    "config": (f"of config {experiment.identity()}", int(experiment.identity(), 16)),
+    "images": (f"with {len(source):,} images", len(source)),
+  }
+  for name, arrays in (
+    ("data", [source.images]), ("prior", [prior.mean, prior.factors]),
+    ("weights", [v.numpy() for v in state]),
+  ):  # fmt: skip
+    digest = sha(arrays).hexdigest()
+    mine[name] = (f"with {name} {digest[:12]}", int(digest[:12], 16))
+  # Pieces of 16 bits, whose squares float64 sums exactly.
+  pieces = np.array(
+    [[v >> 16 * k & 0xFFFF for k in range(3)] for _, v in mine.values()], np.float64
+  )
+  sums, squares = _make_total(strategy)(tf.constant(np.stack([pieces, pieces**2]))).numpy()
   # Σ x² · n = (Σ x)² for equal x alone.
-  if not np.array_equal(sums[2:] * strategy.num_replicas_in_sync, sums[:2] ** 2):
+  equal = (squares * strategy.num_replicas_in_sync == sums**2).all(axis=1)
+  if not equal.all():
+    differ = [name for name, same in zip(mine, equal) if not same]
+    own = ", ".join(mine[name][0] for name in differ)
     raise ValueError(
-      f"the workers differ: this one is at step {step} of config {experiment.identity()}; start "
-      "all with the same config, and with one workdir that all of them read"
+      f"the workers differ in their {', '.join(differ)}: this one is {own}; start all with the "
+      "same config and the same data, and with one workdir that all of them read"
     )
+
+
+def _say_what_evaluation_lacks(experiment, source, say):
+  """Tells, before hours of training, what soft-diffusion-evaluate would refuse after them."""
+  e, d, have = experiment.evaluation, experiment.data, len(source)
+  field, count = "reference_samples", e.reference_samples
+  if not count:
+    field, count = "samples", e.samples
+  if count > have:
+    say(
+      f"warning: evaluation.{field} = {count:,}, and {d.train_split!r} of {d.name} has {have:,} "
+      f"images: soft-diffusion-evaluate will refuse; set evaluation.{field} to at most {have:,}"
+    )
+  if min(count, e.samples) < 2:
+    say("warning: a distance takes at least 2 images; set evaluation.samples to 2 or more")
+
+
+def _make_held_out(experiment, model, strategy, say):
+  """A function that gives the loss of held-out images, for the records; None without such images.
+
+  Of both sets of weights: those under training, and the averaged ones, which samples are made by.
+  """
+  d = experiment.data
+  if d.test_split == d.train_split:
+    say(f"no held-out loss: data.test_split and data.train_split are both {d.test_split!r}")
+    return None
+  try:
+    source = data.load(d.name, d.test_split, d.image_shape, d.crop, d.data_dir or None, False)
+  except ValueError as error:
+    say(f"warning: no held-out loss: {error}")
+    return None
+  if not len(source):
+    say(f"warning: no held-out loss: {d.test_split} of {d.name} has no images")
+    return None
+  picked = np.sort(np.random.default_rng(0).permutation(len(source))[:HELD_OUT_IMAGES])
+  images = source.floats(picked)
+  shared = strategy.num_replicas_in_sync * experiment.training.accumulate
+  size = max(1, experiment.training.batch_size // shared)  # what is known to fit in memory
+  specs = [tf.TensorSpec([None, *d.image_shape], tf.float32), tf.TensorSpec([], tf.int32)]
+
+  @tf.function(autograph=False, input_signature=specs)
+  def both(x_0, first):
+    one, t = model.held_out(x_0, False, first)
+    return one, model.held_out(x_0, True, first)[0], t
+
+  def held_out():
+    parts = [both(images[k : k + size], k) for k in range(0, len(images), size)]
+    one, two, t = (np.concatenate(list(map(np.asarray, part))) for part in zip(*parts))
+    bucket = np.minimum(t * BUCKETS, BUCKETS - 1).astype(int)
+    counts = np.bincount(bucket, minlength=BUCKETS)
+    values = {}
+    for name, each in (("held_out_loss", one), ("held_out_ema_loss", two)):
+      sums = np.bincount(bucket, np.float64(each), BUCKETS)
+      values[name] = float(np.mean(each, dtype=np.float64))
+      values[f"{name}_by_t"] = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return values
+
+  return held_out
 
 
 def _make_norms(model):

@@ -11,11 +11,12 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "trust", "arrays", "products", "rng", "gaussians", "neighbours", "schedules", "sinkhorn",
-  "corruptions",
+  "trust", "arrays", "products", "rng", "gaussians", "neighbours", "images", "schedules",
+  "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
-  "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",
+  "strategies", "experiment", "memory", "model", "checkpoints", "plots", "monitoring", "bulk",
+  "training",
   "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
   "artefact", "serving",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.export", "bin.restore",

@@ -79,3 +79,74 @@ def test_the_names_in_a_checkpoint_do_not_depend_on_the_process(model, tiny, tmp
   assert Checkpoints(tmp_path, again).restore() == 0
   for a, b in zip(weights(model), weights(again)):
     np.testing.assert_array_equal(a, b)
+
+
+def _names(folder):
+  return sorted(f.name for f in folder.iterdir())
+
+
+def test_what_kills_and_full_disks_leave_is_removed(model, tmp_path, monkeypatch):
+  first = Checkpoints(tmp_path, model, keep=3)
+  for step in (1, 2, 3):
+    change(model, step)
+    first.save(wait=True)
+  # TensorFlow knows of the last alone, as after a kill between a save and what it removes.
+  (tmp_path / "checkpoint").write_text(
+    'model_checkpoint_path: "ckpt-3"\nall_model_checkpoint_paths: "ckpt-3"\n'
+  )
+  (tmp_path / "ckpt-2_temp").mkdir()
+  (tmp_path / "ckpt-2_temp" / "part-00000-of-00001.data").write_bytes(b"half")
+  (tmp_path / "ckpt-3.index.tempstate123").write_bytes(b"half")
+  (tmp_path / "kept").mkdir()
+  (tmp_path / "kept" / "ckpt-2.data-00000-of-00001").write_bytes(b"half")
+  (tmp_path / "ckpt-abc.index").write_bytes(b"not ours")
+  (tmp_path / "ckpt-9.index").write_bytes(b"of a later step, and damaged")
+  second = Checkpoints(tmp_path, model, keep=2)
+  assert second.restore() == 3
+  change(model, 4)
+  second.save(wait=True)
+  kept = ["checkpoint", "ckpt-3.data-00000-of-00001", "ckpt-3.index", "ckpt-4.data-00000-of-00001",
+          "ckpt-4.index", "ckpt-9.index", "ckpt-abc.index", "kept"]  # fmt: skip
+  assert _names(tmp_path) == kept
+  assert _names(tmp_path / "kept") == []
+
+  def full(*args, **kwargs):
+    (tmp_path / "ckpt-5_temp").mkdir()
+    (tmp_path / "ckpt-5.data-00000-of-00001").write_bytes(b"half")
+    raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+  monkeypatch.setattr(tf.train.CheckpointManager, "save", full)
+  change(model, 5)
+  with pytest.raises(ValueError, match="cannot save step 5"):
+    second.save(wait=True)
+  assert _names(tmp_path) == kept
+
+
+def test_a_checkpoint_without_its_index_is_said_to_be_passed_over(model, tmp_path, capsys):
+  checkpoints = Checkpoints(tmp_path, model, keep=3)
+  for step in (1, 2):
+    change(model, step)
+    checkpoints.save(wait=True)
+  (tmp_path / "ckpt-2.index").unlink()
+  (tmp_path / "ckpt-abc.index").write_bytes(b"")
+  (tmp_path / "ckpt-3.index.bak").write_bytes(b"")
+  assert Checkpoints(tmp_path, model).restore() == 1
+  assert "ckpt-2 has lost its .index file and cannot be read" in capsys.readouterr().out
+  from soft_diffusion_tf import sweeps
+
+  (tmp_path / "w").mkdir()
+  tmp_path.joinpath("ckpt-1.index").rename(tmp_path / "w" / "kept.index")
+  with pytest.raises(ValueError, match="no checkpoint in it"):
+    sweeps.checkpoints(tmp_path / "w")
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_new_ones(model, tmp_path):
+  checkpoints = Checkpoints(tmp_path, model, keep=1)
+  change(model, 8)
+  checkpoints.save(wait=True)
+  (tmp_path / "ckpt-8.data-00000-of-00001").write_bytes(b"damaged")
+  again = Checkpoints(tmp_path, model, keep=1)
+  for step in (3, 4):
+    change(model, step)
+    again.save(wait=True)
+  assert Checkpoints(tmp_path, model).restore() == 4

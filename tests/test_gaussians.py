@@ -54,3 +54,18 @@ def test_refusals():
     _ = gaussians.Moments().update(np.zeros([1, 2])).covariance
   with pytest.raises(ValueError, match="of 2 and of 3 values"):
     gaussians.Moments().update(np.zeros([1, 2])).update(np.zeros([1, 3]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 64, 640])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 255.0])
+def test_where_a_covariance_loses_rank(count, scale, rng):
+  """Rows of 64 values, fewer of them than values or more: a shift alone is known exactly."""
+  rows = scale * rng.random((count, 64))
+  same = gaussians.frechet_between(rows, rows[rng.permutation(count)])
+  trace = np.trace(gaussians.Moments().update(rows).covariance)
+  assert 0 <= same <= 1e-14 * trace
+  shifted = gaussians.frechet_between(rows, rows + 0.1 * scale)
+  assert shifted == pytest.approx(0.64 * scale**2, rel=1e-12)
+  # Rows times a are a Gaussian's with a root times a: the distance is (1 − a)² of the trace.
+  centred = rows - rows.mean(0)
+  assert gaussians.frechet_between(centred, 0.9 * centred) == pytest.approx(0.01 * trace, rel=1e-10)

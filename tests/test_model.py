@@ -1,10 +1,14 @@
+import json
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import losses, priors, rng
-from soft_diffusion_tf.model import PreReducedAdam, WarmUp
+from soft_diffusion_tf.model import NonFiniteLoss, PreReducedAdam, WarmUp
 from soft_diffusion_tf.training import build
 
 
@@ -176,3 +180,120 @@ def test_bfloat16_leaves_images_and_times_in_float32(tiny, digits):
   model(x, t)
   np.testing.assert_array_equal(seen[0][0], x)
   np.testing.assert_array_equal(seen[0][1], model.cond(t))
+
+
+def state(model):
+  """Weights, averages and the optimizer's slots."""
+  counted = ("iteration", "learning_rate")
+  slots = [v for v in model.optimizer.variables if v.name not in counted]
+  return [v.numpy() for v in (*model.network.variables, *model.ema_network.variables, *slots)]
+
+
+def assert_same(one, two):
+  for a, b in zip(one, two, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny, digits, parts, value):
+  tiny = tiny.replace(training={"accumulate": parts, "warmup_steps": 0})
+  model = build(tiny, tiny.build_diffusion())
+  step = tf.function(model.update, autograph=False)
+  step(tf.constant(digits[:16]))
+  before, bad = state(model), digits[:16].copy()
+  bad[7, 3, 3, 0] = value
+  assert not np.isfinite(step(tf.constant(bad))["gradient_norm"])
+  assert_same(before, state(model))
+  assert int(model.optimizer.iterations) == 2
+  assert np.isfinite(step(tf.constant(digits[:16]))["gradient_norm"])  # and it goes on
+  assert any(np.any(a != b) for a, b in zip(before, state(model)))
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: keras.optimizers.SGD(0.01, momentum=0.9),
+    lambda: keras.optimizers.AdamW(1e-3),
+    lambda: PreReducedAdam(1e-3, weight_decay=0.1, use_ema=True),
+    lambda: keras.optimizers.Adam(1e-3, gradient_accumulation_steps=2),
+  ],
+)
+def test_nor_does_it_with_another_optimizer(tiny, digits, make):
+  model = build(tiny, tiny.build_diffusion())
+  model.compile(make())
+  model.update(tf.constant(digits[:16]))
+  before = state(model)
+  model.update(tf.constant(digits[:16] * np.nan))
+  assert_same(before, state(model))
+
+
+_REPLICAS = """
+import json, sys
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from soft_diffusion_tf import data, training
+from soft_diffusion_tf.experiment import Experiment
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+e = Experiment.from_config(json.loads(sys.stdin.read()))
+with strategy.scope():
+  model = training.build(e, e.build_diffusion())
+held = [*model.network.variables, *model.ema_network.variables, *model.optimizer.variables[2:]]
+copies = [v.value.values for v in held]  # of every replica
+state = lambda: [c.numpy() for each in copies for c in each]
+step = tf.function(lambda x: strategy.run(model.update, args=(x,)), autograph=False)
+x = data.load("digits").floats()[:16]
+bad = x.copy()
+bad[12] = np.nan  # of the second replica
+def take(images):
+  parts = [images[:8], images[8:]]
+  return step(strategy.experimental_distribute_values_from_function(
+    lambda context: tf.constant(parts[context.replica_id_in_sync_group])))
+take(x)
+before = state()
+take(bad)
+same = all(np.array_equal(a, b) for a, b in zip(before, state()))
+take(x)
+print("RESULT", len(copies[0]), same, any(np.any(a != b) for a, b in zip(before, state())))
+"""
+
+
+def test_nor_does_it_in_any_replica(tiny):
+  done = subprocess.run(
+    [sys.executable, "-c", _REPLICAS], input=json.dumps(tiny.to_dict()), capture_output=True,
+    text=True, check=False,
+  )  # fmt: skip
+  assert "RESULT 2 True True" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_clip_is_that_of_tensorflow(model, rng):
+  for scale in (1e-3, 1.0, 1e3, 0.0):
+    gradients = [tf.constant(rng.normal(0, scale, shape), tf.float32) for shape in ((5, 7), (3,))]
+    want, norm = tf.clip_by_global_norm(gradients, model.training_options.clip_norm)
+    got, mine, finite = model._clip(gradients)
+    assert bool(finite)
+    assert_same([norm, *want], [mine, *got])
+
+
+def test_held_out_losses_are_fixed_and_those_of_the_definition(model, digits):
+  x = tf.constant(digits[:20])
+  each, t = model.held_out(x, averaged=False)
+  again, _ = model.held_out(x, averaged=True)
+  np.testing.assert_array_equal(each, again)  # both sets of weights are equal before training
+  two = [model.held_out(x[k : k + 10], False, k) for k in (0, 10)]
+  np.testing.assert_array_equal(t, np.concatenate([part[1] for part in two]))
+  np.testing.assert_allclose(each, np.concatenate([part[0] for part in two]), rtol=1e-4)
+  # Fibonacci's numbers cut the interval best: 21 places lie nowhere nearer than 1/21 to 1/φ of it.
+  assert np.diff(np.sort(t)).max() < 2.0 / 21
+  assert np.diff(np.sort(t)).min() > 0.5 / 21
+  model.update(x[:16])
+  model.update(x[:16])
+  assert np.any(model.held_out(x, False)[0] != model.held_out(x, True)[0])
+  np.testing.assert_array_equal(model.held_out(x, True)[1], t)
+
+
+def test_the_rate_of_a_fixed_optimizer_is_not_set_in_vain(model):
+  with pytest.raises(ValueError, match="fixed when it is made"):
+    model.optimizer.learning_rate = 0.1
+  assert issubclass(NonFiniteLoss, RuntimeError)

@@ -65,6 +65,9 @@ def test_bad_requests(tmp_path, blur_diffusion, digits):
     priors.fit("gauss", digits, blur_diffusion)
   with pytest.raises(ValueError, match="at least 2 images"):
     priors.fit("colour", digits[:1], blur_diffusion)
+  for bad in (np.uint8(255 * digits), 2 * digits - 1, digits + np.nan):
+    with pytest.raises(ValueError, match=r"the images to fit a prior to (run from|hold NaN)"):
+      priors.fit("colour", bad, blur_diffusion)
   with pytest.raises(ValueError, match=r"none\.npz: not a saved prior"):
     priors.Prior.load(tmp_path / "none.npz")
   (tmp_path / "bad.npz").write_bytes(b"PK nothing")

@@ -330,12 +330,12 @@ def test_bures_is_the_frechet_distance(images):
 
 def test_sinkhorn_between_gaussian_clouds_is_near_bures(rng):
   """Clouds of 1,500 points in 4 dimensions: both estimate the same W₂, each with its sampling."""
-  images = 0.5 + 0.15 * rng.standard_normal([1500, 2, 2, 1]).astype(np.float32)
+  images = 0.5 + 0.1 * rng.standard_normal([1500, 2, 2, 1]).astype(np.float32)
   matrix = np.diag([0.1, 0.3, 0.6, 0.9])
   levels = np.array([0.0, 1.0])
   sinkhorn, _ = s.measure("sinkhorn", c.Matrix(matrix), levels, images, epsilon=0.001)
   bures, _ = s.measure("bures", c.Matrix(matrix), levels, images)
-  variance = 0.15**2 * np.sum((1 - np.diag(matrix)) ** 2)
+  variance = 0.1**2 * np.sum((1 - np.diag(matrix)) ** 2)
   want = np.sqrt(variance + 0.25 * np.sum((1 - np.diag(matrix)) ** 2))
   assert bures(0, 1) == pytest.approx(want, rel=0.01)
   assert sinkhorn(0, 1) == pytest.approx(want, rel=0.01)
@@ -608,6 +608,9 @@ def test_bad_images_are_refused(images, method):
   broken[7, 3, 3, 0] = np.nan
   with pytest.raises(ValueError, match="NaN or infinity; clean the data"):
     s.find(c.GaussianBlur(), broken, 0.01, 6.0, method=method)
+  for other in (np.uint8(255 * images), 2 * images - 1):
+    with pytest.raises(ValueError, match=r"and images here are floats in \[0, 1\]: (divide|of im)"):
+      s.find(c.GaussianBlur(), other, 0.01, 6.0, method=method)
   with pytest.raises(ValueError, match="at least 2 images"):
     s.find(c.GaussianBlur(), images[:1], 0.01, 6.0, method=method)
 

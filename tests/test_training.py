@@ -64,6 +64,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
   assert strip(metrics(tmp_path / "whole")) == strip(metrics(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize("stop", [5, 6])
+def test_records_of_a_run_that_was_killed_between_them_are_those_of_a_whole_one(
+  tiny, tmp_path, monkeypatch, stop
+):
+  """Records at 4 and 8; checkpoints at 3 and 6, so that each falls inside of a window."""
+  odd = tiny.replace(
+    training={"steps": 9, "log_every": 4, "checkpoint_every": 3, "steps_per_loop": 1}
+  )
+  training.train(odd, tmp_path / "whole", progress=False)
+  original = monitoring.Monitor.advance
+
+  def kill(self, step, totals):
+    original(self, step, totals)
+    if step == stop + 1:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(monitoring.Monitor, "advance", kill)
+  with pytest.raises(KeyboardInterrupt):
+    training.train(odd, tmp_path / "parts", progress=False)
+  monkeypatch.undo()
+  training.train(odd, tmp_path / "parts", progress=False)
+  clock = {"images_per_second", "input_wait"}
+  whole, parts = (
+    [{k: v for k, v in x.items() if k not in clock} for x in metrics(tmp_path / name)]
+    for name in ("whole", "parts")
+  )
+  assert whole == parts
+  assert [x["steps"] for x in parts] == [4, 4, 1]
+
+
 def test_tensorboard_has_the_curves_and_the_grid(tiny, tmp_path):
   training.train(tiny.replace(training={"sample_every": 4}), tmp_path, progress=False)
   events = [
@@ -76,6 +106,7 @@ def test_tensorboard_has_the_curves_and_the_grid(tiny, tmp_path):
   assert curves | {"images_per_second", "input_wait"} <= set(events)
   assert {"samples", "predictions", "schedule", "_hparams_/session_start_info"} <= set(events)
   assert any(tag.startswith("loss_by_t/") for tag in events)
+  assert {"held_out_loss", "held_out_ema_loss", "held_out_ema_loss_by_t/0.0-0.1"} <= set(events)
 
 
 def test_a_resumed_run_shows_no_step_twice(tiny, tmp_path):
@@ -418,8 +449,7 @@ def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):
   }
   with pytest.raises(ValueError, match="none of its 3 checkpoints can be read"):
     training.train(tiny.replace(training={"steps": 8}), tmp_path, progress=False)
-  changed = {f for f, content in before.items() if f.read_bytes() != content}
-  assert changed <= {tmp_path / "config.json"}  # which now says 8 steps
+  assert all(f.read_bytes() == content for f, content in before.items())
 
 
 def test_a_torn_line_of_metrics_does_not_block_a_resume(tiny, tmp_path):
@@ -451,6 +481,157 @@ def test_the_rate_may_be_lowered_on_the_way(tiny, tmp_path):
   run = training.train(lower, tmp_path, progress=False)
   assert run.step == 4
   assert metrics(tmp_path)[-1]["learning_rate"] <= 1e-5
+
+
+def test_the_held_out_loss_is_that_of_the_test_split(tiny, tmp_path):
+  run = training.train(tiny, tmp_path, progress=False)
+  images = training.data.load("digits", "test").floats()  # 297, less than are looked at
+  for name, averaged in (("held_out_loss", False), ("held_out_ema_loss", True)):
+    each, t = run.model.held_out(tf.constant(images), averaged)
+    last = metrics(tmp_path)[-1]
+    assert last[name] == pytest.approx(float(np.mean(each)), rel=1e-4)
+    late = np.float64(each)[np.asarray(t) >= 0.9]
+    assert last[f"{name}_by_t"][9] == pytest.approx(late.mean(), rel=1e-4)
+  assert [x["step"] for x in metrics(tmp_path) if "held_out_loss" in x] == [2, 4, 6]
+  rare = tiny.replace(training={"checkpoint_every": 4})
+  training.train(rare, tmp_path / "rare", progress=False)
+  assert [x["step"] for x in metrics(tmp_path / "rare") if "held_out_loss" in x] == [4, 6]
+
+
+def test_changed_fields_are_said_and_kept(tiny, tmp_path, capsys):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  other = tiny.replace(training={"steps": 4, "learning_rate": 0.5}, sampling={"steps": 7})
+  training.train(other, tmp_path)
+  error = capsys.readouterr().err
+  assert "training.learning_rate 0.001 → 0.5, training.steps 2 → 4 from step 2 on" in error
+  assert "going on from step 2 of 4" in error
+  [record] = map(json.loads, (tmp_path / training.HISTORY_FILE).read_text().splitlines())
+  assert record["step"] == 2
+  assert record["changed"]["training.learning_rate"] == [0.001, 0.5]
+  # A run that has ended stays what it was: no step would use what is new.
+  before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+  for late in ({"steps": 4, "learning_rate": 0.7}, {"steps": 3}):
+    training.train(other.replace(training=late), tmp_path)
+  error = capsys.readouterr().err
+  assert "at step 4 of 4: nothing is left to do" in error
+  assert "left as it was, for no step would have used it: training.learning_rate 0.5 → 0.7" in error
+  assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_records_without_a_checkpoint_are_not_written_over(tiny, tmp_path):
+  whole = training.train(tiny, tmp_path, progress=False)
+  with pytest.raises(ValueError, match="has a checkpoint, of step 6"):
+    training.train(tiny, tmp_path, progress=False, anew=True)
+  lines = (tmp_path / "metrics.jsonl").read_bytes()
+  (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=r"has records \(metrics\.jsonl\) and no checkpoint: was"):
+    training.train(tiny, tmp_path, progress=False)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+  again = training.train(tiny, tmp_path, progress=False, anew=True)
+  assert (tmp_path / "records-1" / "metrics.jsonl").read_bytes() == lines
+  assert len(metrics(tmp_path)) == 3
+  for a, b in zip(state(whole), state(again)):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_workdir_that_was_killed_before_its_first_checkpoint_just_begins(tiny, tmp_path):
+  training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
+  shutil.rmtree(tmp_path / "checkpoints")
+  (tmp_path / "metrics.jsonl").write_text("")  # as the first process leaves it at step 0
+  assert training.train(tiny, tmp_path, progress=False).step == 6
+
+
+def test_what_lies_ahead_is_said_before_training(tiny, tmp_path, capsys):
+  from PIL import Image
+
+  for k in range(3):
+    (tmp_path / "in").mkdir(exist_ok=True)
+    Image.fromarray(np.full((8, 8), 60 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
+  few = tiny.replace(
+    data={"name": f"folder:{tmp_path / 'in'}"}, training={"ema_decay": 0.9999, "steps": 2}
+  )
+  run = training.train(few, tmp_path / "w")
+  error = capsys.readouterr().err
+  before, _, _ = error.partition("step 2/2")
+  assert "evaluation.samples = 64, and 'train' of folder:" in before
+  assert "has 3 images" in before
+  assert "set evaluation.samples to at most 3" in before
+  assert "no held-out loss: " in before
+  assert "the split 'test' is empty" in before
+  assert "ema_decay = 0.9999 is long for 2 steps: 100% of the averaged weights are still" in before
+  assert "take at most 0.1" in before
+  assert "ema_decay = 0.9999 is long for 2 steps" in run.remark
+  assert "held_out_loss" not in metrics(tmp_path / "w")[-1]
+  raw = training.load(tmp_path / "w", averaged=False)
+  assert raw.remark == ""
+  denoise = raw.drawer().sampler.denoiser
+  x, t = tf.constant(np.full((1, 8, 8, 1), 0.5, np.float32)), tf.constant([0.5])
+  np.testing.assert_array_equal(denoise(x, t), raw.model.denoiser(ema=False)(x, t))
+  assert np.any(denoise(x, t) != raw.model.denoiser()(x, t))
+
+
+@pytest.mark.parametrize("part", ["images", "count", "prior", "weights", "step", "config", None])
+def test_workers_agree_on_everything_or_not_at_all(tiny, monkeypatch, digits, part):
+  """The second worker's sums are added as the strategy would."""
+  from soft_diffusion_tf import priors
+
+  class Two:
+    num_replicas_in_sync = 2
+
+  def ask(other):
+    process, source = tiny.build_diffusion(), training.data.load("digits")
+    prior = priors.fit("colour", digits + (0.001 if other == "prior" else 0.0), process)
+    images = source.images ^ 1 if other == "images" else source.images
+    images = images[:-1] if other == "count" else images
+    model = training.build(tiny, process)
+    if other == "weights":
+      model.network.variables[0].assign(model.network.variables[0] + 1e-6)
+    experiment = tiny.replace(seed=5) if other == "config" else tiny
+    source = training.data.Source("x", images, source.labels)
+    training._check_agreement(Two(), experiment, int(other == "step"), source, prior, model)
+
+  sent = []
+  monkeypatch.setattr(training, "_several_workers", lambda strategy: True)
+  monkeypatch.setattr(training, "_make_total", lambda strategy: lambda v: sent.append(v) or 2 * v)
+  ask(part)  # alone, it agrees with itself
+  monkeypatch.setattr(training, "_make_total", lambda strategy: lambda v: v + sent[0])
+  if part is None:
+    ask(None)
+    return
+  names = {"images": "data", "count": "images, data"}
+  with pytest.raises(ValueError, match=f"differ in their {names.get(part, part)}: this one is"):
+    ask(None)
+
+
+@pytest.mark.parametrize(
+  ("changes", "field"),
+  [
+    ({"training": {"batch_size": 10**9}}, "training.batch_size = 1000000000 takes at least"),
+    ({"training": {"batch_size": 10**18}}, "training.batch_size"),
+    ({"sampling": {"batch_size": 10**9}}, "sampling.batch_size = 1000000000 takes at least"),
+    ({"network": {"nf": 10**6}}, "network.nf = 1000000 takes at least"),
+    ({"data": {"image_shape": (10**5, 10**5, 3)}}, "training.batch_size = 16 takes at least"),
+  ],
+)
+def test_what_cannot_fit_in_memory_is_refused_at_once(tiny, tmp_path, changes, field):
+  begin = time.monotonic()
+  with pytest.raises(ValueError, match=field):
+    training.train(tiny.replace(**changes), tmp_path / "w", progress=False)
+  assert time.monotonic() - begin < 5
+  assert not (tmp_path / "w").exists()
+
+
+def test_the_estimate_of_memory(tiny):
+  from soft_diffusion_tf import memory
+
+  with pytest.raises(ValueError, match=r"takes at least 1 GiB .*there are 1 GiB.*take at most"):
+    memory.check(tiny.replace(training={"batch_size": 100_000}), limit=10**9)
+  memory.check(tiny, limit=10**8)
+  memory.check(tiny, limit=memory.available())
+  wide = tiny.replace(network={"nf": 512})
+  with pytest.raises(ValueError, match=r"network\.nf"):
+    memory.check(wide, apart=False, limit=10**9)
+  memory.check(wide, apart=True, limit=10**9)
 
 
 def test_sigterm_before_the_first_step(tiny, tmp_path, monkeypatch):

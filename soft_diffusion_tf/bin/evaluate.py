@@ -45,6 +45,9 @@ _CHECKPOINT = flags.DEFINE_string(
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
 _GRID = flags.DEFINE_string("grid", None, "Time grid instead of the config's (not of a sweep).")
+_RAW_WEIGHTS = flags.DEFINE_bool(
+  "raw_weights", False, "Draw by the weights under training, not by their averages."
+)
 _FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.")
 _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
@@ -68,7 +71,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data set
 _ALONE = (
   (
     _SWEEP, "--sweep takes --samplers, --nfe and --checkpoints, and the grid of the config",
-    (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID),
+    (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID, _RAW_WEIGHTS),
   ),
   (_SAMPLERS, "--samplers are all that a sweep takes", (_SAMPLER,)),
   (
@@ -77,7 +80,7 @@ _ALONE = (
   ),
   (
     _IMAGES, "--images are there already, and nothing is sampled",
-    (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED),
+    (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED, _RAW_WEIGHTS),
   ),
 )  # fmt: skip
 
@@ -236,7 +239,7 @@ def _evaluate(job):
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
     print_as = (
-      f"step {run.step} (EMA {run.experiment.training.ema_decay:g}), {options.summary}, "
+      f"step {run.step} (EMA {result.conditions['ema_decay']:g}), {options.summary}, "
       f"{_effort(options)}, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
   evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
@@ -267,7 +270,7 @@ def _run(job):
     if not _CHECKPOINT.value.isdigit():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
-  run = training.load(job.workdir, step)
+  run = training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value)
   return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
 
 
@@ -321,11 +324,13 @@ def _memorisation(job):
       raise ValueError(
         "some samples are not finite; lower the number of steps or look at the model"
       )
+    if run.remark:
+      print(f"warning: {run.remark}")
     names = seeds.tolist()
     title = f"step{run.step}_{options.sampler}_{options.evaluations or 'adaptive'}"
     title += f"_seeds{seeds[0]}-{seeds[-1]}"
     about = evaluation.run_conditions(
-      run.experiment, run.step, options, job.count, _FIRST_SEED.value
+      run.experiment, run.step, options, job.count, _FIRST_SEED.value, run.averaged
     )
   train = job.train().images
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images

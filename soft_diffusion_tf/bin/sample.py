@@ -9,6 +9,7 @@ not finished is gone on with by the same command; several processes share it by 
 
 import pathlib
 import re
+import sys
 
 from absl import flags
 
@@ -42,6 +43,9 @@ _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
 )
 _TRUST_CODE = cli.define_trust_code()
+_RAW_WEIGHTS = flags.DEFINE_bool(
+  "raw_weights", False, "Draw by the weights under training, not by their averages."
+)
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
 
@@ -83,7 +87,11 @@ def main():
     cli.refuse_to_overwrite(out, _FORCE.value)
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
-    run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
+    run = training.load(
+      _WORKDIR.value, _STEP.value, _TRUST_CODE.value, averaged=not _RAW_WEIGHTS.value
+    )
+  if run.remark:
+    print(f"warning: {run.remark}", file=sys.stderr)
   options = run.options(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
     k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
@@ -97,6 +105,8 @@ def main():
   else:
     nfe = None if drawer.adaptive else int(drawer.rows.shape[0])
     settings = bulk.settings_of(run.experiment, run.step, options, nfe)
+    if _RAW_WEIGHTS.value:
+      settings["ema_decay"] = 0.0
     total, there = bulk.write(
       drawer, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
     )

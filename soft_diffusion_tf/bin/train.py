@@ -20,6 +20,10 @@ _PEER_TIMEOUT = flags.DEFINE_float(
   "peer_timeout", 300.0, "Seconds to wait for the other workers of TF_CONFIG."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
+_START_ANEW = flags.DEFINE_bool(
+  "start_anew", False,
+  "Begin at step 0 in a workdir whose checkpoints are lost; its records are kept in records-1.",
+)  # fmt: skip
 
 
 def main():
@@ -33,7 +37,7 @@ def main():
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
   strategy = make_strategy(_STRATEGY.value, _TPU.value, _PEER_TIMEOUT.value)
-  run = training.train(experiment, _WORKDIR.value, strategy)
+  run = training.train(experiment, _WORKDIR.value, strategy, anew=_START_ANEW.value)
   print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
   print(
     f"next: soft-diffusion-sample --workdir={_WORKDIR.value} --out={_WORKDIR.value}/samples.png"
