@@ -1,9 +1,19 @@
 """Soft Diffusion: Score Matching with General Corruptions (Daras et al. 2022)."""
 
 import os
+import sys
 
 # TensorFlow leaves oneDNN's convolutions off on CPUs without AVX-512, where they take a quarter off
 # a training step. It reads this when it is first imported, so import this package before it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+# Keras is TensorFlow's here, whatever the environment or ~/.keras/keras.json asks for other programs.
+if "keras" not in sys.modules:
+  os.environ["KERAS_BACKEND"] = "tensorflow"
+elif (_backend := sys.modules["keras"].config.backend()) != "tensorflow":
+  raise ImportError(
+    f"Keras is loaded with the backend {_backend!r}, and soft_diffusion_tf needs 'tensorflow': "
+    "import soft_diffusion_tf before keras, or set KERAS_BACKEND=tensorflow"
+  )
 
 __version__ = "0.1.0"

@@ -14,8 +14,8 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images to evaluate instead of samples.")
+_WORKDIR = cli.define_path("workdir", None, "Folder of a training run.")
+_IMAGES = cli.define_path("images", None, "Folder of images to evaluate instead of samples.")
 _SAMPLES = flags.DEFINE_integer(
   "samples",
   None,
@@ -45,7 +45,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
 _GRID = flags.DEFINE_string("grid", None, "Time grid instead of the config's (not of a sweep).")
-_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.")
+_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.", 0)
 _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
 )
@@ -61,7 +61,7 @@ _CHECKPOINTS = flags.DEFINE_string(
 _MEMORISATION = flags.DEFINE_bool(
   "memorisation", False, "Find the nearest training images of the samples, or of --images."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 
 # A flag, why others would be ignored beside it, and which.
 _ALONE = (
@@ -85,7 +85,7 @@ class _Job:
   """What the flags ask for: the run's experiment, the network, the real images."""
 
   def __init__(self):
-    from soft_diffusion_tf import data, experiment, features
+    from soft_diffusion_tf import data, experiment, features, rng
 
     self.workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     self.experiment = experiment.Experiment.load(self.workdir) if self.workdir else None
@@ -100,6 +100,7 @@ class _Job:
     if asked is None:
       asked = self.options.reference_samples
     self._asked = asked
+    rng.check_seeds(_FIRST_SEED.value, self.count)
     self._source = None
     feature_net = _FEATURE_NET.value or self.options.feature_net
     needs_data = feature_net == "classifier"

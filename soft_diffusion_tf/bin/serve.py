@@ -15,7 +15,7 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_MODEL = flags.DEFINE_string("model", None, "Folder of a SavedModel, or of numbered versions.",
+_MODEL = cli.define_path("model", None, "Folder of a SavedModel, or of numbered versions.",
                              required=True)  # fmt: skip
 _NAME = flags.DEFINE_string("name", "model", "The model's name in URLs.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
