@@ -7,8 +7,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
-export TF_CPP_MIN_LOG_LEVEL ?= 2
-
 .PHONY: help install quickstart test test-slow lint format docs study-digits study-defaults study-cifar \
 	clean
 

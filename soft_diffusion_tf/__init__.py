@@ -7,7 +7,7 @@ import sys
 # a training step. It reads this when it is first imported, so import this package before it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-# Keras is TensorFlow's here, whatever the environment or ~/.keras/keras.json asks for other programs.
+# Keras is TensorFlow's here, whatever the environment or ~/.keras/keras.json asks of others.
 if "keras" not in sys.modules:
   os.environ["KERAS_BACKEND"] = "tensorflow"
 elif (_backend := sys.modules["keras"].config.backend()) != "tensorflow":

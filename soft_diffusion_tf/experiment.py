@@ -512,8 +512,8 @@ class Experiment(_Options):
     except UnknownField as error:
       own = soft_diffusion_tf.__version__
       raise ValueError(
-        f"{path}: {error}; it is of version {content.get('version', 'unknown')}, and this is {own}: "
-        f"upgrade soft-diffusion-tf if it is of a newer one, else correct the file"
+        f"{path}: {error}; it is of version {content.get('version', 'unknown')}, and this is "
+        f"{own}: upgrade soft-diffusion-tf if it is of a newer one, else correct the file"
       ) from None
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error

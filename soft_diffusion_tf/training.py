@@ -10,10 +10,12 @@ import dataclasses
 import fcntl
 import pathlib
 import signal
+import sys
 import threading
 
 import numpy as np
 import tensorflow as tf
+import tqdm
 
 from soft_diffusion_tf import bulk, corruptions, data, plots, priors, rng, strategies
 from soft_diffusion_tf.checkpoints import Checkpoints
@@ -43,6 +45,13 @@ class WorkerLost(RuntimeError):
 
 class NonFiniteLoss(RuntimeError):
   """The loss or the gradient is not finite; the message says where."""
+
+
+def _say(progress, text):
+  """Prints what a run is at, above its bar."""
+  if progress:
+    tqdm.tqdm.write(text)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -253,6 +262,7 @@ def train(experiment, workdir, strategy=None, progress=True):
   experiment.check_network()
   d = experiment.data
   with _on_sigterm(_end_at_once):  # there is nothing to save yet
+    _say(progress, f"reading {d.name}")
     source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
@@ -295,8 +305,10 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   else:
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
+    _say(progress, f"fitting the prior to {len(images):,} images")
     prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
   diffusion = diffusion.with_prior(prior)
+  _say(progress, "building the network")
   with strategy.scope():
     model = build(experiment, diffusion)
   if chief:  # not before: a config that cannot be trained does not claim the workdir
@@ -311,7 +323,10 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
   if restored is None and chief:
     checkpoints.save(wait=True)
   if step >= options.steps:
+    _say(progress, f"at step {step:,} of {options.steps:,} already: nothing is left to train")
     return run
+  _say(progress, f"going on from step {step:,} of {options.steps:,}" if step else
+       f"starting at step 0 of {options.steps:,}")  # fmt: skip
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
     replicas=strategies.replicas_by_host(strategy),
@@ -325,6 +340,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
     show = _Pictures(run, source, monitor) if chief else None
     if show and step == 0:
       show.schedule(workdir)
+    _say(progress, "compiling the training step, which the first steps wait for")
     while step < options.steps:
       ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
       n = min(options.steps_per_loop, *ahead)
@@ -345,6 +361,7 @@ def _train(experiment, source, diffusion, workdir, strategy, progress):
       if _due(step, options.log_every) or last:
         monitor.record(step, learning_rate=model.optimizer.learning_rate, **norms())
       if show and options.sample_every and (_due(step, options.sample_every) or last):
+        _say(progress, f"drawing {GRID_IMAGES} samples at step {step:,}")
         show.samples()
         show.predictions()
       keep, stop = _due(step, options.keep_every), anywhere(asked)

@@ -77,8 +77,18 @@ def _changed(tiny, group, name, value):
     ("sampling", "k", -1.0, "sampling.k must be from 0 on, got -1.0"),
     ("network", "ch_mult", [1.0, 2], r"network.ch_mult\[0\] must be a whole number, got 1.0"),
     ("network", "ch_mult", "12", r"network.ch_mult must be a tuple like \(1, 2, 2, 2\), got '12'"),
-    ("network", "attn_resolutions", None, r"attn_resolutions must be a tuple like \(16,\), got None"),
-    ("network", "attn_resolutions", [None], r"network.attn_resolutions\[0\] must be a whole number"),
+    (
+      "network",
+      "attn_resolutions",
+      None,
+      r"attn_resolutions must be a tuple like \(16,\), got None",
+    ),
+    (
+      "network",
+      "attn_resolutions",
+      [None],
+      r"network.attn_resolutions\[0\] must be a whole number",
+    ),
     ("network", "nf", 100_000, "network.nf must be from 4 to 4,096, got 100000"),
     ("data", "image_shape", [8.5, 8, 1], r"data.image_shape\[0\] must be a whole number, got 8.5"),
     ("data", "image_shape", [0, 0, 1], r"data.image_shape\[0\] must be from 1 to 8,192, got 0"),
@@ -122,12 +132,12 @@ FIELDS = [(group, field.name) for group, kind in GROUPS.items()
 
 @pytest.mark.parametrize(("group", "name"), FIELDS)
 def test_every_field_refuses_what_it_cannot_be(tiny, group, name):
-  """Of each number what is not finite, or beyond its range; of each field what is of no such type."""
+  """Numbers that are not finite or beyond their range, and what is of another type."""
   hint = typing.get_type_hints(GROUPS[group], include_extras=True)[name]
   kind, *rules = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else [hint]
   bad = [None, object(), {}] if name not in (*GROUPS, "corruption", "level", "sigma") else [None]
   if kind in (int, float):
-    (low, high, ends), = rules  # every number has a range
+    ((low, high, ends),) = rules  # every number has a range
     bad += [float("nan"), float("inf"), -float("inf"), "1e1", True, [1], 10**400]
     bad += [low if ends[0] == "(" else low - 1]
     if high < 1e300:
@@ -171,7 +181,9 @@ def test_a_config_of_a_newer_version_is_said_to_be_one(tiny, tmp_path):
   content = json.loads(path.read_text())
   assert content["version"] == soft_diffusion_tf.__version__
   path.write_text(json.dumps(content | {"version": "9.1", "shades": 3}))
-  with pytest.raises(ValueError, match=r"config.json: .* no field shades.* of version 9.1.*upgrade"):
+  with pytest.raises(
+    ValueError, match=r"config.json: .* no field shades.* of version 9.1.*upgrade"
+  ):
     Experiment.load(tmp_path)
   del content["version"]  # as versions before wrote it
   path.write_text(json.dumps(content))

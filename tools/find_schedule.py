@@ -178,6 +178,7 @@ def main():
   if joint and _METHOD.value == "mse":
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
   e = Experiment.from_config(_CONFIG.value)
+  cli.say(f"reading {e.data.name}")
   source = data.load(
     e.data.name, e.data.train_split, e.data.image_shape, e.data.crop, e.data.data_dir or None
   )

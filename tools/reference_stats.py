@@ -51,6 +51,7 @@ def main():
 
   name = _FEATURE_NET.value or e.evaluation.feature_net
   network = features.feature_network(name, load(d.train_split) if name == "classifier" else None)
+  cli.say(f"measuring {count} images of {d.name}")
   about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, count)
   real = evaluation.reference(
     network, load(split).images, about, e.evaluation.subset, _FLOOR_SAMPLES.value,

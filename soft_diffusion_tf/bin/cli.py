@@ -295,7 +295,9 @@ def _parse(argv):
   own = "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].parser, _ConfigFile)
   path = _config_path(argv) if own else None
   if path is not None and not os.path.isfile(path):
-    _fail(f"--config={path}: no such config file; give --config=FILE, such as configs/digits_blur.py")
+    _fail(
+      f"--config={path}: no such config file; give --config=FILE, such as configs/digits_blur.py"
+    )
   try:
     rest = flags.FLAGS(argv)
     _check_values()
@@ -306,7 +308,7 @@ def _parse(argv):
     if isinstance(error, _BadConfig):
       _fail(error)
     content = flags.FLAGS["config"].parser.content if own else None
-    if isinstance(error, flags.Error) and "override" not in str(error) or content is None:
+    if (isinstance(error, flags.Error) and "override" not in str(error)) or content is None:
       _fail(_explain_flag(error))
     return _explain_override(argv, content, error)
 

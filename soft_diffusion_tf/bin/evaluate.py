@@ -171,6 +171,7 @@ class _Job:
       else:
         expected["image_shape"] = list(self.images.shape[1:])
       return real.check(_REFERENCE.value, **expected, count=self.reference_count)
+    cli.say("measuring the real images, unless that was done before")
     source = self.train()
     name, split, shape, crop, _ = self._place()
     about = evaluation.conditions_of(self.network, name, split, shape, crop, self.reference_count)
@@ -262,6 +263,7 @@ def _run(job):
     if not _CHECKPOINT.value.isdigit():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
+  cli.say(f"loading the run in {job.workdir}")
   run = training.load(job.workdir, step)
   return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
 
@@ -353,6 +355,7 @@ def main():
       cli.refuse(ignored, why)
   if not _SWEEP.value:
     cli.refuse((_SAMPLERS, _CHECKPOINTS), "without --sweep one sampler and checkpoint are measured")
+  cli.say("reading images and the feature network")
   job = _Job()
   if _SWEEP.value:
     _sweep(job)

@@ -66,6 +66,7 @@ def main():
     cli.check_folder(out)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
+  cli.say(f"loading the run in {_WORKDIR.value}")
   run = training.load(_WORKDIR.value, _STEP.value)
   options = {
     "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
@@ -83,6 +84,7 @@ def main():
     asked = artefact.usual_options(run, batch_size=together)
   else:
     asked = [run.options(sampler=s, steps=n, batch_size=together) for s, n in pairs]
+  cli.say(f"tracing {len(asked)} samplers and writing the SavedModel")
   manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")

@@ -79,6 +79,7 @@ def main():
   artefact.keep_apart(out, _IMAGES.value)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
+  cli.say(f"loading the model {_WORKDIR.value}")
   model = artefact.from_pretrained(_WORKDIR.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])

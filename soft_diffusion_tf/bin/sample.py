@@ -106,6 +106,7 @@ def main():
   else:
     cli.check_folder(out)
   _check_count(len(seeds), picture)
+  cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(_WORKDIR.value, _STEP.value)

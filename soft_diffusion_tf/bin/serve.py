@@ -61,8 +61,10 @@ def main():
     raise ValueError(f"--model={_MODEL.value}: no such folder; give the folder of an export")
   serving.uvicorn_module()  # before a model is loaded and warmed, which may take minutes
   with _bind(_HOST.value, _PORT.value) as listening:
+    cli.say(f"loading {_MODEL.value}")
     model = serving.Model(_MODEL.value, _NAME.value)
     if _WARM.value:
+      cli.say("warming up: every signature is called once")
       model.warm()
     batcher = serving.Batcher(_MAX_BATCH.value, _QUEUE.value, _REPRODUCIBLE.value)
     app = serving.App(
