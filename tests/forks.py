@@ -8,6 +8,7 @@ exit code, stdout and stderr; only the seconds of importing TensorFlow are spare
 import atexit
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -25,9 +26,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What is left of a run; `code` is −9 of one that ran out of its time."""
+  """What is left of a run; `returncode` is −9 of one that ran out of its time."""
 
-  code: int
+  returncode: int
   stdout: str
   stderr: str
   seconds: float
@@ -43,19 +44,19 @@ class Forks:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
-  def run(self, program, *flags, limit=120.0, until=None, environment=None):
+  def run(self, program, *flags, limit=120.0, until=None, folder=ROOT):
     """Runs "soft_diffusion_tf.bin.train", say, or "tools/lab.py".
 
     Args:
       limit: seconds until it is killed.
       until: text on stdout after which it is sent SIGTERM.
-      environment: more variables; those that are read at import come too late.
+      folder: where it runs.
     """
-    with tempfile.TemporaryDirectory() as folder:
-      out, err = (pathlib.Path(folder, name) for name in ("out", "err"))
+    with tempfile.TemporaryDirectory() as said:
+      out, err = (pathlib.Path(said, name) for name in ("out", "err"))
       job = {
         "program": program, "flags": [*map(str, flags)], "out": str(out), "err": str(err),
-        "limit": limit, "until": until, "environment": environment or {},
+        "limit": limit, "until": until, "folder": str(folder),
       }  # fmt: skip
       out.touch()
       begin = time.monotonic()
@@ -78,6 +79,14 @@ def forks():
     yield own
   finally:
     own.close()
+
+
+@functools.cache
+def shared():
+  """One `Forks` for all tests of this process."""
+  own = Forks()
+  atexit.register(own.close)
+  return own
 
 
 def _wait(child, job):
@@ -129,7 +138,7 @@ def _become(job):
   sys.stdin = os.fdopen(0, encoding="utf-8")
   sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1)
   sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace")
-  os.environ.update(job["environment"])
+  os.chdir(job["folder"])
   sys.argv = [job["program"], *job["flags"]]
 
 
@@ -155,7 +164,7 @@ if __name__ == "__main__":
     code = 0
     try:
       if job["program"].endswith(".py"):
-        runpy.run_path(job["program"], run_name="__main__")
+        runpy.run_path(str(ROOT / job["program"]), run_name="__main__")
       else:
         runpy.run_module(job["program"], run_name="__main__", alter_sys=True)
     except SystemExit as end:

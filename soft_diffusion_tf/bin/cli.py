@@ -108,6 +108,8 @@ def _fault_of(path, error):
   if isinstance(error, ValueError) and text and not isinstance(error, UnicodeError):
     return f"{path}: {text}"
   kind = type(error).__name__
+  if text.startswith("Failed loading config file"):  # ml_collections' list of where it looked
+    text = text[text.find("[Errno") :]
   return f"{path}: {kind}{': ' if text else ''}{text}; mend the config file (--debug shows where)"
 
 

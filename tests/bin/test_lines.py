@@ -86,8 +86,7 @@ def cases(count, seed):
 
 @pytest.fixture(scope="module")
 def fork():
-  with forks.forks() as own:
-    yield own
+  return forks.shared()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def place(tmp_path_factory, fork, digits):
     pathlib.Path(f"{names['broken']}{suffix}").write_bytes(bytes(range(256)))
   standin.StandIn().export(names["model"])
   result = fork.run(f"{BIN}train", *TINY, f"--workdir={names['run']}", limit=2 * LIMIT)
-  assert result.code == 0, result.stderr
+  assert result.returncode == 0, result.stderr
   return names
 
 
@@ -122,16 +121,16 @@ def check(fork, place, tmp_path, program, flag, value):
   until = "serving" if program.endswith("serve") else None
   result = fork.run(program, *given, f"--{flag}={fill(value)}", limit=LIMIT, until=until)
   said = [line for line in result.stderr.splitlines() if not LOG.match(line)]
-  told = f"{program} --{flag}={value!r}: code {result.code} in {result.seconds:.0f} s, {said}"
-  assert result.code in (0, 2), told
+  told = f"{program} --{flag}={value!r}: code {result.returncode} in {result.seconds:.0f} s, {said}"
+  assert result.returncode in (0, 2), told
   assert "Traceback" not in result.stdout + result.stderr, told
-  if result.code == 2:
+  if result.returncode == 2:
     assert len(said) == 1, told
     assert said[0].startswith("error: "), told
     after = state(place)
     assert {f: after.get(f) for f in before} == before, told
     assert not names["new"].exists(), told
-  return result.code
+  return result.returncode
 
 
 def test_flags_of_every_program_are_found():

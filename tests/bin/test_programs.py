@@ -1,4 +1,7 @@
-"""The programs as a user starts them: real processes, exit codes, one line of error."""
+"""The programs as a user starts them: processes, exit codes, one line of error.
+
+Most of them run as forks (`tests.forks`), those from the start to whom the start matters.
+"""
 
 import os
 import pathlib
@@ -8,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import forks
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,13 +31,7 @@ TINY = (
 
 
 def program(name, *flags, module=True):
-  command = [sys.executable, "-m", f"soft_diffusion_tf.bin.{name}"]
-  if not module:
-    command = [str(ROOT / name)] if "/" not in name else [sys.executable, str(ROOT / name)]
-  return subprocess.run(
-    [*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  return forks.shared().run(f"soft_diffusion_tf.bin.{name}" if module else name, *flags, limit=600)
 
 
 def error_of(result):
@@ -141,7 +140,7 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
     ("x = 1", "has no function get_config"),
     ("import sys\nsys.exit('stop')", "ends the program by sys.exit(stop)"),
     ("def get_config():\n  return None", "get_config() gives NoneType, not a ConfigDict"),
-    ("open('/no/such/file')", "FileNotFoundError: [Errno 2] No such file or directory"),
+    ("open('/no/such/file')", "OSError: [Errno 2] No such file or directory: '/no/such/file'; mend"),
     ("raise ValueError('a good message\\nof two lines')", "mine.py: a good message of two lines"),
     ("\0", "null bytes"),
     ("assert False", "AssertionError"),  # an error without a text
