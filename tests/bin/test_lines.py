@@ -7,6 +7,7 @@ run as processes of their own (`tests.forks`); a few of them from the start, Ten
 import pathlib
 import random
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from soft_diffusion_tf import experiment
 from tests import forks, standin
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = "configs/digits_blur.py"
+CONFIG = ROOT / "configs" / "digits_blur.py"
 TINY = (
   f"--config={CONFIG}", "--config.network.nf=8", "--config.network.ch_mult=(1,)",
   "--config.network.num_res_blocks=1", "--config.network.attn_resolutions=()",
@@ -71,7 +72,7 @@ def flags_of(program):
 
 
 FLAGS = [(program, flag) for program in PROGRAMS for flag in flags_of(program)]
-FIELDS = sorted(experiment.from_file(ROOT / CONFIG).flat())
+FIELDS = sorted(experiment.from_file(CONFIG).flat())
 
 
 def cases(count, seed):
@@ -114,12 +115,15 @@ def state(place):
 
 def check(fork, place, tmp_path, program, flag, value):
   """Runs a program with a flag of this value, its others as in PROGRAMS; returns its exit code."""
-  names = {**place, "new": tmp_path / f"new{len(list(tmp_path.iterdir()))}"}
+  elsewhere = pathlib.Path(tempfile.mkdtemp(dir=tmp_path))  # where a relative path leads
+  names = {**place, "new": elsewhere / "new"}
   fill = lambda text: re.sub(r"\{(\w+)\}", lambda m: str(names[m[1]]), text)
   given = [fill(f) for f in PROGRAMS[program] if not f.startswith(f"--{flag}=")]
   before = state(place)
   until = "serving" if program.endswith("serve") else None
-  result = fork.run(program, *given, f"--{flag}={fill(value)}", limit=LIMIT, until=until)
+  result = fork.run(
+    program, *given, f"--{flag}={fill(value)}", limit=LIMIT, until=until, folder=elsewhere
+  )
   said = [line for line in result.stderr.splitlines() if not LOG.match(line)]
   told = f"{program} --{flag}={value!r}: code {result.returncode} in {result.seconds:.0f} s, {said}"
   assert result.returncode in (0, 2), told

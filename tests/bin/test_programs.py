@@ -140,7 +140,7 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
     ("x = 1", "has no function get_config"),
     ("import sys\nsys.exit('stop')", "ends the program by sys.exit(stop)"),
     ("def get_config():\n  return None", "get_config() gives NoneType, not a ConfigDict"),
-    ("open('/no/such/file')", "OSError: [Errno 2] No such file or directory: '/no/such/file'; mend"),
+    ("open('/no/such/file')", "OSError: [Errno 2] No such file or directory: '/no/such/file'"),
     ("raise ValueError('a good message\\nof two lines')", "mine.py: a good message of two lines"),
     ("\0", "null bytes"),
     ("assert False", "AssertionError"),  # an error without a text
