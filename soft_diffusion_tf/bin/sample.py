@@ -70,8 +70,10 @@ def parse_shard(text):
   return tuple(int(part) for part in text.split("/"))
 
 
-def _check_count(count, picture):
+def _check_count(seeds, picture):
   """Raises the ValueError of more images than one picture shows or one call draws."""
+  # A range may be longer than len can say.
+  count = seeds.stop - seeds.start if isinstance(seeds, range) else len(seeds)
   if picture and count > cli.MOST_SHOWN:
     raise ValueError(
       f"--seeds={_SEEDS.value} asks for {count:,} images, and one picture shows {cli.MOST_SHOWN:,} "
@@ -105,7 +107,7 @@ def main():
     cli.refuse_to_overwrite(out, _FORCE.value)
   else:
     cli.check_folder(out)
-  _check_count(len(seeds), picture)
+  _check_count(seeds, picture)
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():

@@ -311,6 +311,7 @@ def test_a_full_disk_is_one_line_that_says_where(workdir, tmp_path):
 def test_more_images_than_can_be_are_refused_before_work(workdir, tmp_path):
   for name, flag, text in (
     ("sample", "--seeds=0-99999999999", "one picture shows 10,000 at most; give a folder"),
+    ("sample", "--seeds=0-9223372036854775807", "one picture shows 10,000 at most"),
     ("sample", "--seeds=0-99999999999999999999", "give a rising range"),
     ("sample", "--seeds=9223372036854775808", "give a rising range"),
     ("restore", "--samples=1000000000", "give an integer in the range [1, 10000]"),
@@ -328,6 +329,37 @@ def test_more_images_than_can_be_are_refused_before_work(workdir, tmp_path):
     "sample", f"--workdir={workdir}", "--seeds=0-99999999999", f"--out={tmp_path}/many"
   )
   assert "draw at most 10,000,000 in one call" in error_of(many)
+
+
+def test_images_that_are_no_folder_of_one_size(workdir, tmp_path, rng):
+  pixels = rng.integers(0, 256, [9, 9]).astype(np.uint8)
+  for name, size in (("a/1.png", 8), ("a/2.png", 9), ("b/1.png", 9), ("b/2.png", 9)):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels[:size, :size]).save(tmp_path / name)
+  real = f"--reference=folder:{tmp_path}/b"
+  file = program("evaluate", f"--images={tmp_path}/a/1.png", real, "--feature_net=pixels")
+  assert "a/1.png is a file; give the folder" in error_of(file)
+  mixed = program("evaluate", f"--images={tmp_path}/a", real, "--feature_net=pixels")
+  assert "2.png: its size or colour differs from 1.png's; bring the files to one" in error_of(mixed)
+
+
+def test_a_configuration_of_another_kind_is_not_imported(tmp_path):
+  np.savez(tmp_path / "w.npz", a=np.zeros(3))
+  for content in (
+    "null", "5", "[]", "{", '{"model": 5}', '{"model": {"name": 3}}', '{"model": {}, "data": null}',
+    '{"data": {"image_size": "x"}}', "\0",
+  ):  # fmt: skip
+    (tmp_path / "c.json").write_text(content)
+    flags = (f"--checkpoint={tmp_path}/w.npz", f"--config={tmp_path}/c.json", f"--out={tmp_path}/o")
+    line = error_of(program("tools/import_score_sde.py", *flags, module=False))
+    assert "c.json: " in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_floor_of_no_images_is_refused(tmp_path):
+  flags = (TINY[0], f"--out={tmp_path}/r.npz", "--floor_samples=-3")
+  line = error_of(program("tools/reference_stats.py", *flags, module=False))
+  assert line.startswith("error: --floor_samples=-3: give an integer")
 
 
 def test_a_picture_is_not_shared(tmp_path):
