@@ -83,7 +83,9 @@ class _ConfigFile(flags.ArgumentParser):
     _load_tensorflow()
     try:
       config = self._parser.parse(argument)
-    except (Exception, SystemExit) as error:  # a config file is the user's own program
+    except BaseException as error:  # a config file is the user's own program
+      if isinstance(error, KeyboardInterrupt):
+        raise
       # ml_collections puts the whole traceback into the text of an error of its own.
       wrapped = str(error).startswith("Error whilst parsing config file")
       raise _BadConfig(_fault_of(argument, error.__context__ if wrapped else error)) from error
@@ -207,7 +209,8 @@ def _load_tensorflow():
   if "tensorflow" in sys.modules:
     return
   say("loading TensorFlow")
-  with contextlib.nullcontext() if _wants_debug(sys.argv) else _without_log():
+  quiet = sys.stderr and not _wants_debug(sys.argv)
+  with _without_log() if quiet else contextlib.nullcontext():
     import tensorflow as tf
 
     tf.config.list_physical_devices()
@@ -215,9 +218,11 @@ def _load_tensorflow():
 
 def _fail(text, code=BAD_INPUT):
   text = " ".join(str(text).split())
+  text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
   if len(text) > _LONGEST:
     text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-  sys.stdout.flush()
+  if sys.stdout:
+    sys.stdout.flush()
   print(f"error: {text}", file=sys.stderr)
   sys.exit(code)
 

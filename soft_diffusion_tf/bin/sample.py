@@ -50,12 +50,14 @@ _MOST = 10_000_000  # images in one call
 def parse_seeds(text):
   """ "0-3" → [0, 1, 2, 3]; "5,7" → [5, 7]."""
   bounds = re.fullmatch(rf"({_SEED})-({_SEED})", text, re.ASCII)
-  seeds: range | list[int] = []
+  seeds, last = [], -1
   if bounds:
-    seeds = range(int(bounds[1]), int(bounds[2]) + 1)
+    last = int(bounds[2])
+    seeds = range(int(bounds[1]), last + 1)
   elif re.fullmatch(rf"{_SEED}(,{_SEED})*", text, re.ASCII):
     seeds = [int(part) for part in text.split(",")]
-  if not seeds or max(seeds[-1:] if bounds else seeds) >= 2**63:
+    last = max(seeds)
+  if not seeds or last >= 2**63:
     raise ValueError(
       f"--seeds={text}: give a rising range such as 0-63 or a list such as 1,5,9, of numbers up to "
       f"{2**63 - 1}"

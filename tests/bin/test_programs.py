@@ -215,6 +215,17 @@ def test_a_quiet_start(workdir, tmp_path):
   assert said[1] == f"loading the run in {workdir}"
 
 
+def test_keras_with_another_backend_is_refused():
+  code = "import keras; import soft_diffusion_tf"
+  environment = os.environ | {"KERAS_BACKEND": "numpy", "PYTHONPATH": str(ROOT)}
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+  )
+  assert result.returncode == 1
+  assert "ImportError: Keras is loaded with the backend 'numpy'" in result.stderr
+  assert "import soft_diffusion_tf before keras" in result.stderr
+
+
 def test_a_program_says_at_once_what_it_does(tmp_path):
   """Before two seconds of the processor's time are spent; others may use the processor, too."""
   command = [sys.executable, "-m", "soft_diffusion_tf.bin.train", *TINY, f"--workdir={tmp_path}/w"]
