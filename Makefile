@@ -11,8 +11,6 @@ PYTHON_JAX ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3,$
 PORTABLE := .portable_env
 SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
-export TF_CPP_MIN_LOG_LEVEL ?= 2
-
 .PHONY: help install quickstart test test-slow test-portable lint format docs study-digits study-defaults study-cifar \
 	clean
 

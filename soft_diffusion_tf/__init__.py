@@ -7,12 +7,12 @@ import sys
 # a training step. It reads this when it is first imported, so import this package before it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-# Keras takes its backend from here, or from a file of the user's, when it is first imported.
+# Keras is TensorFlow's here, whatever the environment or ~/.keras/keras.json asks of others.
 if "keras" not in sys.modules:
   os.environ["KERAS_BACKEND"] = "tensorflow"
 elif (_backend := sys.modules["keras"].config.backend()) != "tensorflow":
   raise ImportError(
-    f"Keras has been imported with the backend {_backend!r}, and this package needs TensorFlow: "
+    f"Keras is loaded with the backend {_backend!r}, and soft_diffusion_tf needs 'tensorflow': "
     "import soft_diffusion_tf before keras, or set KERAS_BACKEND=tensorflow"
   )
 

@@ -365,7 +365,7 @@ class BlockAverage(Corruption):
     block = np.arange(n)[None, :] >> np.arange(last + 1)[:, None]
     same = (block[:, :, None] == block[:, None, :]).astype(np.float32)
     average = tf.constant(same / same.sum(axis=2, keepdims=True))
-    return tf.gather(average, tf.minimum(tf.cast(stage, tf.int32), last))
+    return tf.gather(average, tf.cast(tf.minimum(stage, float(last)), tf.int32))
 
   def apply(self, x, level):
     h, w = x.shape[1:3]

@@ -10,12 +10,18 @@ the paths, is held out for "test"; TFDS sets have their own, and take its slicin
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
+import functools
+import io
 import json
+import logging
 import os
 import pathlib
 import re
+import struct
+import sys
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +32,13 @@ from soft_diffusion_tf import rng, trust
 DIGITS_TRAIN = 1500
 SUFFIXES = (".png", ".jpg", ".jpeg")
 CROPS = ("auto", "none", "centre", "celeb_a_140", "celeb_a_128")
+FOLDER = "folder:"  # before the path of a folder of images
+# What a file may hold, whatever its name ends in: pictures alone. Pillow would start another
+# program for some other formats.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
+_PNG_MARK, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ORIENTATION = 0x0112  # the EXIF tag
+_CONNECT, _ANSWER, _RETRIES = 5, 60, 2  # seconds for a server of TFDS, and further tries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +89,27 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   if name == "digits":
     images, labels = _digits(split)
     prepared = _prepare_each(images, [f"digit {k}" for k in range(len(images))], image_shape, crop)
-  elif name.startswith("folder:"):
-    prepared, labels = _folder(pathlib.Path(name[len("folder:") :]), split, image_shape, crop)
+  elif name.startswith(FOLDER):
+    path = name[len(FOLDER) :]
+    if not path.strip():
+      raise ValueError(f"data set {name!r} names no folder; give {FOLDER}PATH")
+    prepared, labels = _folder(pathlib.Path(path).expanduser(), split, image_shape, crop)
   else:
+    _refuse_path(name)
     crop = "celeb_a_140" if crop == "auto" and name == "celeb_a" else crop
     prepared, labels = _tfds(name, split, image_shape, crop, data_dir, progress)
   return Source(name, prepared, labels)
+
+
+def _refuse_path(name):
+  """Raises the ValueError of a path that stands where a data set's name belongs."""
+  path = os.path.expanduser(name)
+  looks = name.startswith(("/", "~", ".")) or (os.sep in name and os.path.exists(path))
+  if not name.strip() or looks or not name.isprintable():
+    hint = f" of a folder of images write {FOLDER}{name}," if looks else ""
+    raise ValueError(
+      f"data set {name!r} is no name;{hint} else digits or a name that TFDS has, such as cifar10"
+    )
 
 
 def _digits(split):
@@ -161,6 +189,8 @@ def _prepare_each(images, names, shape, crop):
 def list_images(folder):
   """Image files below a folder, sorted; a ValueError when there are none."""
   folder = pathlib.Path(folder)
+  if folder.is_file():
+    raise ValueError(f"{folder} is a file; give the folder that holds the images")
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder of images; is the path right?")
   files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -170,25 +200,93 @@ def list_images(folder):
 
 
 def read_image(path):
-  """One file as uint8 [h, w, 1 or 3]; a ValueError names a file that cannot be used."""
+  """One file as uint8 [h, w, 1 or 3], upright: turned and mirrored as its EXIF orientation says.
+
+  Raises:
+    ValueError: one line that names a file that cannot be used.
+  """
+  try:
+    with open(path, "rb") as file:
+      try:
+        image = _decode(file)
+      except Exception:  # notes in a PNG file must not make its pixels unreadable
+        file.seek(0)
+        if (pixels := _without_notes(file)) is None:
+          raise
+        image = _decode(pixels)
+  except Exception as error:  # Pillow's decoders raise many kinds, errors of their own among them
+    text = " ".join(str(error).split()) or type(error).__name__
+    large = isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError"
+    remedy = "make it smaller" if large else "remove or replace the file"
+    raise ValueError(f"{path}: cannot be read as an image ({text}); {remedy}") from None
+  if image.mode in ("L", "RGB"):
+    array = np.asarray(image)
+    return array.reshape(*array.shape[:2], -1)
+  raise ValueError(
+    f"{path}: mode {image.mode} is not taken; only 8-bit grey and RGB images are: convert the file"
+  )
+
+
+def _decode(file):
+  """The image in an open file, upright; palettes and single bits are resolved.
+
+  Not of a path, which Pillow would map into memory: it takes a TIFF lying on its side wrongly so.
+  """
   from PIL import Image
 
+  formats = [name for name in _FORMATS if name in _known_formats()]
+  with Image.open(file, formats=formats) as image:
+    image.load()
+    turn = _turns().get(_orientation(image))
+    if image.mode == "P":
+      image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode == "1":
+      image = image.convert("L")
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+@functools.cache
+def _known_formats():
+  """The formats of this build of Pillow."""
+  from PIL import Image
+
+  Image.init()
+  return frozenset(Image.OPEN)
+
+
+@functools.cache
+def _turns():
+  """What brings an image of each EXIF orientation upright; 1 is upright."""
+  from PIL.Image import Transpose
+
+  return {
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+  }  # fmt: skip
+
+
+def _orientation(image):
   try:
-    with Image.open(path) as image:
-      image.load()
-      if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-      if image.mode in ("1", "L", "RGB"):
-        array = np.asarray(image.convert("L") if image.mode == "1" else image)
-        return array.reshape(*array.shape[:2], -1)
-      mode = image.mode
-  except (OSError, SyntaxError, ValueError) as error:
-    raise ValueError(
-      f"{path}: cannot be read as an image ({error}); remove or replace the file"
-    ) from None
-  raise ValueError(
-    f"{path}: mode {mode} is not taken; only 8-bit grey and RGB images are: convert the file"
-  )
+    return image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # damaged notes, not damaged pixels
+    return 1
+
+
+def _without_notes(file):
+  """An open PNG file without its texts and colour profile; None for what is no PNG file.
+
+  Pillow refuses a file for a text that is long when unpacked, or damaged.
+  """
+  if file.read(len(_PNG_MARK)) != _PNG_MARK:
+    return None
+  kept = [_PNG_MARK]
+  while len(head := file.read(8)) == 8:
+    length, kind = struct.unpack(">I4s", head)
+    rest = file.read(length + 4)  # with the checksum
+    if kind not in _PNG_NOTES:
+      kept += [head, rest]
+  return io.BytesIO(b"".join(kept))
 
 
 def _folder(folder, split, shape, crop):
@@ -210,7 +308,8 @@ def _folder(folder, split, shape, crop):
   if len(shapes) > 1:
     odd = next(f for f, image in zip(files, images) if image.shape != images[0].shape)
     raise ValueError(
-      f"{odd}: its shape differs from {files[0].name}'s; set data.image_shape to bring all to one"
+      f"{odd}: its size or colour differs from {files[0].name}'s; bring the files to one, or set "
+      "data.image_shape where images are trained on"
     )
   names = [str(f.parent.relative_to(folder)) for f in files]
   return np.stack(images), np.unique(names, return_inverse=True)[1].astype(np.int64)
@@ -222,11 +321,14 @@ def _folder(folder, split, shape, crop):
 def _tfds(name, split, shape, crop, data_dir, progress):
   import tensorflow_datasets as tfds
 
-  remedy = "give its folder by --config.data.data_dir=DIR, or check the name and the network"
+  remedy = "give TFDS its folder (data.data_dir), or check the name and the network"
+  if os.path.isdir(name):
+    remedy = f"of a folder of images write {FOLDER}{name}"
   try:
     builder = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():
-      builder.download_and_prepare()
+      with _short_waits(tfds, progress):
+        builder.download_and_prepare()
     read = tfds.ReadConfig(interleave_cycle_length=1)  # one file after the other: a fixed order
     split = "+".join(builder.info.splits) if split == "all" else split
     dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=read)
@@ -295,6 +397,26 @@ def check_consent(name, data_dir=None):
       raise
     except (OSError, ValueError, RecursionError) as error:
       raise ValueError(f"{file}: not JSON ({error}); prepare the data set again") from None
+
+
+@contextlib.contextmanager
+def _short_waits(tfds, progress):
+  """TFDS gives a server that does not answer up seconds, not minutes, after it was first asked."""
+  from tensorflow_datasets.core.download import downloader
+
+  if not (progress and sys.stderr.isatty()):
+    tfds.disable_progress_bar()
+  before = downloader.MAX_RETRIES, downloader._open_with_requests
+  talk = logging.getLogger("urllib3.connectionpool")  # a warning for every try
+  level = talk.level
+  try:
+    talk.setLevel(logging.ERROR)
+    downloader.MAX_RETRIES = _RETRIES
+    downloader._open_with_requests = functools.partial(before[1], timeout=(_CONNECT, _ANSWER))
+    yield
+  finally:
+    downloader.MAX_RETRIES, downloader._open_with_requests = before
+    talk.setLevel(level)
 
 
 def _in_parallel(function, items, ahead=64):

@@ -41,10 +41,15 @@ def grid(images, columns=None, padding=1, zoom=1):
 
 
 def save_png(path, picture):
-  """Writes a uint8 picture [H, W, 3] or [H, W, 1]."""
+  """Writes a uint8 picture [H, W, 3] or [H, W, 1], whole or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(partial, "PNG")
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def zoom_for(images, target=64):

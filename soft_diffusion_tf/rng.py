@@ -17,6 +17,7 @@ import tensorflow as tf
 from soft_diffusion_tf import products
 
 _PHILOX = 1  # the integer that raw ops take for alg="philox"
+MOST_SEEDS = 2**63
 _WORDS = 4  # words per Philox counter
 _PACKET = 32  # words per row are padded to this, so that both halves of Box-Muller fill whole SIMD
 # packets: the remainder of a packet loop rounds differently, and rows would depend on their number
@@ -84,9 +85,25 @@ def normal(seed, first, rows, shape):
   return _box_muller(bits(seed, first, rows, math.prod(shape)), shape)
 
 
+def check_seeds(first, count):
+  """Raises the ValueError of image seeds first … first + count − 1 that are not from 0 to 2⁶³ − 1.
+
+  int64 would take others for seeds that they are not.
+  """
+  last = first + max(count, 1) - 1
+  if not 0 <= first <= last < MOST_SEEDS:
+    raise ValueError(
+      f"image seeds from {first} to {last} are asked for; there are those from 0 to "
+      f"{MOST_SEEDS - 1}"
+    )
+
+
 def image_seeds(seeds):
   """Image seeds, any integers [B], as int64; one integer names one image for good."""
-  seeds = tf.convert_to_tensor(seeds)
+  try:
+    seeds = tf.convert_to_tensor(seeds)
+  except (OverflowError, ValueError, TypeError) as error:
+    raise ValueError(f"image seeds are integers of 64 bits, one per image ({error})") from None
   if not seeds.dtype.is_integer or seeds.shape.rank != 1:
     raise ValueError(
       f"seeds must be a list of integers, one per image, not {seeds.dtype.name} {seeds.shape}"

@@ -19,6 +19,7 @@ import threading
 
 import numpy as np
 import tensorflow as tf
+import tqdm
 
 from soft_diffusion_tf import (
   bulk,
@@ -57,6 +58,13 @@ class Preempted(RuntimeError):
 
 class WorkerLost(RuntimeError):
   """Another worker of this run is gone; the others end, and all of them start again."""
+
+
+def _say(progress, text):
+  """Prints what a run is at, above its bar."""
+  if progress and text:
+    tqdm.tqdm.write(text)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -327,7 +335,7 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
     experiment: an `Experiment`.
     workdir: its folder, made if need be.
     strategy: a `tf.distribute.Strategy`; by default the current one.
-    progress: show a bar with the time left, and say what is worth knowing, on stderr.
+    progress: show a bar with the time left, and print what the run is at.
     anew: begin at step 0 in a workdir that has records and has lost its checkpoints.
 
   Returns:
@@ -359,6 +367,7 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   experiment.check_network()
   d = experiment.data
   with _on_sigterm(_end_at_once):  # there is nothing to save yet
+    _say(progress, f"reading {d.name}")
     source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
@@ -398,16 +407,17 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
   options, chief = experiment.training, _is_chief(strategy)
 
   def say(text):
-    if progress and text:
-      print(text, file=sys.stderr, flush=True)
+    _say(progress, text)
 
   if (workdir / PRIOR_FILE).exists():
     prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
+    say(f"fitting the prior to {len(images):,} images")
     prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
   diffusion = diffusion.with_prior(prior)
+  say("building the network")
   with strategy.scope():
     model = build(experiment, diffusion)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, model, options.keep)
@@ -439,6 +449,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
       say(f"warning: {remark} at the end; take at most {0.01 ** (1 / options.steps):.4g}")
     held_out = _make_held_out(experiment, model, strategy, say)
     _say_what_evaluation_lacks(experiment, source, say)
+  if restored is None:
+    say(f"starting at step 0 of {options.steps:,}")
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
     replicas=strategies.replicas_by_host(strategy),
@@ -452,6 +464,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     show = _Pictures(run, source, monitor) if chief else None
     if show and step == 0:
       show.schedule(workdir)
+    say("compiling the training step, which the first steps wait for")
     while step < options.steps:
       ahead = [e - step % e for e in _periods(options)] + [options.steps - step]
       n = min(options.steps_per_loop, *ahead, 2**31 - 1)
@@ -475,6 +488,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
           values |= held_out()
         monitor.record(step, **values)
       if show and options.sample_every and (_due(step, options.sample_every) or last):
+        say(f"drawing {GRID_IMAGES} samples at step {step:,}")
         show.samples()
         show.predictions()
       keep, stop = _due(step, options.keep_every), anywhere(asked)

@@ -344,3 +344,10 @@ def test_configs_survive_json():
 def test_bad_input_says_what_is_wrong(make, text):
   with pytest.raises(ValueError, match=text):
     make()
+
+
+@pytest.mark.parametrize("level", [3.0, 7.5, 31.0, 1e9, 1e30, 3e38])
+def test_blocks_as_large_as_the_image_average_it(level, rng):
+  x = rng.random([2, 8, 8, 1]).astype(np.float32)
+  want = np.broadcast_to(x.mean((1, 2, 3), keepdims=True), x.shape)
+  np.testing.assert_allclose(c.BlockAverage()(x, level), want, atol=1e-6)

@@ -1,6 +1,9 @@
 import os
 import pathlib
+import struct
+import time
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -57,6 +60,69 @@ def test_resizing_is_an_antialiased_average(tmp_path):
   write(tmp_path / "a.png", board)
   image = data.load(f"folder:{tmp_path}", "all", (8, 8, 1)).images[0]
   assert np.abs(image[1:-1, 1:-1].astype(int) - 127).max() <= 3  # no aliasing: grey, not stripes
+
+
+# What is stored when an upright image is written with an EXIF orientation: of "row 0 is the right
+# side, column 0 the top" (6), say, stored[r, c] is upright[c, W − 1 − r].
+STORED = {
+  1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+  5: lambda a: a.T, 6: lambda a: a[:, ::-1].T, 7: lambda a: a[::-1, ::-1].T,
+  8: lambda a: a[::-1].T,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_an_image_is_upright_whatever_its_orientation(tmp_path, kind, orientation):
+  upright = np.kron([[10, 60, 110], [160, 200, 240]], np.ones([8, 8])).astype(np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  options = {"quality": 100} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+  image = Image.fromarray(STORED[orientation](upright))
+  path = tmp_path / "a.jpg"  # a name does not say what is in a file
+  image.convert("RGB" if kind == "WEBP" else "L").save(path, kind, exif=exif, **options)
+  got = data.load(f"folder:{tmp_path}", "all", (16, 24, 1)).images[0, ..., 0]
+  assert np.abs(got.astype(int) - upright).max() <= 2  # JPEG rounds
+
+
+def test_a_damaged_or_odd_orientation_is_ignored(tmp_path, rng):
+  pixels = rng.integers(0, 256, [8, 12, 3]).astype(np.uint8)
+  for k, note in enumerate((b"Exif\0\0MM", b"Exif\0\0" + bytes(40), b"\xff" * 30)):
+    Image.fromarray(pixels).save(tmp_path / f"{k}.png", exif=note)
+  exif = Image.Exif()
+  exif[0x0112] = 9
+  Image.fromarray(pixels).save(tmp_path / "9.png", exif=exif)
+  for file in data.list_images(tmp_path):
+    np.testing.assert_array_equal(data.read_image(file), pixels)
+
+
+def chunk(kind, content):
+  """A chunk of a PNG file."""
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(
+    ">I", zlib.crc32(kind + content)
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "notes",
+  [
+    chunk(b"zTXt", b"notes\0\0" + zlib.compress(b"x" * (2 << 20))),
+    chunk(b"iTXt", b"notes\0\1\0\0\0" + zlib.compress(b"x" * (2 << 20))),
+    chunk(b"tEXt", b"notes\0" + b"x" * 1000) * 100_000,  # more than Pillow takes together
+    chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"x" * (2 << 20))),
+    chunk(b"tEXt", b"notes\0damaged")[:-1] + b"?",  # its checksum
+  ],
+  ids=["zTXt", "iTXt", "tEXt", "iCCP", "checksum"],
+)
+def test_notes_do_not_make_pixels_unreadable(tmp_path, rng, notes):
+  pixels = rng.integers(0, 256, [8, 12, 3]).astype(np.uint8)
+  path = write(tmp_path / "a.png", pixels)
+  whole = path.read_bytes()
+  path.write_bytes(whole[:33] + notes + whole[33:])  # behind the mark and the header
+  np.testing.assert_array_equal(data.read_image(path), pixels)
+  path.write_bytes(whole[:33] + notes + whole[33:60])  # and damaged pixels stay damaged
+  with pytest.raises(ValueError, match="cannot be read as an image"):
+    data.read_image(path)
 
 
 def test_crops_keep_the_centre_and_the_shape(tmp_path):
@@ -188,6 +254,22 @@ def refused(folder, text, shape=(8, 8, 3)):
 def test_missing_and_empty_folders(tmp_path):
   refused(tmp_path / "none", "no such folder")
   refused(tmp_path, "no .png, .jpg, .jpeg files")
+  (tmp_path / "a.png").touch()
+  refused(tmp_path / "a.png", "is a file; give the folder")
+  with pytest.raises(ValueError, match="names no folder"):
+    data.load("folder:")
+
+
+def test_a_path_is_told_from_a_name(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  write(tmp_path / "pics" / "a.png", np.zeros([8, 8, 3]))
+  assert len(data.load("folder:~/pics", "all")) == 1
+  for name in (str(tmp_path), "~/pics", "./pics", "../pics"):
+    with pytest.raises(ValueError, match=f"write folder:{name},"):
+      data.load(name)
+  for name in ("", " ", "a\nb"):
+    with pytest.raises(ValueError, match="is no name"):
+      data.load(name)
 
 
 def test_a_corrupt_file_is_named(folder):
@@ -199,6 +281,55 @@ def test_a_truncated_jpeg_is_named(folder, rng):
   path = write(folder / "half.jpg", rng.integers(0, 256, [64, 64, 3]))
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   assert "half.jpg" in refused(folder, "cannot be read as an image")
+
+
+def bomb(path, side):
+  """A valid PNG file of side × side zeros."""
+  packer, row = zlib.compressobj(9), bytes(1 + side)
+  pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+  header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+  path.write_bytes(
+    data._PNG_MARK + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+  )
+
+
+def test_an_image_too_large_to_read_is_named(tmp_path):
+  bomb(tmp_path / "huge.png", 14_000)
+  line = refused(tmp_path, "make it smaller")
+  assert "huge.png" in line
+  assert "196000000 pixels" in line
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM", "EPS"])
+def test_damaged_files_under_another_name_are_named(tmp_path, rng, kind):
+  from PIL import features
+
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow is built without AVIF")
+  pixels = rng.integers(0, 256, [32, 32, 3]).astype(np.uint8)
+  path = tmp_path / "damaged.png"
+  Image.fromarray(pixels).save(path, kind)
+  content = path.read_bytes()
+  for cut in (len(content) // 3, 200, 60, 20, 4):
+    path.write_bytes(content[:cut])
+    assert "damaged.png" in refused(tmp_path, "cannot be read as an image")
+  noise = rng.integers(0, 256, len(content), np.uint8).tobytes()
+  for keep in (12, 64):  # the mark of the format, and then noise
+    path.write_bytes(content[:keep] + noise)
+    message = "damaged.png"
+    try:
+      assert data.read_image(path).shape[2] in (1, 3)
+    except ValueError as error:
+      message = str(error)
+    assert "damaged.png" in message
+    assert "\n" not in message
+
+
+def test_no_other_program_is_started_for_a_file(tmp_path, rng, monkeypatch):
+  path = tmp_path / "a.png"
+  Image.fromarray(rng.integers(0, 256, [8, 8, 3]).astype(np.uint8)).save(path, "EPS")
+  monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program is started"))
+  refused(tmp_path, "cannot be read as an image")
 
 
 def test_a_small_image_is_named(folder):
@@ -216,7 +347,7 @@ def test_alpha_and_16_bits_are_refused(folder, rng):
 
 def test_mixed_sizes_need_a_shape(folder):
   write(folder / "zz.png", np.zeros([10, 10, 3]))
-  assert "zz.png" in refused(folder, "set data.image_shape", shape=None)
+  assert "zz.png" in refused(folder, "bring the files to one, or set data.image_shape", shape=None)
 
 
 def test_other_channel_counts(folder):
@@ -241,6 +372,17 @@ def test_an_unknown_data_set_is_one_line(tmp_path):
   with pytest.raises(ValueError, match="no_such_set") as caught:
     data.load("no_such_set", data_dir=str(tmp_path))
   assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_given_up_in_seconds(tmp_path, monkeypatch):
+  """Whichever it is that fails: the name (no network), or the connection."""
+  pytest.importorskip("tensorflow_datasets")
+  monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens at the discard port
+  begin = time.monotonic()
+  with pytest.raises(ValueError, match=r"TFDS data set 'celeb_a'.*check the name and the") as e:
+    data.load("celeb_a", data_dir=str(tmp_path))
+  assert "\n" not in str(e.value)
+  assert time.monotonic() - begin < 20
 
 
 def test_split_of_a_small_folder(tmp_path):

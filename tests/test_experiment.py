@@ -1,10 +1,23 @@
+import dataclasses
 import json
+import typing
 
 import ml_collections
+import numpy as np
 import pytest
 
+import soft_diffusion_tf
 from soft_diffusion_tf import corruptions, schedules
-from soft_diffusion_tf.experiment import Experiment, Sampling, level_from_file
+from soft_diffusion_tf.experiment import (
+  Data,
+  Evaluation,
+  Experiment,
+  Network,
+  PriorOptions,
+  Sampling,
+  Training,
+  level_from_file,
+)
 
 
 def test_an_experiment_survives_config_and_json(tiny, tmp_path):
@@ -51,22 +64,43 @@ def _changed(tiny, group, name, value):
   [
     ("training", "batchsize", 3, "no field training.batchsize; did you mean training.batch_size"),
     ("", "trainig", {}, "no field trainig; did you mean training"),
+    ("training", "batch_size", "many", "batch_size must be a whole number like 128, got 'many'"),
+    ("training", "batch_size", 1.5, "training.batch_size must be a whole number"),
+    ("training", "batch_size", True, "training.batch_size must be a whole number"),
+    ("training", "batch_size", 0, "training.batch_size must be from 1 to 2,147,483,647, got 0"),
+    ("training", "learning_rate", None, "learning_rate must be a number like 0.0002, got None"),
+    ("training", "learning_rate", float("nan"), "training.learning_rate must be a finite number"),
+    ("training", "learning_rate", float("inf"), "training.learning_rate must be a finite number"),
+    ("training", "learning_rate", 10**400, "training.learning_rate must be a number"),
+    ("training", "learning_rate", 0, "training.learning_rate must be positive and finite, got 0"),
+    ("training", "log_every", -1, "training.log_every must be from 0 to 1,000,000,000,000, got -1"),
+    ("sampling", "k", -1.0, "sampling.k must be from 0 on, got -1.0"),
+    ("network", "ch_mult", [1.0, 2], r"network.ch_mult\[0\] must be a whole number, got 1.0"),
+    ("network", "ch_mult", "12", r"network.ch_mult must be a tuple like \(1, 2, 2, 2\), got '12'"),
     (
-      "training",
-      "batch_size",
-      "many",
-      "training.batch_size must be int like 16, got 'many'|must be int",
+      "network",
+      "attn_resolutions",
+      None,
+      r"attn_resolutions must be a tuple like \(16,\), got None",
     ),
-    ("training", "batch_size", 1.5, "must be int"),
-    ("training", "batch_size", True, "must be int"),
-    ("training", "batch_size", 0, "training.batch_size must be positive, got 0"),
-    ("training", "steps_per_loop", 0, "training.steps_per_loop must be positive"),
-    ("training", "learning_rate", float("nan"), "training.learning_rate must be positive, got nan"),
-    ("training", "log_every", -1, "training.log_every must not be negative"),
-    ("sampling", "k", -1.0, "sampling.k must not be negative"),
+    (
+      "network",
+      "attn_resolutions",
+      [None],
+      r"network.attn_resolutions\[0\] must be a whole number",
+    ),
+    ("network", "nf", 100_000, "network.nf must be from 4 to 4,096, got 100000"),
+    ("data", "image_shape", [8.5, 8, 1], r"data.image_shape\[0\] must be a whole number, got 8.5"),
+    ("data", "image_shape", [0, 0, 1], r"data.image_shape\[0\] must be from 1 to 8,192, got 0"),
+    ("data", "image_shape", [8, 8], "data.image_shape takes 3 numbers like"),
+    ("data", "flip", 1, "data.flip must be True or False like True, got 1"),
+    ("data", "name", None, "data.name must be a text"),
+    ("", "seed", 10**20, "seed must be from 0 to 9,223,372,036,854,775,807, got 1000000"),
+    ("", "seed", -1, "seed must be from 0"),
+    ("", "name", 5, "name must be a text like 'unnamed', got 5"),
     ("training", "weight", "snr", "training.weight = 'snr' is unknown"),
-    ("training", "ema_decay", 1.0, r"must be in \[0, 1\)"),
-    ("training", "look_ahead", 1.5, "training.look_ahead is a time from 0 to 1, got 1.5"),
+    ("training", "ema_decay", 1.0, "training.ema_decay must be from 0 below 1, got 1.0"),
+    ("training", "look_ahead", 1.5, "training.look_ahead must be from 0 to 1, got 1.5"),
     ("sampling", "sampler", "momentun", "did you mean 'momentum'"),
     ("sampling", "grid", "log", "sampling.grid"),
     ("prior", "kind", "color", "did you mean 'colour'"),
@@ -78,16 +112,85 @@ def _changed(tiny, group, name, value):
     ("", "corruption", "Blur", "give its kind and fields"),
     ("sampling", "times", [1.0, 0.5], "must descend from 1 to 0, got 1 … 0.5"),
     ("", "sampling", {"clip": True, "threshold": 99.0}, "threshold = 99 both bound x̂_0"),
-    ("prior", "rank", -1, "at least 1 dimension, got -1"),
-    ("training", "beta_1", 1.0, r"training.beta_1 must be in \[0, 1\), got 1.0"),
+    ("prior", "rank", -1, "prior.rank must be from 1 to"),
     ("training", "epsilon", -1.0, "training.epsilon must be positive"),
-    ("network", "cond_min", 0.0, "cond_min = 0 and cond_max = 50 must be positive and rise"),
+    ("network", "cond_min", 0.0, "network.cond_min must be positive and finite, got 0.0"),
+    ("network", "cond_min", 50.0, "cond_min = 50 and cond_max = 50 must rise"),
     ("network", "conditioning", "ve_label", "gives labels from 0 on, whose logarithm"),
   ],
 )
 def test_bad_fields_are_named(tiny, group, name, value, text):
   with pytest.raises(ValueError, match=text):
     Experiment.from_config(_changed(tiny, group, name, value))
+
+
+GROUPS = {"data": Data, "prior": PriorOptions, "network": Network, "training": Training,
+          "sampling": Sampling, "evaluation": Evaluation, "": Experiment}  # fmt: skip
+FIELDS = [(group, field.name) for group, kind in GROUPS.items()
+          for field in dataclasses.fields(kind)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), FIELDS)
+def test_every_field_refuses_what_it_cannot_be(tiny, group, name):
+  """Numbers that are not finite or beyond their range, and what is of another type."""
+  hint = typing.get_type_hints(GROUPS[group], include_extras=True)[name]
+  kind, *rules = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else [hint]
+  bad = [None, object(), {}] if name not in (*GROUPS, "corruption", "level", "sigma") else [None]
+  if kind in (int, float):
+    ((low, high, ends),) = rules  # every number has a range
+    bad += [float("nan"), float("inf"), -float("inf"), "1e1", True, [1], 10**400]
+    bad += [low if ends[0] == "(" else low - 1]
+    if high < 1e300:
+      bad += [high if ends[1] == ")" else high + 1]
+    inside = kind(low if ends[0] == "[" else (low + min(high, 1)) / 2)
+    if name not in ("look_ahead", "cond_max", "sigma_max"):  # whose others depend on each other
+      Experiment.from_config(_changed(tiny, group, name, inside))
+  elif kind is bool:
+    bad += [0, 1, "True"]
+  elif kind is str:
+    bad += [5, True, ["a"]]
+  elif typing.get_origin(kind) is tuple:
+    bad += [5, "12", ["a"], [None], [float("nan")], [-1], [10**20]]
+  for value in bad:
+    with pytest.raises(ValueError, match=name.split("_")[0]) as caught:
+      Experiment.from_config(_changed(tiny, group, name, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(tiny):
+  own = tiny.replace(training={"learning_rate": np.float32(0.5), "steps": np.int64(7)})
+  assert json.loads(json.dumps(own.to_dict()))["training"]["steps"] == 7
+  assert own == tiny.replace(training={"learning_rate": 0.5, "steps": 7})
+  assert type(Training(learning_rate=1).learning_rate) is float
+
+
+@pytest.mark.parametrize("content", ["null", "5", "[]", '"text"', "[[", "{", "\x00", "NaN"])
+def test_a_config_json_that_holds_something_else(tmp_path, content):
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(ValueError, match=r"config\.json: (a config is an object|not JSON)"):
+    Experiment.load(tmp_path)
+  (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+  with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    Experiment.load(tmp_path)
+
+
+def test_a_config_of_a_newer_version_is_said_to_be_one(tiny, tmp_path):
+  tiny.save(tmp_path)
+  assert Experiment.load(tmp_path) == tiny
+  path = tmp_path / "config.json"
+  content = json.loads(path.read_text())
+  assert content["version"] == soft_diffusion_tf.__version__
+  path.write_text(json.dumps(content | {"version": "9.1", "shades": 3}))
+  with pytest.raises(
+    ValueError, match=r"config.json: .* no field shades.* of version 9.1.*upgrade"
+  ):
+    Experiment.load(tmp_path)
+  del content["version"]  # as versions before wrote it
+  path.write_text(json.dumps(content))
+  assert Experiment.load(tmp_path) == tiny
+  path.write_text(json.dumps(content | {"training": {"steps": 0}}))
+  with pytest.raises(ValueError, match=r"config.json: training.steps must be from 1"):
+    Experiment.load(tmp_path)
 
 
 def test_the_sigma_of_a_label_needs_a_label(tiny):

@@ -97,3 +97,14 @@ def test_fold_in_separates_streams():
 def test_image_seeds_must_be_a_list_of_integers(seeds):
   with pytest.raises(ValueError, match="one per image"):
     rng.image_seeds(seeds)
+
+
+def test_image_seeds_are_integers_of_64_bits():
+  for seeds in ([2**63], [2**70], [0.5], ["a"], [[1]]):
+    with pytest.raises(ValueError, match="seeds"):
+      rng.image_seeds(seeds)
+  rng.check_seeds(0, 2**63)
+  rng.check_seeds(2**63 - 1, 1)
+  for first, count in ((-1, 1), (2**63 - 1, 2), (2**63, 1), (1, 2**63)):
+    with pytest.raises(ValueError, match=f"image seeds from {first} to"):
+      rng.check_seeds(first, count)

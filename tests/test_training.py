@@ -502,7 +502,7 @@ def test_changed_fields_are_said_and_kept(tiny, tmp_path, capsys):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   other = tiny.replace(training={"steps": 4, "learning_rate": 0.5}, sampling={"steps": 7})
   training.train(other, tmp_path)
-  error = capsys.readouterr().err
+  error = capsys.readouterr().out
   assert "training.learning_rate 0.001 → 0.5, training.steps 2 → 4 from step 2 on" in error
   assert "going on from step 2 of 4" in error
   [record] = map(json.loads, (tmp_path / training.HISTORY_FILE).read_text().splitlines())
@@ -512,7 +512,7 @@ def test_changed_fields_are_said_and_kept(tiny, tmp_path, capsys):
   before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
   for late in ({"steps": 4, "learning_rate": 0.7}, {"steps": 3}):
     training.train(other.replace(training=late), tmp_path)
-  error = capsys.readouterr().err
+  error = capsys.readouterr().out
   assert "at step 4 of 4: nothing is left to do" in error
   assert "left as it was, for no step would have used it: training.learning_rate 0.5 → 0.7" in error
   assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
@@ -551,7 +551,7 @@ def test_what_lies_ahead_is_said_before_training(tiny, tmp_path, capsys):
     data={"name": f"folder:{tmp_path / 'in'}"}, training={"ema_decay": 0.9999, "steps": 2}
   )
   run = training.train(few, tmp_path / "w")
-  error = capsys.readouterr().err
+  error = capsys.readouterr().out
   before, _, _ = error.partition("step 2/2")
   assert "evaluation.samples = 64, and 'train' of folder:" in before
   assert "has 3 images" in before

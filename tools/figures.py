@@ -19,18 +19,20 @@ from soft_diffusion_tf.bin import cli
 
 FIGURES = ("2", "3", "6", "7", "8", "9", "12")
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for figure_2.png, …", required=True)
+_WORKDIR = cli.define_paths("workdir", None, "Folders of training runs.", required=True)
+_OUT = cli.define_path("out", None, "Folder for figure_2.png, …", required=True)
 _FIGURES = flags.DEFINE_list(
   "figures", None, f"Which ones: {', '.join(FIGURES)}; by default all that the runs can give."
 )
-_COUNT = flags.DEFINE_integer("count", 64, "Samples in a grid.")
-_NEIGHBOURS = flags.DEFINE_integer("neighbours", 256, "Samples whose neighbours Figure 12 shows.")
+_COUNT = flags.DEFINE_integer("count", 64, "Samples in a grid.", 1, cli.MOST_SHOWN)
+_NEIGHBOURS = flags.DEFINE_integer(
+  "neighbours", 256, "Samples whose neighbours Figure 12 shows.", 1, cli.MOST_SHOWN
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the configs'.")
 _FEATURE_NET = flags.DEFINE_string(
   "feature_net", None, "Feature network of Figure 12, instead of the config's."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 _TRUST_CODE = cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite figures that are there.")
 
@@ -168,8 +170,6 @@ def main():
   for name in wanted:
     if name not in FIGURES:
       raise ValueError(f"--figures={name}: there are {', '.join(FIGURES)}")
-  if _COUNT.value < 1 or _NEIGHBOURS.value < 1:
-    raise ValueError("--count and --neighbours must be positive")
   from soft_diffusion_tf import sweeps
 
   if not _FIGURES.value and not (pathlib.Path(_WORKDIR.value[0]) / sweeps.BEST_FILE).exists():

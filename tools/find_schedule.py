@@ -17,7 +17,7 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", None, "The .json file to write.")
+_OUT = cli.define_path("out", None, "The .json file to write.")
 _LEVELS = flags.DEFINE_integer("levels", 256, "Candidate levels.", lower_bound=2)
 _NODES = flags.DEFINE_integer("nodes", 32, "Levels of the schedule.", lower_bound=2)
 _CANDIDATES = flags.DEFINE_enum(
@@ -45,8 +45,8 @@ _NFE = flags.DEFINE_integer(
   lower_bound=1,
 )  # fmt: skip
 _HALVES = flags.DEFINE_bool("halves", True, "Find how far two halves of the slice disagree.")
-_COMPARE = flags.DEFINE_list("compare", [], "Schedule files to draw together, instead of a search.")
-_PLOT = flags.DEFINE_string("plot", None, "The picture; beside --out if not given, or none.")
+_COMPARE = cli.define_paths("compare", [], "Schedule files to draw together, instead of a search.")
+_PLOT = cli.define_path("plot", None, "The picture; beside --out if not given, or none.")
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite the file and the picture.")
 
 
@@ -178,6 +178,7 @@ def main():
   if joint and _METHOD.value == "mse":
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
   e = Experiment.from_config(_CONFIG.value, trust_code=True)
+  cli.say(f"reading {e.data.name}")
   source = data.load(
     e.data.name, e.data.train_split, e.data.image_shape, e.data.crop, e.data.data_dir or None
   )

@@ -28,13 +28,13 @@ from soft_diffusion_tf.experiment import Data, Experiment, Network, PriorOptions
 from soft_diffusion_tf.networks import NCSNpp, blocks
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
-  _CHECKPOINT = flags.DEFINE_string(
+  _CHECKPOINT = cli.define_path(
     "checkpoint", None, "Published checkpoint, .pth or .npz.", required=True
   )
-  _CONFIG = flags.DEFINE_string(
+  _CONFIG = cli.define_path(
     "config", None, "Its configuration, .json or .py; an .npz may have its own."
   )
-  _OUT = flags.DEFINE_string("out", None, "Workdir to make.", required=True)
+  _OUT = cli.define_path("out", None, "Workdir to make.", required=True)
   _EMA = flags.DEFINE_bool(
     "ema", True, "Sample from the averaged weights of a .pth, not the last ones."
   )
@@ -322,7 +322,10 @@ def load_config(path):
         f"{path}: running it ended with {type(error).__name__}: {error}; run this where its "
         "imports can be found, or give the configuration as JSON"
       ) from None
-  return json.loads(path.read_text(encoding="utf-8"))
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no text
+    raise ValueError(f"{path}: not JSON ({error}); give a configuration of score_sde") from None
 
 
 def experiment(config):
@@ -412,7 +415,17 @@ def convert(checkpoint, config, out, ema=True):
   last, own, step = load_arrays(checkpoint, ema=False)
   if config is None and own is None:
     raise ValueError("--config is needed: this checkpoint does not hold its configuration")
+  named = checkpoint if config is None else config
   config = own if config is None else load_config(config)
+  try:
+    experiment(config)
+  except ValueError as error:
+    raise ValueError(f"{named}: {error}") from None
+  except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+    raise ValueError(
+      f"{named}: not a configuration of score_sde ({type(error).__name__}: {error}); give the one "
+      "that the checkpoint was trained with"
+    ) from None
   network = import_score_sde(last, config)
   averages = import_score_sde(load_arrays(checkpoint)[0], config) if ema else network
   write(network, averages, config, out, step)
@@ -421,6 +434,7 @@ def convert(checkpoint, config, out, ema=True):
 
 def main():
   out = _OUT.value
+  cli.check_folder(out)
   network = convert(_CHECKPOINT.value, _CONFIG.value, out, _EMA.value)
   print(f"wrote {network.count_params():,} parameters to {out}")
   print(f"next: soft-diffusion-sample --workdir={out} --out={out}/samples.png")

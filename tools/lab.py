@@ -23,7 +23,7 @@ _CORRUPTION = flags.DEFINE_string(
 )
 _EXAMINE = flags.DEFINE_bool("examine", False, "Examine a corruption of the project, too.")
 _DATA = flags.DEFINE_string("data", "digits", "digits, patches8 or patches16 (of CIFAR-10).")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps CIFAR-10, for patches.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps CIFAR-10, for patches.")
 _IMAGES = flags.DEFINE_integer("images", 450, "Images that the mixture is built around.")
 _COMPONENTS = flags.DEFINE_string("components", "image", "A Gaussian per image, or per class.")
 _STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.")
@@ -38,8 +38,8 @@ _K = flags.DEFINE_float("k", 0.0, "Fresh noise of a ddim step (P Eq. 52).")
 _NOISE = flags.DEFINE_float("noise", 1.0, "How much noise stochastic_two_step exchanges.")
 _ERROR = flags.DEFINE_string("error", "", "kind:size of an error in x̂_0; see oracles.noisy.")
 _COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.")
-_OUT = flags.DEFINE_string("out", None, "Folder for lab.md, lab.json and lab.png.")
-_REPORT = flags.DEFINE_string("report", None, "Folder to write samplers.md and its figures into.")
+_OUT = cli.define_path("out", None, "Folder for lab.md, lab.json and lab.png.")
+_REPORT = cli.define_path("report", None, "Folder to write samplers.md and its figures into.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out; measure a report anew.")
 _OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
 _OF_LAB = (  # nor are these of --report
@@ -559,6 +559,7 @@ def write_report(out, data_dir):
 def main():
   from soft_diffusion_tf import laboratory
 
+  cli.check_folder(_REPORT.value or _OUT.value or ".", "report" if _REPORT.value else "out")
   if _REPORT.value:
     cli.refuse(_OF_LAB, "the report has settings of its own")
     write_report(pathlib.Path(_REPORT.value), _DATA_DIR.value)

@@ -19,7 +19,7 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
+  _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
   _TIMES = flags.DEFINE_list("times", ["0.4", "0.6", "0.8"], "Times t to corrupt to.")
   _IMAGES = flags.DEFINE_integer("images", 297, "Test images, at most.")
   _SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.")
@@ -28,7 +28,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
     "reference", 10_000, "Training images to compare with, at most."
   )
   _TRUST_CODE = cli.define_trust_code()
-  _OUT = flags.DEFINE_string("out", None, "A new folder for the results.", required=True)
+  _OUT = cli.define_path("out", None, "A new folder for the results.", required=True)
 
 _TUNING = 40  # training images by which the baselines' strengths are chosen
 _SHOWN = 8
@@ -91,6 +91,7 @@ def main():
   out = pathlib.Path(_OUT.value)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out")
+  cli.check_folder(out)
   run = training.load(_WORKDIR.value, trust_code=_TRUST_CODE.value)
   e, diffusion = run.experiment, run.diffusion
   with trust.trust_code(_TRUST_CODE.value):

@@ -9,7 +9,7 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is left.")
+_WORKDIR = cli.define_path("workdir", "runs/quickstart", "Where everything is left.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir of an earlier run.")
 
 
@@ -21,6 +21,7 @@ def main():
 
   started = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value)
+  cli.check_folder(workdir, "workdir")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = Experiment.from_config(_CONFIG.value, trust_code=True)

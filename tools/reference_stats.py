@@ -17,10 +17,10 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True)
-_SAMPLES = flags.DEFINE_integer("samples", None, "Real images, instead of the config's number.")
+_OUT = cli.define_path("out", None, "The .npz file to write.", required=True)
+_SAMPLES = flags.DEFINE_integer("samples", None, "Real images, instead of the config's number.", 2)
 _FLOOR_SAMPLES = flags.DEFINE_integer(
-  "floor_samples", None, "Other real images for the floor, by default as many."
+  "floor_samples", None, "Other real images for the floor, by default as many.", 2
 )
 _SPLIT = flags.DEFINE_string("split", None, "Split of the data; by default the training one.")
 _FEATURE_NET = flags.DEFINE_string(
@@ -28,7 +28,7 @@ _FEATURE_NET = flags.DEFINE_string(
   "pixels, pixels:SIDE, classifier, tfgan, tfgan:FOLDER or the FOLDER of a SavedModel, instead of "
   "the config's.",
 )  # fmt: skip
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
 
 
@@ -51,6 +51,7 @@ def main():
 
   name = _FEATURE_NET.value or e.evaluation.feature_net
   network = features.feature_network(name, load(d.train_split) if name == "classifier" else None)
+  cli.say(f"measuring {count} images of {d.name}")
   about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, count)
   real = evaluation.reference(
     network, load(split).images, about, e.evaluation.subset, _FLOOR_SAMPLES.value,

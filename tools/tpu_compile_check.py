@@ -53,9 +53,9 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
     "The network's precision; weights, σ and loss are float32.",
   )
   _WHAT = flags.DEFINE_enum("what", "both", ["train", "sample", "both"], "What to compile.")
-  _JSON = flags.DEFINE_string("json", None, "File to add the records to, one line of JSON each.")
-  _TABLE = flags.DEFINE_string("table", None, "Only print such a file's records as a table.")
-  _ENV = flags.DEFINE_string("env", str(ROOT / ".tpu_env"), "The folder with jax and libtpu.")
+  _JSON = cli.define_path("json", None, "File to add the records to, one line of JSON each.")
+  _TABLE = cli.define_path("table", None, "Only print such a file's records as a table.")
+  _ENV = cli.define_path("env", str(ROOT / ".tpu_env"), "The folder with jax and libtpu.")
   _MAKE_ENV = flags.DEFINE_bool("make_env", False, "Make that folder first, by pip (1.1 GB).")
 
 

@@ -1,8 +1,15 @@
-"""What the programs share: quiet start, config flags whose errors help, one-line errors."""
+"""What the programs share: quiet start, checked flags, and one line for every mistake."""
 
+import contextlib
 import difflib
+import math
 import os
+import pathlib
+import re
+import signal
 import sys
+import tempfile
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -10,18 +17,114 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2
+FAULT = 1  # the program's own
 AGAIN = 75  # what schedulers take for a run to be started once more
+MOST_SHOWN = 10_000  # images in one picture
+
+_LONGEST = 1000  # characters of an error's line
+_HELP = {"--help", "-h", "-help", "-?", "--helpshort", "--helpfull", "--helpxml"}
+_LOG = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before |To enable the foll")
+_PLACES = ("out", "workdir", "plot", "report")  # flags that say where a program writes
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
+# --- Flags ----------------------------------------------------------------------------------------
+
+
+class _Path(flags.ArgumentParser):
+  """A path: never empty, which would stand for the current folder; ~ is the home folder."""
+
+  syntactic_help = "a file or a folder"
+
+  def parse(self, argument):
+    if not argument.strip():
+      raise ValueError("no path is given; is a shell variable unset?")
+    return os.path.expanduser(argument)
+
+
+class _Paths(_Path):
+  """Paths with commas between them."""
+
+  syntactic_help = "files or folders with commas between"
+
+  def parse(self, argument):
+    if isinstance(argument, list):
+      return argument
+    return [super(_Paths, self).parse(part) for part in argument.split(",")]
+
+
+def define_path(name, default, help, **options):
+  """A flag that names a file or folder."""
+  return flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(),
+                      **options)  # fmt: skip
+
+
+def define_paths(name, default, help, **options):
+  """A flag that names several files or folders."""
+  return flags.DEFINE(_Paths(), name, default, help, serializer=flags.CsvListSerializer(","),
+                      **options)  # fmt: skip
+
+
+class _BadConfig(Exception):
+  """A config file that cannot be used; the message is the line to print."""
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Runs a config file by ml_collections' parser; whatever that raises becomes one line."""
+
+  syntactic_help = "a config file"
+
+  def __init__(self, parser):
+    self._parser = parser
+    self.content = None  # what the file gave
+
+  def parse(self, argument):
+    _load_tensorflow()
+    try:
+      config = self._parser.parse(argument)
+    except BaseException as error:  # a config file is the user's own program
+      if isinstance(error, KeyboardInterrupt):
+        raise
+      # ml_collections puts the whole traceback into the text of an error of its own.
+      wrapped = str(error).startswith("Error whilst parsing config file")
+      raise _BadConfig(_fault_of(argument, error.__context__ if wrapped else error)) from error
+    if not isinstance(config, ConfigDict):
+      error = vars(config).get("_error") if hasattr(config, "__dict__") else None
+      if isinstance(error, OSError):  # kept there by ml_collections until the config is read
+        raise _BadConfig(_fault_of(argument, error))
+      raise _BadConfig(
+        f"{argument}: get_config() gives {type(config).__name__}, not a ConfigDict; end it with "
+        "`return Experiment(...).to_config()`"
+      )
+    self.content = config
+    return config
+
+
+def _fault_of(path, error):
+  text = " ".join(str(error).split())
+  if isinstance(error, SystemExit):
+    return f"{path}: it ends the program by sys.exit({text}); a config file returns a config"
+  if isinstance(error, AttributeError) and "'get_config'" in text:
+    return f"{path}: it has no function get_config; is it a config file?"
+  if isinstance(error, ValueError) and text and not isinstance(error, UnicodeError):
+    return f"{path}: {text}"
+  kind = type(error).__name__
+  if text.startswith("Failed loading config file"):  # ml_collections' list of where it looked
+    text = text[text.find("[Errno") :]
+  return f"{path}: {kind}{': ' if text else ''}{text}; mend the config file (--debug shows where)"
+
+
 def define_config():
   """The --config flag: a file with get_config, its fields overridable by --config.FIELD=VALUE."""
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, such as configs/digits_blur.py; override a field by --config.group.field=value.",
   )
+  flag = flags.FLAGS["config"]
+  flag.parser = _ConfigFile(flag.parser)
+  return holder
 
 
 def define_trust_code():
@@ -39,23 +142,104 @@ def refuse(ignored, why):
 
 
 def refuse_to_overwrite(path, force, flag="out"):
-  """Raises the ValueError of a file, named by `flag`, that is there already, unless `force`."""
+  """Raises the ValueError of a file, named by `flag`, that is there already, unless `force`, or
+  that cannot be written.
+  """
+  path = pathlib.Path(path)
+  if os.path.isdir(path):
+    raise ValueError(f"--{flag}={path} is a folder; give the name of a file")
   if os.path.exists(path) and not force:
     raise ValueError(f"{path} is there already; give another --{flag} or --force")
+  check_folder(path.parent, flag, path)
 
 
-def _fail(text):
+def check_folder(folder, flag="out", path=None):
+  """Raises the ValueError of a folder, named by `flag`, that is none, or cannot be written to.
+
+  Before any work is done. Nothing is left there, and no folder is made.
+  """
+  place = pathlib.Path(folder)
+  try:
+    pathlib.Path(path or folder).exists()  # raises for a name that is too long
+    while not place.exists():
+      place = place.parent
+    with tempfile.TemporaryFile(dir=place):
+      pass
+  except OSError as error:
+    why = f"{place} is a file" if place.is_file() else error.strerror or error
+    raise ValueError(
+      f"--{flag}={path or folder}: cannot be written ({why}); give another --{flag}"
+    ) from None
+
+
+# --- Parsing --------------------------------------------------------------------------------------
+
+
+def say(text):
+  """Prints what the program is at, for whoever waits."""
+  print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _without_log():
+  """Keeps lines of TensorFlow's log from stderr; what else is written there passes.
+
+  Until it has found its devices TensorFlow prints what it likes, at any TF_CPP_MIN_LOG_LEVEL:
+  without a GPU the want of one, as an error. Another process looks through the lines, so that they
+  come through also when this one dies.
+  """
+  sys.stderr.flush()
+  real, (out, into) = os.dup(2), os.pipe()
+  if not (child := os.fork()):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
+    os.close(into)
+    with open(out, "rb") as lines:
+      for line in lines:
+        if not _LOG.match(line):
+          os.write(real, line)
+    os._exit(0)
+  os.dup2(into, 2)
+  os.close(into)
+  os.close(out)
+  try:
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(real, 2)
+    os.close(real)
+    os.waitpid(child, 0)
+
+
+def _load_tensorflow():
+  """Imports TensorFlow and lets it find its devices, which takes a while and is said."""
+  if "tensorflow" in sys.modules:
+    return
+  say("loading TensorFlow")
+  quiet = sys.stderr and not _wants_debug(sys.argv)
+  with _without_log() if quiet else contextlib.nullcontext():
+    import tensorflow as tf
+
+    tf.config.list_physical_devices()
+
+
+def _fail(text, code=BAD_INPUT):
+  text = " ".join(str(text).split())
+  text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+  if len(text) > _LONGEST:
+    text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+  if sys.stdout:
+    sys.stdout.flush()
   print(f"error: {text}", file=sys.stderr)
-  sys.exit(BAD_INPUT)
+  sys.exit(code)
 
 
 def _config_path(argv):
   """The value of --config=FILE or --config FILE, or None."""
   for k, argument in enumerate(argv):
-    if argument.startswith("--config="):
-      return argument.split("=", 1)[1]
-    if argument == "--config" and k + 1 < len(argv):
-      return argv[k + 1]
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      return value if equals else argv[k + 1] if k + 1 < len(argv) else ""
   return None
 
 
@@ -71,22 +255,8 @@ def _print_help(main):
       print(f"  --{flag.name}: {flag.help}{default}")
 
 
-def _explain_override(argv, error):
+def _explain_override(argv, config, error):
   """Names the override that does not fit the config, and the nearest field that does."""
-  path = _config_path(argv)
-  if path is None:
-    _fail("give --config=FILE before its overrides")
-  from soft_diffusion_tf import experiment
-
-  try:
-    config = experiment.from_file(path).to_config()
-  except Exception as cause:  # whatever a user's own file raises
-    text = " ".join(str(cause).split())
-    _fail(
-      f"{path}: {text or error}"
-      if isinstance(cause, ValueError)
-      else f"{path}: {type(cause).__name__}: {text}; mend the config file (--debug shows where)"
-    )
   for argument in argv:
     if not argument.startswith("--config."):
       continue
@@ -99,53 +269,144 @@ def _explain_override(argv, error):
         hint = f"; did you mean {'.'.join([*before, near[0]])}?" if near else ""
         _fail(f"the config has no field {name}{hint}")
       node, before = node[part], [*before, part]
-  _fail(str(error))
+  _fail(f"--config: {error}")
+
+
+def _explain_flag(error):
+  """The line of a flag that does not parse: what was given, and what it takes."""
+  text = " ".join(str(error).split())
+  missing = re.search(r"Flag --([\w.]+) must have a value other than None", text)
+  if missing:
+    name = missing[1]
+    return f"give --{name}=…: {flags.FLAGS[name].help}"
+  illegal = re.match(r"flag --([\w.]+)=(.*?): ", text)
+  if illegal and illegal[1] in flags.FLAGS:
+    flag = flags.FLAGS[illegal[1]]
+    takes = "true or false" if flag.boolean else getattr(flag.parser, "syntactic_help", "")
+    reason = text[illegal.end() :]
+    if isinstance(flag.parser, flags.IntegerParser | flags.FloatParser) or flag.boolean:
+      return f"--{illegal[1]}={illegal[2]}: give {takes}"
+    return f"--{illegal[1]}={illegal[2]}: {reason}"
+  if "config." in text and _config_path(sys.argv) is None and "config" in flags.FLAGS:
+    return f"{text}; give --config=FILE before its overrides"
+  return text
+
+
+def _check_values():
+  """Fails for what no flag takes: nothing, or a number not finite or of more than 64 bits."""
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    if value == "" and flags.FLAGS[name].default != "" and not name.startswith("config."):
+      _fail(f"--{name}= is empty; is a shell variable unset? Without the flag its default holds")
+    for number in value if isinstance(value, list | tuple) else [value]:
+      if isinstance(number, float) and not math.isfinite(number):
+        _fail(f"--{name}={number:g} is not a finite number; give one")
+      if isinstance(number, int) and not -(2**63) <= number < 2**63:
+        _fail(f"--{name}={number} has more than 64 bits; give a smaller number")
 
 
 def _parse(argv):
-  path = _config_path(argv)
+  """The arguments that are no flags; ends with one line where a flag or the config is wrong."""
+  own = "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].parser, _ConfigFile)
+  path = _config_path(argv) if own else None
   if path is not None and not os.path.isfile(path):
-    _fail(f"{path}: no such config file; give --config=FILE, such as configs/digits_blur.py")
+    _fail(
+      f"--config={path}: no such config file; give --config=FILE, such as configs/digits_blur.py"
+    )
   try:
-    return app.parse_flags_with_usage(argv)
-  except Exception as error:  # a config file is the user's own program
-    if "--debug" in argv:
+    rest = flags.FLAGS(argv)
+    _check_values()
+    return rest
+  except Exception as error:
+    if _wants_debug(argv):
       raise
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _explain_override(argv, lines[0])
+    if isinstance(error, _BadConfig):
+      _fail(error)
+    content = flags.FLAGS["config"].parser.content if own else None
+    if (isinstance(error, flags.Error) and "override" not in str(error)) or content is None:
+      _fail(_explain_flag(error))
+    return _explain_override(argv, content, error)
 
 
-def _guarded(main):
+def _wants_debug(argv):
+  return any(re.fullmatch(r"--?debug(=(true|t|1|yes|y))?", a.lower()) for a in argv)
+
+
+# --- Running --------------------------------------------------------------------------------------
+
+
+def _end_while_loading(number, frame):
+  os.write(2, b"asked to end before anything was done; start again to go on\n")
+  os._exit(AGAIN)  # an exception would be caught by one of the modules that are being imported
+
+
+def _line_of(error):
+  """The line of an error; one of a file that was not named says where the program writes."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  if isinstance(error, OSError) and error.filename is None:
+    places = [f"--{p}={flags.FLAGS[p].value}" for p in _PLACES
+              if p in flags.FLAGS and flags.FLAGS[p].value]  # fmt: skip
+    if places:
+      text += f", at work for {' and '.join(places)}"
+  if isinstance(error, OSError):
+    text += "; check the path, its permissions and the free space"
+  return text
+
+
+def _guarded(main, goes_on):
   def run(argv):
     if len(argv) > 1:
       _fail(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
-    logging.set_verbosity(logging.WARNING)
-    import tensorflow as tf  # after the flags, so that --help is quick
+    _load_tensorflow()  # after the flags, so that --help is quick
+    import tensorflow as tf
 
     from soft_diffusion_tf import training
 
+    if not goes_on and signal.getsignal(signal.SIGTERM) is _end_while_loading:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bad_input = (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError)
     try:
       main()
-    except (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError) as error:
-      if _DEBUG.value:
-        raise
-      _fail(" ".join(str(error).split()))
     except training.Preempted as end:
       print(end, file=sys.stderr)
       sys.exit(AGAIN)
     except training.WorkerLost as end:
       print(f"error: {end}", file=sys.stderr, flush=True)
       os._exit(AGAIN)  # an orderly exit would wait for the worker that is gone
-    except KeyboardInterrupt:
-      print("interrupted; start again with the same command to go on", file=sys.stderr)
-      sys.exit(130)
+    except MemoryError as error:
+      if _DEBUG.value:
+        raise
+      _fail(f"there is not enough memory ({error}); ask for less at once")
+    except Exception as error:
+      if _DEBUG.value:
+        raise
+      if isinstance(error, bad_input):
+        _fail(_line_of(error))
+      _fail(f"{type(error).__name__}: {error} (a fault of the program, not of its user: --debug "
+            "shows where; please report it)", FAULT)  # fmt: skip
 
   return run
 
 
-def run(main):
-  """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2."""
-  if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv[1:]):
+def run(main, goes_on=False):
+  """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2.
+
+  Args:
+    goes_on: the program goes on from where it was ended, also by SIGTERM: exit code 75.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters
+  if _HELP & {argument.split("=")[0] for argument in sys.argv[1:]}:
     _print_help(main)
     return
-  app.run(_guarded(main), flags_parser=_parse)
+  if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, _end_while_loading)
+  if not _wants_debug(sys.argv):
+    logging.set_verbosity(logging.ERROR)
+    if not sys.warnoptions:
+      warnings.simplefilter("ignore")
+  try:
+    app.run(_guarded(main, goes_on), flags_parser=_parse)
+  except KeyboardInterrupt:
+    print("interrupted; start again with the same command to go on", file=sys.stderr)
+    sys.exit(130)

@@ -14,8 +14,8 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images to evaluate instead of samples.")
+_WORKDIR = cli.define_path("workdir", None, "Folder of a training run.")
+_IMAGES = cli.define_path("images", None, "Folder of images to evaluate instead of samples.")
 _SAMPLES = flags.DEFINE_integer(
   "samples",
   None,
@@ -48,7 +48,7 @@ _GRID = flags.DEFINE_string("grid", None, "Time grid instead of the config's (no
 _RAW_WEIGHTS = flags.DEFINE_bool(
   "raw_weights", False, "Draw by the weights under training, not by their averages."
 )
-_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.")
+_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.", 0)
 _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
 )
@@ -65,7 +65,7 @@ _MEMORISATION = flags.DEFINE_bool(
   "memorisation", False, "Find the nearest training images of the samples, or of --images."
 )
 _TRUST_CODE = cli.define_trust_code()
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 
 # A flag, why others would be ignored beside it, and which.
 _ALONE = (
@@ -89,7 +89,7 @@ class _Job:
   """What the flags ask for: the run's experiment, the network, the real images."""
 
   def __init__(self):
-    from soft_diffusion_tf import data, experiment, features
+    from soft_diffusion_tf import data, experiment, features, rng
 
     self.workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     self.experiment = experiment.Experiment.load(self.workdir) if self.workdir else None
@@ -104,6 +104,7 @@ class _Job:
     if asked is None:
       asked = self.options.reference_samples
     self._asked = asked
+    rng.check_seeds(_FIRST_SEED.value, self.count)
     self._source = None
     feature_net = _FEATURE_NET.value or self.options.feature_net
     if not _FEATURE_NET.value:
@@ -179,6 +180,7 @@ class _Job:
       else:
         expected["image_shape"] = list(self.images.shape[1:])
       return real.check(_REFERENCE.value, **expected, count=self.reference_count)
+    cli.say("measuring the real images, unless that was done before")
     source = self.train()
     name, split, shape, crop, _ = self._place()
     about = evaluation.conditions_of(self.network, name, split, shape, crop, self.reference_count)
@@ -270,6 +272,7 @@ def _run(job):
     if not _CHECKPOINT.value.isdigit():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
+  cli.say(f"loading the run in {job.workdir}")
   run = training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value)
   return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
 
@@ -370,6 +373,7 @@ def _main():
       cli.refuse(ignored, why)
   if not _SWEEP.value:
     cli.refuse((_SAMPLERS, _CHECKPOINTS), "without --sweep one sampler and checkpoint are measured")
+  cli.say("reading images and the feature network")
   job = _Job()
   if _SWEEP.value:
     _sweep(job)

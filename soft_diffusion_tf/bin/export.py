@@ -13,8 +13,8 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
-_OUT = flags.DEFINE_string(
+_WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
+_OUT = cli.define_path(
   "out", None, "A new folder for a SavedModel, or a file that ends in .npz.", required=True
 )
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of this step instead of the newest.")
@@ -61,8 +61,13 @@ def main():
     raise ValueError(f"--dtype={dtype} does not go with --out={out}; take {' or '.join(known)}")
   if packed and (pairs or _BATCH_SIZE.value):
     raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
+  if packed:
+    cli.check_folder(out.parent, path=out)
+  else:
+    cli.check_folder(out)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
+  cli.say(f"loading the run in {_WORKDIR.value}")
   run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
   options = {
     "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
@@ -80,6 +85,7 @@ def main():
     asked = artefact.usual_options(run, batch_size=together)
   else:
     asked = [run.options(sampler=s, steps=n, batch_size=together) for s, n in pairs]
+  cli.say(f"tracing {len(asked)} samplers and writing the SavedModel")
   manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")

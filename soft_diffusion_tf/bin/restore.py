@@ -18,19 +18,19 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path(
   "workdir", None, "Folder of a training run or an exported model, a packed file, or 'digits'.",
   required=True,
 )  # fmt: skip
-_IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of them.", required=True)
-_OUT = flags.DEFINE_string("out", None, "A new folder for the results.", required=True)
+_IMAGES = cli.define_path("images", None, "An image file, or a folder of them.", required=True)
+_OUT = cli.define_path("out", None, "A new folder for the results.", required=True)
 _LEVEL = flags.DEFINE_float("level", None, "The level at which the images are corrupted.")
 _T = flags.DEFINE_float("t", None, "The same as a time of the process, in (0, 1].")
 _CORRUPT_LEVEL = flags.DEFINE_float(
   "corrupt_level", None, "The images are clean: corrupt them to this level first."
 )
-_SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.")
-_SEED = flags.DEFINE_integer("seed", 0, "Image seed of the first sample.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.", 1, 10_000)
+_SEED = flags.DEFINE_integer("seed", 0, "Image seed of the first sample.", 0)
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the default.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps from t to 0, instead of the default.")
 _NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step exchanges.")
@@ -68,7 +68,7 @@ def read(path, channels):
 
 
 def main():
-  from soft_diffusion_tf import artefact, plots, restoration
+  from soft_diffusion_tf import artefact, plots, restoration, rng
 
   given = [f for f in (_LEVEL, _T, _CORRUPT_LEVEL) if f.value is not None]
   if len(given) > 1:
@@ -76,9 +76,11 @@ def main():
       f"--{given[0].name} and --{given[1].name} both say how corrupted the images are; give one"
     )
   out = pathlib.Path(_OUT.value)
+  cli.check_folder(out)
   artefact.keep_apart(out, _IMAGES.value)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
+  cli.say(f"loading the model {_WORKDIR.value}")
   model = artefact.from_pretrained(_WORKDIR.value, _TRUST_CODE.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
@@ -89,6 +91,7 @@ def main():
     diffusion, model.model.denoiser(), options, explain=_EXPLAIN.value
   )
   names = list(images)
+  rng.check_seeds(_SEED.value, len(names) * _SAMPLES.value)
   for name in names:  # before anything is computed
     restorer.check_shape(images[name].shape, name)
   if _CORRUPT_LEVEL.value is not None or _LEVEL.value is not None:

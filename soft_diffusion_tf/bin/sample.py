@@ -15,8 +15,8 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
-_OUT = flags.DEFINE_string(
+_WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
+_OUT = cli.define_path(
   "out", None, "A .png file for one grid, or a folder for samples by --format.", required=True
 )
 _SEEDS = flags.DEFINE_string(
@@ -48,15 +48,26 @@ _RAW_WEIGHTS = flags.DEFINE_bool(
 )
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
+_SEED = r"\d{1,19}"
+_MOST = 10_000_000  # images in one call
+
 
 def parse_seeds(text):
   """ "0-3" → [0, 1, 2, 3]; "5,7" → [5, 7]."""
-  bounds = re.fullmatch(r"(\d+)-(\d+)", text)
-  if bounds and int(bounds[1]) <= int(bounds[2]):
-    return list(range(int(bounds[1]), int(bounds[2]) + 1))
-  if re.fullmatch(r"\d+(,\d+)*", text):
-    return [int(part) for part in text.split(",")]
-  raise ValueError(f"--seeds={text}: give a rising range such as 0-63 or a list such as 1,5,9")
+  bounds = re.fullmatch(rf"({_SEED})-({_SEED})", text, re.ASCII)
+  seeds, last = [], -1
+  if bounds:
+    last = int(bounds[2])
+    seeds = range(int(bounds[1]), last + 1)
+  elif re.fullmatch(rf"{_SEED}(,{_SEED})*", text, re.ASCII):
+    seeds = [int(part) for part in text.split(",")]
+    last = max(seeds)
+  if not seeds or last >= 2**63:
+    raise ValueError(
+      f"--seeds={text}: give a rising range such as 0-63 or a list such as 1,5,9, of numbers up to "
+      f"{2**63 - 1}"
+    )
+  return seeds
 
 
 def parse_shard(text):
@@ -64,6 +75,22 @@ def parse_shard(text):
   if not re.fullmatch(r"\d+/\d+", text):
     raise ValueError(f"--shard={text}: give k/n with k from 1 to n, such as 1/4")
   return tuple(int(part) for part in text.split("/"))
+
+
+def _check_count(seeds, picture):
+  """Raises the ValueError of more images than one picture shows or one call draws."""
+  # A range may be longer than len can say.
+  count = seeds.stop - seeds.start if isinstance(seeds, range) else len(seeds)
+  if picture and count > cli.MOST_SHOWN:
+    raise ValueError(
+      f"--seeds={_SEEDS.value} asks for {count:,} images, and one picture shows {cli.MOST_SHOWN:,} "
+      "at most; give a folder as --out"
+    )
+  if count > _MOST:
+    raise ValueError(
+      f"--seeds={_SEEDS.value} asks for {count:,} images; draw at most {_MOST:,} in one call, and "
+      "the next ones into the same folder"
+    )
 
 
 def parse_times(text):
@@ -77,14 +104,18 @@ def parse_times(text):
 def main():
   from soft_diffusion_tf import bulk, plots, strategies, training
 
-  seeds = parse_seeds(_SEEDS.value)
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
+  seeds = parse_seeds(_SEEDS.value)
   out = pathlib.Path(_OUT.value)
   picture = out.suffix == ".png"
   if picture:
     cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
     cli.refuse_to_overwrite(out, _FORCE.value)
+  else:
+    cli.check_folder(out)
+  _check_count(seeds, picture)
+  cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(

@@ -16,7 +16,7 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_MODEL = flags.DEFINE_string("model", None, "Folder of a SavedModel, or of numbered versions.",
+_MODEL = cli.define_path("model", None, "Folder of a SavedModel, or of numbered versions.",
                              required=True)  # fmt: skip
 _NAME = flags.DEFINE_string("name", "model", "The model's name in URLs.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
@@ -95,8 +95,10 @@ def main():
   with _bind(_HOST.value, _PORT.value) as listening:
     host, port = listening.getsockname()[:2]
     hosts, addresses = _hosts(host, port)
+    cli.say(f"loading {_MODEL.value}")
     model = serving.Model(_MODEL.value, _NAME.value)
     if _WARM.value:
+      cli.say("warming up: every signature is called once")
       model.warm()
     batcher = serving.Batcher(_MAX_BATCH.value, _QUEUE.value, _REPRODUCIBLE.value)
     app = serving.App(

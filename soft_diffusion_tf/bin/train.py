@@ -8,7 +8,7 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = cli.define_path(
   "workdir", None, "Folder of the run; made if need be, continued if it holds this run.",
   required=True,
 )  # fmt: skip
@@ -19,7 +19,7 @@ _TPU = flags.DEFINE_string("tpu", "", "Name of the TPU, or 'local', for --strate
 _PEER_TIMEOUT = flags.DEFINE_float(
   "peer_timeout", 300.0, "Seconds to wait for the other workers of TF_CONFIG."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets.")
+_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 _START_ANEW = flags.DEFINE_bool(
   "start_anew", False,
   "Begin at step 0 in a workdir whose checkpoints are lost; its records are kept in records-1.",
@@ -36,6 +36,7 @@ def main():
   experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
+  cli.check_folder(_WORKDIR.value, "workdir")
   strategy = make_strategy(_STRATEGY.value, _TPU.value, _PEER_TIMEOUT.value)
   run = training.train(experiment, _WORKDIR.value, strategy, anew=_START_ANEW.value)
   print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
@@ -45,7 +46,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, goes_on=True)
 
 
 if __name__ == "__main__":

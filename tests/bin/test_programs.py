@@ -1,4 +1,7 @@
-"""The programs as a user starts them: real processes, exit codes, one line of error."""
+"""The programs as a user starts them: processes, exit codes, one line of error.
+
+Most of them run as forks (`tests.forks`), those from the start to whom the start matters.
+"""
 
 import os
 import pathlib
@@ -8,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import forks
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,13 +31,7 @@ TINY = (
 
 
 def program(name, *flags, module=True):
-  command = [sys.executable, "-m", f"soft_diffusion_tf.bin.{name}"]
-  if not module:
-    command = [str(ROOT / name)] if "/" not in name else [sys.executable, str(ROOT / name)]
-  return subprocess.run(
-    [*command, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  return forks.shared().run(f"soft_diffusion_tf.bin.{name}" if module else name, *flags, limit=600)
 
 
 def error_of(result):
@@ -138,7 +137,12 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
     ("import a_module_that_is_not", "ModuleNotFoundError: No module named 'a_module_that_is_not'"),
     ("def get_config(:", "SyntaxError: invalid syntax"),
     ("def get_config():\n  return nothing", "NameError: name 'nothing' is not defined"),
-    ("x = 1", "KeyError: 'get_config'"),
+    ("x = 1", "has no function get_config"),
+    ("import sys\nsys.exit('stop')", "ends the program by sys.exit(stop)"),
+    ("def get_config():\n  return None", "get_config() gives NoneType, not a ConfigDict"),
+    ("open('/no/such/file')", "OSError: [Errno 2] No such file or directory: '/no/such/file'"),
+    ("raise ValueError('a good message\\nof two lines')", "mine.py: a good message of two lines"),
+    ("\0", "null bytes"),
     ("assert False", "AssertionError"),  # an error without a text
   ],
 )
@@ -171,7 +175,9 @@ def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   assert "did you mean 'momentum'" in error_of(
     program("sample", f"--workdir={workdir}", out, "--sampler=momentun")
   )
-  assert "at least 1 step" in error_of(program("sample", f"--workdir={workdir}", out, "--steps=0"))
+  assert "sampling.steps must be from 1 to 1,000,000, got 0" in error_of(
+    program("sample", f"--workdir={workdir}", out, "--steps=0")
+  )
   assert "rising range" in error_of(program("sample", f"--workdir={workdir}", out, "--seeds=9-3"))
   assert "2000 images asked for" in error_of(
     program("evaluate", f"--workdir={workdir}", "--samples=2000")
@@ -179,6 +185,192 @@ def test_other_mistakes_on_the_command_line(workdir, tmp_path):
   assert "unexpected argument 'now'" in error_of(
     program("sample", f"--workdir={workdir}", out, "now")
   )
+
+
+def test_a_damaged_schedule_file_is_one_line(tmp_path):
+  (tmp_path / "schedules").mkdir()
+  for name in ("digits_blur.py", "schedules/digits_blur.json"):
+    content = (ROOT / "configs" / name).read_text()
+    (tmp_path / name).write_text(content[:700] if name.endswith("json") else content)
+  flags = (f"--config={tmp_path}/digits_blur.py", f"--workdir={tmp_path}/w")
+  line = error_of(program("train", *flags))
+  assert "digits_blur.json: not JSON" in line
+  assert "write it again with tools/find_schedule.py" in line
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_quiet_start(workdir, tmp_path):
+  """What is printed is the program's own: no log of TensorFlow, and Keras is TensorFlow's."""
+  out = tmp_path / "a.png"
+  flags = (f"--workdir={workdir}", "--seeds=0-1", "--steps=1", f"--out={out}")
+  command = [sys.executable, "-m", "soft_diffusion_tf.bin.sample", *flags]
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "CUDA"))}
+  environment["KERAS_BACKEND"] = "torch"
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+  assert result.returncode == 0, result.stderr
+  lines = [line for line in result.stderr.splitlines() if line and "sampling:" not in line]
+  assert lines == []
+  said = result.stdout.splitlines()
+  assert said[0] == "loading TensorFlow"
+  assert said[1] == f"loading the run in {workdir}"
+
+
+def test_keras_with_another_backend_is_refused():
+  code = "import keras; import soft_diffusion_tf"
+  environment = os.environ | {"KERAS_BACKEND": "numpy", "PYTHONPATH": str(ROOT)}
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+  )
+  assert result.returncode == 1
+  assert "ImportError: Keras is loaded with the backend 'numpy'" in result.stderr
+  assert "import soft_diffusion_tf before keras" in result.stderr
+
+
+def test_a_program_says_at_once_what_it_does(tmp_path):
+  """Before two seconds of the processor's time are spent; others may use the processor, too."""
+  command = [sys.executable, "-m", "soft_diffusion_tf.bin.train", *TINY, f"--workdir={tmp_path}/w"]
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  try:
+    assert process.stdout.readline() == "loading TensorFlow\n"
+    spent = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    assert sum(map(int, spent)) / os.sysconf("SC_CLK_TCK") < 2
+  finally:
+    process.kill()
+    process.wait()
+
+
+def test_a_run_says_its_stages_and_where_it_goes_on(workdir, tmp_path):
+  folder = tmp_path / "w"
+  first = program("train", *TINY, f"--workdir={folder}")
+  for text in ("reading digits", "fitting the prior", "building the network", "starting at step 0",
+               "compiling the training step"):  # fmt: skip
+    assert text in first.stdout
+  more = program("train", *TINY, "--config.training.steps=6", f"--workdir={folder}")
+  assert "going on from step 4 of 6\n" in more.stdout
+  again = program("train", *TINY, "--config.training.steps=6", f"--workdir={folder}")
+  assert "at step 6 of 6: nothing is left to do" in again.stdout
+
+
+def test_sigterm_while_tensorflow_loads(tmp_path):
+  command = [sys.executable, "-m", "soft_diffusion_tf.bin.train", *TINY, f"--workdir={tmp_path}/w"]
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "loading TensorFlow\n"
+  process.terminate()
+  _, stderr = process.communicate(timeout=300)
+  assert process.returncode == 75
+  assert stderr == "asked to end before anything was done; start again to go on\n"
+  assert not (tmp_path / "w").exists()
+
+
+def test_paths_are_never_empty(workdir, tmp_path):
+  """An unset shell variable must not stand for the current folder."""
+  for flags in (
+    ("train", TINY[0], "--workdir="), ("sample", f"--workdir={workdir}", "--out="),
+    ("train", "--config=", f"--workdir={tmp_path}/w"), ("sample", "--workdir= ", "--out=x.png"),
+    ("evaluate", f"--workdir={workdir}", "--reference="),
+  ):  # fmt: skip
+    line = error_of(program(*flags))
+    assert "is a shell variable unset?" in line or "no such config file" in line
+  for tool in ("find_schedule", "lab", "reference_stats", "study", "import_score_sde"):
+    line = error_of(program(f"tools/{tool}.py", "--out=", module=False))
+    assert line == "error: --out=: no path is given; is a shell variable unset?"
+  assert "no path is given" in error_of(
+    program("tools/figures.py", f"--workdir={workdir},,", f"--out={tmp_path}/x", module=False)
+  )
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_work(workdir, tmp_path):
+  file, folder = tmp_path / "file", tmp_path / "folder"
+  file.write_text("mine")
+  folder.mkdir()
+  for flags, text in (
+    (("sample", f"--workdir={workdir}", f"--out={file}/a.png"), "file is a file"),
+    (("sample", f"--workdir={workdir}", f"--out={file}"), "file is a file"),
+    (("sample", f"--workdir={workdir}", "--out=/proc/x.png"), "cannot be written"),
+    (("sample", f"--workdir={workdir}", f"--out={'x' * 300}.png"), "File name too long"),
+    (("export", f"--workdir={workdir}", "--out=/proc/x.npz"), "cannot be written"),
+    (("restore", "--workdir=digits", f"--images={file}", "--out=/proc/x"), "cannot be written"),
+    (("train", *TINY, f"--workdir={file}"), "file is a file"),
+  ):  # fmt: skip
+    line = error_of(program(*flags))
+    assert text in line
+    assert "--out=" in line or "--workdir=" in line
+  for tool, flags in (
+    ("find_schedule", (TINY[0], f"--out={folder}", "--force")),
+    ("study", (f"--out={file}",)), ("lab", (f"--out={file}",)),
+  ):  # fmt: skip
+    line = error_of(program(f"tools/{tool}.py", *flags, module=False))
+    assert "is a file" in line or "is a folder" in line
+  assert file.read_text() == "mine"
+  assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_is_one_line_that_says_where(workdir, tmp_path):
+  """A limit on the size of files stands for the disk: the same error, without a name in it."""
+  out = tmp_path / "a.png"
+  flags = (f"--workdir={workdir}", f"--out={out}", "--seeds=0-63", "--steps=1")
+  command = f"ulimit -f 1; exec {sys.executable} -m soft_diffusion_tf.bin.sample {' '.join(flags)}"
+  result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+  line = error_of(result)
+  assert "File too large" in line
+  assert str(out) in line
+  assert "free space" in line
+
+
+def test_more_images_than_can_be_are_refused_before_work(workdir, tmp_path):
+  for name, flag, text in (
+    ("sample", "--seeds=0-99999999999", "one picture shows 10,000 at most; give a folder"),
+    ("sample", "--seeds=0-9223372036854775807", "one picture shows 10,000 at most"),
+    ("sample", "--seeds=0-99999999999999999999", "give a rising range"),
+    ("sample", "--seeds=9223372036854775808", "give a rising range"),
+    ("restore", "--samples=1000000000", "give an integer in the range [1, 10000]"),
+    ("restore", "--seed=9223372036854775807", "image seeds from 9223372036854775807 to"),
+  ):
+    out = tmp_path / ("x.png" if name == "sample" else "x")
+    flags = [f"--workdir={workdir}", flag, f"--out={out}"]
+    if name == "restore":
+      picture = tmp_path / "image.png"
+      Image.fromarray(np.zeros([8, 8], np.uint8)).save(picture)
+      flags += [f"--images={picture}", "--t=0.5"]
+    assert text in error_of(program(name, *flags))
+    assert not out.exists()
+  many = program(
+    "sample", f"--workdir={workdir}", "--seeds=0-99999999999", f"--out={tmp_path}/many"
+  )
+  assert "draw at most 10,000,000 in one call" in error_of(many)
+
+
+def test_images_that_are_no_folder_of_one_size(workdir, tmp_path, rng):
+  pixels = rng.integers(0, 256, [9, 9]).astype(np.uint8)
+  for name, size in (("a/1.png", 8), ("a/2.png", 9), ("b/1.png", 9), ("b/2.png", 9)):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels[:size, :size]).save(tmp_path / name)
+  real = f"--reference=folder:{tmp_path}/b"
+  file = program("evaluate", f"--images={tmp_path}/a/1.png", real, "--feature_net=pixels")
+  assert "a/1.png is a file; give the folder" in error_of(file)
+  mixed = program("evaluate", f"--images={tmp_path}/a", real, "--feature_net=pixels")
+  assert "2.png: its size or colour differs from 1.png's; bring the files to one" in error_of(mixed)
+
+
+def test_a_configuration_of_another_kind_is_not_imported(tmp_path):
+  np.savez(tmp_path / "w.npz", a=np.zeros(3))
+  for content in (
+    "null", "5", "[]", "{", '{"model": 5}', '{"model": {"name": 3}}', '{"model": {}, "data": null}',
+    '{"data": {"image_size": "x"}}', "\0",
+  ):  # fmt: skip
+    (tmp_path / "c.json").write_text(content)
+    flags = (f"--checkpoint={tmp_path}/w.npz", f"--config={tmp_path}/c.json", f"--out={tmp_path}/o")
+    line = error_of(program("tools/import_score_sde.py", *flags, module=False))
+    assert "c.json: " in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_floor_of_no_images_is_refused(tmp_path):
+  flags = (TINY[0], f"--out={tmp_path}/r.npz", "--floor_samples=-3")
+  line = error_of(program("tools/reference_stats.py", *flags, module=False))
+  assert line.startswith("error: --floor_samples=-3: give an integer")
 
 
 def test_a_picture_is_not_shared(tmp_path):

@@ -1,24 +1,16 @@
 """soft-diffusion-restore, on the model that comes with the package: real processes."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import forks
 
 
 def restore(*flags):
-  return subprocess.run(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.restore", *map(str, flags)],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  return forks.shared().run("soft_diffusion_tf.bin.restore", *flags, limit=600)
 
 
 def error_of(result):

@@ -1,18 +1,13 @@
 """`soft-diffusion-sample` as a user starts it, on a workdir with a small untrained network."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from soft_diffusion_tf import data, priors, training
 from soft_diffusion_tf.bin.sample import parse_seeds, parse_shard, parse_times
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import forks
 
 
 @pytest.fixture
@@ -25,12 +20,8 @@ def workdir(tiny, tmp_path):
 
 
 def sample(workdir, out, *flags):
-  return subprocess.run(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.sample", f"--workdir={workdir}", f"--out={out}",
-     *flags],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  flags = (f"--workdir={workdir}", f"--out={out}", *flags)
+  return forks.shared().run("soft_diffusion_tf.bin.sample", *flags, limit=600)
 
 
 def test_a_folder_in_shards_that_is_gone_on_with(tiny, workdir, tmp_path):
@@ -86,7 +77,9 @@ def test_mistakes_end_with_one_line(workdir, tmp_path, flags, text):
 @pytest.mark.parametrize(
   ("parse", "good", "want", "bad"),
   [
-    (parse_seeds, "3-5", [3, 4, 5], "5-3"),
+    (parse_seeds, "3-5", range(3, 6), "5-3"),
+    (parse_seeds, f"0-{2**63 - 1}", range(2**63), f"0-{2**63}"),
+    (parse_seeds, f"{2**63 - 1}", [2**63 - 1], "٣"),
     (parse_seeds, "7,2", [7, 2], "7;2"),
     (parse_shard, "2/8", (2, 8), "2-8"),
     (parse_times, "1,0.5,0", (1.0, 0.5, 0.0), "1,x"),
