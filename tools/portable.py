@@ -23,9 +23,6 @@ sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
 RUNNER = pathlib.Path(__file__).with_name("portable_runner.py")
 VERBS = ("export", "run", "import")
 
-_HELD_OUT = 3  # sub-stream of the held-out loss's noise, beside those of a training step
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are evenly spread times
-
 
 # --- Export ---------------------------------------------------------------------------------------
 
@@ -34,7 +31,7 @@ def programs(run, images, held_out, plans, sample_batch):
   """The functions to export: name → (function, specifications of its arguments, result names)."""
   import tensorflow as tf
 
-  from soft_diffusion_tf import data, losses, rng, samplers
+  from soft_diffusion_tf import data, samplers
 
   e, model = run.experiment, run.model
   batch = e.training.batch_size
@@ -53,16 +50,7 @@ def programs(run, images, held_out, plans, sample_batch):
     return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
 
   def evaluate(images, index):
-    x_0 = data.examples(images, index, 0)
-    place = tf.cast(index, tf.float64) + 0.5
-    t_min = e.training.t_min
-    t = t_min + (1 - t_min) * tf.cast(tf.math.floormod(place * _GOLDEN, 1.0), tf.float32)
-    seed = rng.fold_in(tf.constant([e.seed, 0], tf.int64), _HELD_OUT)
-    eta = rng.normal(seed, index[0], index.shape[0], e.data.image_shape)
-    return losses.soft_score_matching(
-      model.diffusion, model.denoiser(), x_0, t, eta, weight=e.training.weight,
-      filtered=e.training.filtered, look_ahead=e.training.look_ahead,
-    ), t  # fmt: skip
+    return model.held_out(data.examples(images, index, 0), True, index[0])
 
   found = {"train": (train, [pictures(images), tf.TensorSpec([batch], tf.int32)])}
   if plans:
