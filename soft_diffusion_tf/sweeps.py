@@ -16,6 +16,7 @@ from soft_diffusion_tf.experiment import Experiment
 
 FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
 PAPER_NFE = "200-1000:80"
+_MOST = 10_000  # numbers in one flag
 _BUSY = "another sweep is at work in it; wait for it or end it, nothing will be lost"
 # Of a cell's conditions, what makes it another cell; the rest follows from these.
 _KEY = (
@@ -26,10 +27,12 @@ _KEY = (
 
 def parse_numbers(text):
   """ "200-1000:80" → 200, 280, … ≤ 1000; "25,50" → 25, 50."""
-  span = re.fullmatch(r"(\d+)-(\d+):(\d+)", text)
+  span = re.fullmatch(r"(\d{1,18})-(\d{1,18}):(\d{1,18})", text)
   if span:
     first, last, step = map(int, span.groups())
-    numbers = list(range(first, last + 1, step)) if step else []
+    numbers = range(first, last + 1, step) if step else []
+    if len(numbers) > _MOST:
+      raise ValueError(f"{text!r} names {len(numbers):,} numbers; give at most {_MOST:,}")
   else:
     numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
   if not numbers or min(numbers) < 1:

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import threading
 import time
 import traceback
 
+_MEMORY = 16 << 30  # bytes that a run may map: a mistake must not take the machine's
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -139,6 +141,7 @@ def _become(job):
   sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1)
   sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace")
   os.chdir(job["folder"])
+  resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
   sys.argv = [job["program"], *job["flags"]]
 
 

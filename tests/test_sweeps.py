@@ -191,3 +191,9 @@ def test_best_json_is_whole(workdir, real, forget):
   assert content["step"] == 6
   assert content["label"] == "FD[pixels]"
   assert content["samples"] == 40
+
+
+def test_a_range_of_more_numbers_than_can_be_is_refused():
+  assert sweeps.parse_numbers("1-10000:1")[-1] == 10_000
+  with pytest.raises(ValueError, match="names 99,999,999,999 numbers; give at most 10,000"):
+    sweeps.parse_numbers("1-99999999999:1")

@@ -18,8 +18,8 @@ from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
 _OUT = cli.define_path("out", None, "The .json file to write.")
-_LEVELS = flags.DEFINE_integer("levels", 256, "Candidate levels.", lower_bound=2)
-_NODES = flags.DEFINE_integer("nodes", 32, "Levels of the schedule.", lower_bound=2)
+_LEVELS = flags.DEFINE_integer("levels", 256, "Candidate levels.", 2, 16_384)
+_NODES = flags.DEFINE_integer("nodes", 32, "Levels of the schedule.", 2, 16_384)
 _CANDIDATES = flags.DEFINE_enum(
   "candidates", "transport", ["transport", "linear", "geometric"], "How candidates are spaced."
 )
@@ -39,10 +39,10 @@ _EPSILON = flags.DEFINE_float(
   "ε of the entropic problem, in squared distance; 2 % of the squared mean step if not given.",
 )  # fmt: skip
 _JOINT = flags.DEFINE_bool("joint", False, "Choose σ with the level, on a grid of both.")
-_SIGMA_LEVELS = flags.DEFINE_integer("sigma_levels", 24, "Candidate σ with --joint.", lower_bound=2)
+_SIGMA_LEVELS = flags.DEFINE_integer("sigma_levels", 24, "Candidate σ with --joint.", 2, 1024)
 _NFE = flags.DEFINE_integer(
   "nfe", None, "A joint schedule whose nodes are the times of a sampler with so many steps.",
-  lower_bound=1,
+  1, 16_383,
 )  # fmt: skip
 _HALVES = flags.DEFINE_bool("halves", True, "Find how far two halves of the slice disagree.")
 _COMPARE = cli.define_paths("compare", [], "Schedule files to draw together, instead of a search.")

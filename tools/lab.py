@@ -24,9 +24,12 @@ _CORRUPTION = flags.DEFINE_string(
 _EXAMINE = flags.DEFINE_bool("examine", False, "Examine a corruption of the project, too.")
 _DATA = flags.DEFINE_string("data", "digits", "digits, patches8 or patches16 (of CIFAR-10).")
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps CIFAR-10, for patches.")
-_IMAGES = flags.DEFINE_integer("images", 450, "Images that the mixture is built around.")
+_IMAGES = flags.DEFINE_integer(
+  "images", 450, "Images that the mixture is built around.", 2, 100_000
+)
 _COMPONENTS = flags.DEFINE_string("components", "image", "A Gaussian per image, or per class.")
-_STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.")
+_STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.", 1e-4,
+                         10.0)  # fmt: skip
 _SCHEDULE = flags.DEFINE_string("schedule", "transport", "transport, linear or geometric levels.")
 _PRIOR = flags.DEFINE_string("prior", "", "Prior; by default subspace for a blur, else zero.")
 _SAMPLERS = flags.DEFINE_string(
@@ -34,10 +37,10 @@ _SAMPLERS = flags.DEFINE_string(
 )
 _NFE = flags.DEFINE_string("nfe", "5,10,20,40,80,160", "Evaluations of the denoiser.")
 _GRID = flags.DEFINE_string("grid", "uniform", "Time grid; see samplers.time_grid.")
-_K = flags.DEFINE_float("k", 0.0, "Fresh noise of a ddim step (P Eq. 52).")
-_NOISE = flags.DEFINE_float("noise", 1.0, "How much noise stochastic_two_step exchanges.")
+_K = flags.DEFINE_float("k", 0.0, "Fresh noise of a ddim step (P Eq. 52).", 0.0)
+_NOISE = flags.DEFINE_float("noise", 1.0, "How much noise stochastic_two_step exchanges.", 0.0)
 _ERROR = flags.DEFINE_string("error", "", "kind:size of an error in x̂_0; see oracles.noisy.")
-_COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.")
+_COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.", 2, 1_000_000)
 _OUT = cli.define_path("out", None, "Folder for lab.md, lab.json and lab.png.")
 _REPORT = cli.define_path("report", None, "Folder to write samplers.md and its figures into.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out; measure a report anew.")

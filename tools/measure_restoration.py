@@ -21,11 +21,11 @@ from soft_diffusion_tf.bin import cli
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
   _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
   _TIMES = flags.DEFINE_list("times", ["0.4", "0.6", "0.8"], "Times t to corrupt to.")
-  _IMAGES = flags.DEFINE_integer("images", 297, "Test images, at most.")
-  _SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.")
+  _IMAGES = flags.DEFINE_integer("images", 297, "Test images, at most.", 1)
+  _SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each clean image.", 2, 10_000)
   _FEATURE_NET = flags.DEFINE_string("feature_net", "pixels", "What the distances are taken in.")
   _REFERENCE = flags.DEFINE_integer(
-    "reference", 10_000, "Training images to compare with, at most."
+    "reference", 10_000, "Training images to compare with, at most.", 2
   )
   _TRUST_CODE = cli.define_trust_code()
   _OUT = cli.define_path("out", None, "A new folder for the results.", required=True)
@@ -74,6 +74,17 @@ def best(candidates, method, clean):
   return max(candidates, key=lambda value: psnr(method(value), clean))
 
 
+def parse_times(texts):
+  """["0.4", "0.6"] → [0.4, 0.6]."""
+  try:
+    times = [float(text) for text in texts]
+  except ValueError:
+    times = []
+  if not times or not all(0 < t <= 1 for t in times):
+    raise ValueError(f"--times={','.join(texts)}: give times from 0 to 1, such as 0.4,0.6")
+  return times
+
+
 def main():
   from soft_diffusion_tf import (
     corruptions,
@@ -86,8 +97,7 @@ def main():
     trust,
   )
 
-  if _SAMPLES.value < 2:
-    raise ValueError(f"--samples={_SAMPLES.value}: a spread takes at least 2; give more")
+  times = parse_times(_TIMES.value)
   out = pathlib.Path(_OUT.value)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out")
@@ -118,7 +128,7 @@ def main():
   }  # fmt: skip
   out.mkdir(parents=True)
   sheets = []
-  for t in map(float, _TIMES.value):
+  for t in times:
     sigma, level = float(diffusion.sigma(t)), float(diffusion.level(t))
     apply = lambda x, t=t: diffusion.corrupt(x.astype(np.float32), np.float32(t)).numpy()
     adjoint = lambda x, t=t: diffusion.adjoint(x.astype(np.float32), np.float32(t)).numpy()

@@ -47,7 +47,7 @@ PRIORS = ("blurred_colour", "subspace", "colour")
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
   _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits, cifar or defaults.")
   _OUT = cli.define_path("out", None, "Folder of the study.", required=True)
-  _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.", 1)
+  _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.", 1, 1024)
   _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
   _FEATURE_NET = flags.DEFINE_string("feature_net", "", "Feature network instead of the study's.")
   _JOB = flags.DEFINE_string("job", None, "Do this one job only (what a worker does).")

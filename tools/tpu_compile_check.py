@@ -42,9 +42,10 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
     "batch",
     None,
     "Global batch; by default the config's (training.batch_size, sampling.batch_size).",
+    1,
   )
   _REPLICAS = flags.DEFINE_integer(
-    "replicas", None, "Chips that share the batch; by default all of the topology."
+    "replicas", None, "Chips that share the batch; by default all of the topology.", 1
   )
   _DTYPE = flags.DEFINE_enum(
     "dtype",

@@ -285,7 +285,8 @@ def _explain_flag(error):
     takes = "true or false" if flag.boolean else getattr(flag.parser, "syntactic_help", "")
     reason = text[illegal.end() :]
     if isinstance(flag.parser, flags.IntegerParser | flags.FloatParser) or flag.boolean:
-      return f"--{illegal[1]}={illegal[2]}: give {takes}"
+      article = "" if takes.startswith(("a ", "an ", "true")) else "an "  # of "integer >= 2"
+      return f"--{illegal[1]}={illegal[2]}: give {article}{takes}"
     return f"--{illegal[1]}={illegal[2]}: {reason}"
   if "config." in text and _config_path(sys.argv) is None and "config" in flags.FLAGS:
     return f"{text}; give --config=FILE before its overrides"

@@ -260,7 +260,7 @@ def _run(job):
 
   sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
   if _NFE.value is not None:
-    if not _NFE.value.isdigit():
+    if not _NFE.value.isdecimal():
       raise ValueError(f"--nfe={_NFE.value}: give one number, or --sweep for several")
     nfe = int(_NFE.value)
   if _CHECKPOINT.value == "best":
@@ -269,7 +269,7 @@ def _run(job):
     if steps is None and nfe is None and sampler != samplers.ADAPTIVE:
       nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
-    if not _CHECKPOINT.value.isdigit():
+    if not _CHECKPOINT.value.isdecimal():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
   cli.say(f"loading the run in {job.workdir}")

@@ -41,7 +41,7 @@ def parse_samplers(text):
   pairs = []
   for part in text.split(","):
     name, colon, steps = part.partition(":")
-    if not (name and colon and steps.isdigit()):
+    if not (name and colon and steps.isdecimal()):
       raise ValueError(
         f"--samplers={text}: {part!r} is not SAMPLER:STEPS; give a list such as momentum:280"
       )

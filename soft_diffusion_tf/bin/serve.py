@@ -21,13 +21,16 @@ _MODEL = cli.define_path("model", None, "Folder of a SavedModel, or of numbered 
 _NAME = flags.DEFINE_string("name", "model", "The model's name in URLs.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
 _PORT = flags.DEFINE_integer("port", 8501, "Port; 0 takes a free one.", 0, 65535)
-_MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Rows of one call, and of one request.", 1)
+_MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Rows of one call, and of one request.", 1,
+                                  1 << 20)  # fmt: skip
 _REPRODUCIBLE = flags.DEFINE_bool(
   "reproducible", False, "Pad every batch to --max_batch: the same bits in any company, at a price."
 )
 _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are answered 429.", 1)
-_TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until a request is answered 504.", 0.001)
-_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1)
+_TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until a request is answered 504.", 0.001,
+                              1e6)  # fmt: skip
+_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1,
+                           1e6)  # fmt: skip
 _MAX_BODY = flags.DEFINE_integer("max_body", 8 << 20, "Bytes of a request's body.", 1024)
 _CONNECTIONS = flags.DEFINE_integer(
   "connections", 512, "Open connections; beyond, idle ones are cut, or new ones get 503.", 2

@@ -74,7 +74,7 @@ def test_a_run_is_measured(tiny, tmp_path):
 
   refused = run("--samples=1")
   assert refused.returncode == 2
-  assert "--samples=1: a spread takes at least 2" in refused.stderr
+  assert "--samples=1: give an integer in the range [2, 10000]" in refused.stderr
   assert not (tmp_path / "out").exists()
   result = run()
   assert result.returncode == 0, result.stderr
