@@ -197,11 +197,11 @@ def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran
   fade = corruptions.from_config(CLASS, trust_code=True)
   own = e.replace(corruption=fade)
   own.save(tmp_path)
-  training._check_config(tmp_path, own)
+  assert training._changes(tmp_path, own) == {}
   ran.unlink()
   del sys.modules["foreign_module"]
   with pytest.raises(ValueError, match="another config"):
-    training._check_config(tmp_path, e)
+    training._changes(tmp_path, e)
   assert not ran.exists()
   nested = corruptions.Compose(corruptions.GaussianBlur(), fade)
   assert corruptions.code_of(nested.get_config()) == {"foreign_module:Fade"}
