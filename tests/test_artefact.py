@@ -477,7 +477,7 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
   ),
   "weights of texts": (lambda c: c | {"weight_0000": np.array(["a"])}, "weight 0|weight_0000"),
   "nf": (lambda c: _about(c, _experiment("network", nf=4096)), "weight 0 has the shape"),
-  "nf without end": (lambda c: _about(c, _experiment("network", nf=10**30)), "network.nf must be from 4"),
+  "nf without end": (lambda c: _about(c, _experiment("network", nf=10**30)), "nf must be from"),
   "blocks": (lambda c: _about(c, _experiment("network", num_res_blocks=10**6)), "num_res_blocks"),
   "texts as shape": (
     lambda c: _about(c, _experiment("data", image_shape=["8", "8", "1"])), "data.image_shape",
@@ -495,7 +495,7 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
     "a schedule is a number",
   ),
   "an infinite number": (lambda c: _about(c, _experiment("network", cond_max=1e400)), "cond_max"),
-  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "sampling.steps must be"),
+  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "steps must be"),
   "a field of two lines": (
     lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})), "z z",
   ),
