@@ -495,7 +495,7 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
     "a schedule is a number",
   ),
   "an infinite number": (lambda c: _about(c, _experiment("network", cond_max=1e400)), "cond_max"),
-  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "steps must be"),
+  "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "steps must"),
   "a field of two lines": (
     lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})), "z z",
   ),
