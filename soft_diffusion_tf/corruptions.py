@@ -124,7 +124,7 @@ class Corruption(abc.ABC):
         f"{type(self).__name__} mixes channels; only an operator that acts on each alike has the "
         "singular values that are asked for here"
       )
-    s, u, v = tf.linalg.svd(operator.to_dense())
+    s, u, v = (tf.cast(m, tf.float32) for m in products.svd(products.dense(operator)))
 
     def multiply(matrix, transpose):
       def function(x):
@@ -216,7 +216,8 @@ class _Separable(Corruption):
   def svd(self, level, image_shape):
     level = tf.reshape(tf.cast(level, tf.float32), [1])
     (s_a, u_a, v_a), (s_b, u_b, v_b) = (
-      tf.linalg.svd(m) for m in self.matrices(level, *image_shape[:2])
+      [tf.cast(part, tf.float32) for part in products.svd(m)]
+      for m in self.matrices(level, *image_shape[:2])
     )
     t = tf.linalg.matrix_transpose
     return Svd(
@@ -428,38 +429,6 @@ class Compose(Corruption):
     return self.inner.adjoint(self.outer.adjoint(y, self.outer_level(flat)), self.inner_level(flat))
 
 
-def _multiply(operator, x, adjoint):
-  """A `LinearOperator` (or its adjoint) times x [B, N, K], dense products by `products.matmul`.
-
-  Operators without a dense product of their own (diagonal, permutation, circulant, ...) are
-  TensorFlow's.
-  """
-  kinds = tf.linalg
-  if isinstance(operator, kinds.LinearOperatorFullMatrix):
-    return products.matmul(operator.to_dense(), x, transpose_a=adjoint)
-  if isinstance(operator, kinds.LinearOperatorAdjoint):
-    return _multiply(operator.operator, x, not adjoint)
-  if isinstance(operator, kinds.LinearOperatorComposition):
-    factors = operator.operators if adjoint else operator.operators[::-1]
-    for factor in factors:
-      x = _multiply(factor, x, adjoint)
-    return x
-  if isinstance(operator, kinds.LinearOperatorKronecker):
-    # One axis for each factor; the factor multiplies its axis.
-    sizes = [int(factor.domain_dimension) for factor in operator.operators]
-    y = tf.reshape(x, [-1, *sizes, tf.shape(x)[-1]])
-    for axis, factor in enumerate(operator.operators, 1):
-      order = [k for k in range(len(sizes) + 2) if k not in (0, axis)]
-      there = [0, axis, *order]
-      y = tf.transpose(y, there)
-      rest = tf.shape(y)[2:]
-      y = _multiply(factor, tf.reshape(y, [-1, sizes[axis - 1], tf.reduce_prod(rest)]), adjoint)
-      y = tf.reshape(y, tf.concat([[-1, sizes[axis - 1]], rest], 0))
-      y = tf.transpose(y, np.argsort(there))
-    return tf.reshape(y, tf.shape(x))
-  return operator.matmul(x, adjoint=adjoint)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family(Corruption):
   """A user's family of operators.
@@ -498,8 +467,7 @@ class Family(Corruption):
           f"pixels and {pixels * shape[2]} numbers"
         )
       flat = tf.reshape(batch, [-1, size, shape[2] if size == pixels else 1])
-      product = _multiply(operator, flat, adjoint)
-      return tf.reshape(product, [-1, *shape])
+      return tf.reshape(products.operate(operator, flat, adjoint), [-1, *shape])
 
     level = tf.reshape(level, [-1])
     if level.shape[0] == 1:

@@ -80,6 +80,23 @@ def _root(covariance):
   return vectors[:, kept] * np.sqrt(values[kept])
 
 
+def frechet_of_rows(rows, mean, covariance):
+  """`frechet_distance` of the Gaussian fitted to rows [n, ...] and a known one.
+
+  With fewer rows than dimensions it takes one eigendecomposition of n × n: S₁ = AᵀA, and S₁S₂ has
+  the eigenvalues of A S₂ Aᵀ.
+  """
+  rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
+  if len(rows) > rows.shape[1]:
+    own = Moments().update(rows)
+    return frechet_distance(own.mean, own.covariance, mean, covariance)
+  root = (rows - rows.mean(0)) / np.sqrt(len(rows) - 1)
+  values = np.linalg.eigvalsh(root @ covariance @ root.T)
+  gap = rows.mean(0) - mean
+  trace = np.sum(root**2) + np.trace(covariance)
+  return float(gap @ gap + trace - 2 * np.sum(np.sqrt(np.maximum(values, 0))))
+
+
 def frechet_between(rows_1, rows_2):
   """`frechet_distance` of the Gaussians fitted to two sets of rows [n, ...] and [m, ...]."""
   one, two = Moments().update(rows_1), Moments().update(rows_2)

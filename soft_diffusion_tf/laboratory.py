@@ -5,12 +5,14 @@ moments of the data and of every q_t. What is left of a sampler's error is its o
 the prior, or an error put into x̂_0 on purpose.
 """
 
+import copy
 import dataclasses
 import functools
 
 import numpy as np
 import scipy.cluster.vq
 import scipy.fft
+import sklearn.datasets
 import tensorflow as tf
 
 from soft_diffusion_tf import (
@@ -27,7 +29,8 @@ from soft_diffusion_tf import (
 )
 from soft_diffusion_tf.diffusion import Diffusion
 
-DATA = ("digits", "patches8", "patches16")
+DATA = ("digits", "patches8", "patches16", "crops64")
+PRECISIONS = ("exact", "tf32", "bfloat16")
 COMPONENTS = ("image", "class")
 SCHEDULES = ("transport", "linear", "geometric")
 NFES = (5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 226, 320, 453, 640, 1000)
@@ -41,13 +44,16 @@ def load(name, count=450, data_dir=None):
   """Images float32 [N, H, W, C] in [0, 1] and labels [N] to build a mixture around.
 
   Args:
-    name: "digits" (8×8×1), or "patches8" or "patches16": random patches of CIFAR-10.
+    name: "digits" (8×8×1), "patches8" or "patches16" (random patches of CIFAR-10), or "crops64"
+      (64×64×1, cut at random from the two photographs of scikit-learn, at half their size).
     count: how many; evenly spaced digits, or one patch of each of as many images.
   """
   if name not in DATA:
     raise ValueError(f"unknown data {name!r}; choose one of {', '.join(DATA)}")
   if count < 2:
     raise ValueError(f"a laboratory takes at least 2 images, got {count}")
+  if name == "crops64":
+    return _crops(64, count), np.zeros(count, np.int64)
   source = data.load(*(("digits", "all") if name == "digits" else ("cifar10", "train")),
                      data_dir=data_dir, progress=False)  # fmt: skip
   picked = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
@@ -57,6 +63,21 @@ def load(name, count=450, data_dir=None):
     corners = np.random.default_rng(0).integers(0, images.shape[1] - size + 1, [len(images), 2])
     images = np.stack([i[y : y + size, x : x + size] for i, (y, x) in zip(images, corners)])
   return images, source.labels[picked]
+
+
+def _crops(size, count):
+  photographs = [
+    (p[: p.shape[0] // 2 * 2, : p.shape[1] // 2 * 2] / 255.0) @ np.array([0.299, 0.587, 0.114])
+    for p in sklearn.datasets.load_sample_images().images
+  ]
+  halves = [p.reshape(p.shape[0] // 2, 2, p.shape[1] // 2, 2).mean((1, 3)) for p in photographs]
+  draw = np.random.default_rng(0)
+  crops = []
+  for k in range(count):
+    half = halves[k % len(halves)]
+    y, x = (draw.integers(0, n - size + 1) for n in half.shape)
+    crops.append(half[y : y + size, x : x + size, None])
+  return np.stack(crops).astype(np.float32)
 
 
 def mixture_of(images, labels, components="image", std=0.05):
@@ -117,6 +138,89 @@ def two_stage(corruption, level, image_shape):
     image_shape, corruption, schedules.Staged(level, 0.2, 1.0),
     schedules.Staged(schedules.Geometric(0.01, 0.1), 0.0, 0.2),
   )  # fmt: skip
+
+
+# --- Operators as a device multiplies that nobody told otherwise ----------------------------------
+
+
+def rounded(x, kind):
+  """float32 values as a device's product sees them: "tf32" (a GPU's) or "bfloat16" (a TPU's)."""
+  x = tf.convert_to_tensor(x, tf.float32)
+  if kind == "bfloat16":
+    return tf.cast(tf.cast(x, tf.bfloat16), tf.float32)
+  if kind != "tf32":
+    raise ValueError(f"unknown precision {kind!r}; choose tf32 or bfloat16")
+  bits = tf.bitcast(x, tf.int32)  # 13 of the 23 bits of the mantissa go, to the nearest even one
+  odd = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 13), 1)
+  bits = tf.bitwise.bitwise_and(bits + odd + (2**12 - 1), -(2**13))
+  return tf.bitcast(bits, tf.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded(corruptions.Corruption):
+  """A blur whose products round their operands to `kind` and add in float32, as a device does."""
+
+  blur: corruptions.GaussianBlur
+  kind: str
+
+  def apply(self, x, level):
+    n, (h, w, c) = tf.shape(x)[0], x.shape[1:]
+    a, b = self.blur.matrices(tf.reshape(level, [-1]), h, w)
+    cut = lambda v: rounded(v, self.kind)
+    rows = tf.matmul(cut(a), tf.reshape(cut(x), [n, h, w * c]))
+    turned = tf.reshape(tf.transpose(tf.reshape(rows, [n, h, w, c]), [0, 2, 1, 3]), [n, w, h * c])
+    y = tf.reshape(tf.matmul(cut(b), cut(turned)), [n, w, h, c])
+    return tf.transpose(y, [0, 2, 1, 3])
+
+
+class PrecisionStudy:
+  """Samples by exact and by rounded operators of a blur, from the same seeds and the same noise.
+
+  The denoiser is the exact one of the exact process for all: what a network loses is not asked.
+
+  Args:
+    mixture: `oracles.GaussianMixture` of small components (covariances None).
+    process: a `Diffusion` with a `GaussianBlur` and a prior.
+  """
+
+  def __init__(self, mixture, process):
+    self.mixture, self.process = mixture, process
+    denoiser = oracles.denoiser(mixture, process)
+    self._samplers = {"exact": samplers.Sampler(process, denoiser)}
+    for kind in PRECISIONS[1:]:
+      changed = copy.copy(process)
+      # Not dataclasses.replace, which would refuse it: a rounded C_0 is no identity.
+      object.__setattr__(changed, "corruption", Rounded(process.corruption, kind))
+      self._samplers[kind] = samplers.Sampler(changed, denoiser)
+    h, w = process.image_shape[:2]
+    fastest = np.maximum(np.arange(h)[:, None] / h, np.arange(w)[None] / w)  # of the two axes
+    self._band = np.clip(np.ceil(np.log2(np.maximum(fastest, 2.0**-9))).astype(int), -3, 0) + 3
+
+  BANDS = ("up to 1/8", "1/8 to 1/4", "1/4 to 1/2", "1/2 to 1")  # of the highest frequency
+
+  def sample(self, kind, rule, nfe, seeds):
+    """Images float32 [N, H, W, C] by a rule with that many evaluations."""
+    times = samplers.time_grid(samplers.steps_for(rule, nfe))
+    x = self.process.draw_prior(seeds)
+    return self._samplers[kind](samplers.table(rule, times, self.process), seeds, x).numpy()
+
+  def one_blur(self, images, kind, t):
+    """RMS and largest error of a single rounded C_t."""
+    wrong = self._samplers[kind].diffusion.corrupt(images, t) - self.process.corrupt(images, t)
+    return float(np.sqrt(np.mean(wrong**2))), float(np.max(np.abs(wrong)))
+
+  def rms(self, difference):
+    """RMS in each of `BANDS` of images [N, H, W, C], by cosine transform; a pixel's share each."""
+    power = scipy.fft.dctn(np.float64(difference), axes=(1, 2), norm="ortho") ** 2
+    return [float(np.sqrt(power[:, self._band == k].mean())) for k in range(len(self.BANDS))]
+
+  @functools.cached_property
+  def _moments(self):
+    return oracles.moments(self.mixture)
+
+  def frechet(self, images):
+    """Squared Fréchet distance in pixels to the exact moments of the data."""
+    return gaussians.frechet_of_rows(images, *self._moments)
 
 
 # --- Grades ---------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
   python tools/lab.py --corruption=blur --samplers=momentum,two_step --nfe=10,20,40 --out=DIR
   python tools/lab.py --corruption=my_module:MyCorruption --out=DIR
   python tools/lab.py --report=docs --force
+  python tools/lab.py --study=precision --minutes=40 --out=DIR
 
 The first grades samplers; the second says whether a corruption of your own is well-posed, which
-schedule it wants and how many steps; the third writes docs/samplers.md again, with its figures.
+schedule it wants and how many steps; the third writes docs/samplers.md again, with its figures; the
+fourth samples with operators as a GPU or a TPU multiplies that nobody told otherwise.
 Data is a mixture of Gaussians around real images, whose denoiser is known in closed form.
 """
 
@@ -43,6 +45,10 @@ _ERROR = flags.DEFINE_string("error", "", "kind:size of an error in x̂_0; see o
 _COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.", 2, 1_000_000)
 _OUT = cli.define_path("out", None, "Folder for lab.md, lab.json and lab.png.")
 _REPORT = cli.define_path("report", None, "Folder to write samplers.md and its figures into.")
+_STUDY = flags.DEFINE_enum(
+  "study", None, ["precision"], "Rather measure what rounded operators cost; goes on in --out."
+)
+_MINUTES = flags.DEFINE_float("minutes", 40.0, "How long a study draws samples.", 0.0, 1e6)
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out; measure a report anew.")
 _OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
 _OF_LAB = (  # nor are these of --report
@@ -559,6 +565,107 @@ def write_report(out, data_dir):
   print(f"{out / 'samplers.md'}, its figures and numbers (samplers.json) are written")
 
 
+# --- The study of rounded operators ---------------------------------------------------------------
+
+STUDY = {  # data: images, spread of a component, half size of the blur, its last level, samples of
+  # a block, blocks at the most
+  "crops64": (100, 0.02, 80, 23.0, 50, 20),
+  "digits": (100, 0.05, 32, 6.0, 2000, 1),
+}
+STUDY_NFES = (10, 30, 100, 280, 1000)
+STUDY_RULES = ("momentum", "ddim", "two_step")
+
+
+def study_of(name):
+  """The `laboratory.PrecisionStudy` of one of `STUDY`."""
+  from soft_diffusion_tf import corruptions, laboratory, priors
+
+  count, std, half_size, last = STUDY[name][:4]
+  images, labels = laboratory.load(name, count)
+  blur = corruptions.GaussianBlur(half_size)
+  level, _ = laboratory.level_schedule("transport", blur, 0.01, last, images)
+  process = laboratory.two_stage(blur, level, images.shape[1:])
+  process = process.with_prior(priors.fit("subspace", images, process, 32))
+  mixture = laboratory.mixture_of(images, labels, "image", std)
+  return laboratory.PrecisionStudy(mixture, process)
+
+
+def draw_study(out, minutes, names=tuple(STUDY)):
+  """Draws block after block of samples into `out`, where they stay for the next call."""
+  import itertools
+  import time
+
+  import numpy as np
+
+  from soft_diffusion_tf import laboratory
+
+  out.mkdir(parents=True, exist_ok=True)
+  studies = {name: study_of(name) for name in names}
+  end = time.monotonic() + 60 * minutes
+  for block in range(max(STUDY[name][5] for name in names)):
+    for nfe, name in itertools.product(STUDY_NFES, names):
+      size, blocks = STUDY[name][4:]
+      if block >= blocks:
+        continue
+      for rule, kind in itertools.product(STUDY_RULES, laboratory.PRECISIONS):
+        path = out / f"{name}-{rule}-{nfe}-{kind}-{block}.npy"
+        if path.exists():
+          continue
+        if time.monotonic() > end:
+          return
+        seeds = range(block * size, (block + 1) * size)
+        images = studies[name].sample(kind, rule, nfe, seeds)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+          np.save(file, images)
+        partial.replace(path)
+
+
+def grade_study(out, names=tuple(STUDY)):
+  """What the blocks in `out` say: {data: {...}}, of all blocks that every rule and kind has."""
+  import numpy as np
+
+  from soft_diffusion_tf import laboratory
+
+  record = {}
+  for name in names:
+    study, rows = study_of(name), []
+    for nfe in STUDY_NFES:
+      combinations = [(r, k) for r in STUDY_RULES for k in laboratory.PRECISIONS]
+      found = [
+        len(list(out.glob(f"{name}-{rule}-{nfe}-{kind}-*.npy"))) for rule, kind in combinations
+      ]
+      if not min(found):
+        continue
+      for rule in STUDY_RULES:
+        drawn = {
+          kind: np.concatenate(
+            [np.load(out / f"{name}-{rule}-{nfe}-{kind}-{k}.npy") for k in range(min(found))]
+          )
+          for kind in laboratory.PRECISIONS
+        }
+        for kind, images in drawn.items():
+          rows.append({
+            "nfe": nfe, "rule": rule, "kind": kind, "n": len(images),
+            "frechet": study.frechet(images), "rms": study.rms(images - drawn["exact"]),
+            "bias": study.rms((images - drawn["exact"]).mean(0, keepdims=True)),
+          })  # fmt: skip
+    sizes = sorted({row["n"] for row in rows})
+    fresh = {n: [study.frechet(study.mixture.draw(n, seed=s)) for s in range(2, 6)] for n in sizes}
+    clean = study.mixture.draw(64, seed=9)
+    record[name] = {
+      "facts": dict(zip(("images", "std", "half_size", "last"), STUDY[name])),
+      "rows": rows,
+      "floors": {str(n): [float(np.mean(v)), float(np.std(v, ddof=1))] for n, v in fresh.items()},
+      "one_blur": {
+        kind: np.max([study.one_blur(clean, kind, t) for t in np.linspace(0.2, 1, 17)], 0).tolist()
+        for kind in laboratory.PRECISIONS[1:]
+      },
+      "data_rms": study.rms(clean),
+    }  # fmt: skip
+  return record
+
+
 def main():
   from soft_diffusion_tf import laboratory
 
@@ -570,6 +677,12 @@ def main():
   if _OUT.value is None:
     raise ValueError("give --out=DIR, or --report=docs")
   out = pathlib.Path(_OUT.value)
+  if _STUDY.value:
+    cli.refuse([f for f in _OF_LAB if f is not _OUT], "the study has settings of its own")
+    draw_study(out, _MINUTES.value)
+    (out / "precision.json").write_text(json.dumps(grade_study(out)) + "\n")
+    print(f"{out / 'precision.json'} is written")
+    return
   cli.refuse_to_overwrite(out / "lab.json", _FORCE.value)
   examined = _EXAMINE.value or ":" in _CORRUPTION.value
   if examined:
