@@ -528,7 +528,8 @@ class Matrix(Family):
   def __eq__(self, other):
     return isinstance(other, Matrix) and np.array_equal(self.matrix, other.matrix)
 
-  __hash__ = None
+  def __hash__(self):
+    return hash(self.matrix.tobytes())
 
   def get_config(self):
     return {"kind": "Matrix", "matrix": self.matrix.tolist()}

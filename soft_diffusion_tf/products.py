@@ -96,7 +96,13 @@ def operate(operator, x, adjoint=False):
   kinds = tf.linalg
   if isinstance(operator, kinds.LinearOperatorAdjoint):
     return operate(operator.operator, x, not adjoint)
-  if isinstance(operator, kinds.LinearOperatorFullMatrix | kinds.LinearOperatorLowerTriangular):
+  # A tridiagonal one of TensorFlow's takes no batch of columns.
+  if isinstance(
+    operator,
+    kinds.LinearOperatorFullMatrix
+    | kinds.LinearOperatorLowerTriangular
+    | kinds.LinearOperatorTridiag,
+  ):
     return matmul(operator.to_dense(), x, transpose_a=adjoint)
   if isinstance(operator, kinds.LinearOperatorComposition):
     for factor in operator.operators if adjoint else operator.operators[::-1]:

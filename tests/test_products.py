@@ -420,7 +420,7 @@ def dots(text):
 
 def elementwise(self, x, cond, training=False, seed=None, first=0):
   """In place of the network: every weight counts, and nothing is multiplied as a matrix."""
-  weights = tf.add_n([tf.reduce_sum(v.value) for v in self.variables])
+  weights = tf.add_n([tf.reduce_sum(tf.cast(v.value, tf.float32)) for v in self.variables])
   return tf.cast(x, tf.float32) * (1.0 + weights) + tf.reshape(cond, [-1, 1, 1, 1])
 
 
@@ -472,6 +472,6 @@ def test_a_plain_product_is_seen_in_the_text():
     def function(a, b, product=product):
       return product(a, b)
 
-    compiled = tf.function(function, jit_compile=True, autograph=False, input_signature=[a, a])
-    text = compiled.experimental_get_compiler_ir()(stage="stablehlo")
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+    text = compiled.experimental_get_compiler_ir(a, a)(stage="stablehlo")
     assert [precision for precision, _ in dots(text)] == [want]
