@@ -467,11 +467,11 @@ def test_the_lowered_programs_state_highest_for_operators_alone(what, shape, dty
 def test_a_plain_product_is_seen_in_the_text():
   """The test above can fail: a product that states nothing is DEFAULT."""
   a = tf.TensorSpec([4, 4], tf.float32)
-  for product, want in ((tf.matmul, "DEFAULT"), (products.matmul, "HIGHEST")):
 
-    def function(a, b, product=product):
-      return product(a, b)
-
-    compiled = tf.function(function, jit_compile=True, autograph=False)
+  def stated(product):
+    compiled = tf.function(lambda a, b: product(a, b), jit_compile=True, autograph=False)
     text = compiled.experimental_get_compiler_ir(a, a)(stage="stablehlo")
-    assert [precision for precision, _ in dots(text)] == [want]
+    return [precision for precision, _ in dots(text)]
+
+  assert stated(tf.matmul) == ["DEFAULT"]
+  assert stated(products.matmul) == ["HIGHEST"]
