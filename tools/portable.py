@@ -17,6 +17,7 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
@@ -25,6 +26,23 @@ VERBS = ("export", "run", "import")
 
 
 # --- Export ---------------------------------------------------------------------------------------
+
+
+def check_new(path, flag):
+  """Raises the ValueError of a folder that is not a new one."""
+  path = pathlib.Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f"{path} holds files already; give another --{flag}")
+
+
+def check_exportable(experiment):
+  """Raises the ValueError of a config whose step XLA cannot take."""
+  parts = experiment.training.accumulate
+  if parts > 1:
+    raise ValueError(
+      f"training.accumulate = {parts}: a step in parts is not exported; set it to 1, and a "
+      "training.batch_size that fits"
+    )
 
 
 def programs(run, images, held_out, plans, sample_batch):
@@ -186,12 +204,12 @@ def export(run, out, training_images, *, steps, plans, sample_batch, held_out, j
 
   from soft_diffusion_tf import data
   from tools import lowering
-  from tools.portable_runner import FORMAT
+  from tools.portable_runner import FORMAT, digest_of_manifest
 
   e = run.experiment
   out = pathlib.Path(out)
-  if out.exists() and any(out.iterdir()):
-    raise ValueError(f"{out} holds files already; give another --out")
+  check_new(out, "out")
+  check_exportable(e)
   tables = plans_of(run, plans)
   name, content, images = training_images
   files = {f"images.{name}": content}
@@ -229,20 +247,25 @@ def export(run, out, training_images, *, steps, plans, sample_batch, held_out, j
   )
   files["run.py"] = RUNNER.read_bytes()
   manifest = {
-    "format": FORMAT, "digest": e.identity(), "step": run.step, "config": e.to_dict(),
+    "format": FORMAT, "step": run.step, "config": e.to_dict(),
     "programs": described, "state": state, "state_digest": digest, "plans": list(tables),
     "images": f"images.{name}", "held_out": f"held_out.{held_name}",
     "files": {k: hashlib.sha256(v).hexdigest() for k, v in files.items()},
   }  # fmt: skip
+  manifest["digest"] = digest_of_manifest(manifest)
   files["manifest.json"] = (json.dumps(manifest) + "\n").encode()
-  partial = out.with_name(out.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  for name, content in files.items():
-    (partial / name).write_bytes(content)
-  if out.exists():
-    out.rmdir()  # empty, as was checked
-  partial.replace(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+  try:
+    for name, content in files.items():
+      (partial / name).write_bytes(content)
+    partial.chmod(0o755)
+    if out.exists():
+      out.rmdir()  # empty, as was checked
+    partial.replace(out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
   return {name: len(content) for name, content in files.items()}
 
 
@@ -266,7 +289,7 @@ def _npz(arrays):
 
 
 def read_results(results):
-  """(result.json, the arrays by name) of a folder that run.py wrote."""
+  """(result.json, the arrays by name) of a folder that run.py wrote, every file checked."""
   import zipfile
 
   import numpy as np
@@ -275,18 +298,28 @@ def read_results(results):
   path = results / "result.json"
   try:
     result = json.loads(path.read_text(encoding="utf-8"))
-    prefix = result["saved"]
+    files, step = result["files"], result["step"]
+    if result["saved"] not in ("state", "averages") or type(step) is not int or step < 0:
+      raise ValueError
   except FileNotFoundError:
     raise ValueError(f"{results}: no result.json in it; is it what run.py --out wrote?") from None
-  except (ValueError, KeyError, TypeError):
-    raise ValueError(f"{path}: no weights were saved there; run longer, or with --limit") from None
+  except KeyError:
+    raise ValueError(f"{path}: no weights were saved there; run longer") from None
+  except (OSError, ValueError, TypeError):
+    raise ValueError(f"{path}: not a record of run.py; copy the folder again") from None
   arrays = {}
-  for part in sorted(results.glob(f"{prefix}-*.npz")):
+  for name, digest in files.items():
     try:
-      with np.load(part, allow_pickle=False) as content:
-        arrays |= dict(content)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-      raise ValueError(f"{part}: cannot be read ({error}); copy it again") from None
+      content = (results / name).read_bytes()
+    except OSError as error:
+      raise ValueError(f"{results / name} cannot be read ({error}); copy it again") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+      raise ValueError(f"{results / name} is damaged; copy it again")
+    try:
+      with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        arrays |= dict(archive)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{results / name} cannot be read ({error}); copy it again") from None
   return result, arrays
 
 
@@ -303,8 +336,7 @@ def bring_back(folder, results, workdir):
   from tools.portable_runner import Refused, read_manifest
 
   folder, workdir = pathlib.Path(folder), pathlib.Path(workdir)
-  if (workdir / "config.json").exists():
-    raise ValueError(f"{workdir} holds a run already; give another --workdir")
+  check_new(workdir, "workdir")
   try:
     manifest = read_manifest(folder)
   except Refused as error:
@@ -312,8 +344,7 @@ def bring_back(folder, results, workdir):
   result, arrays = read_results(results)
   if result.get("export") != manifest["digest"]:
     raise ValueError(
-      f"{results} is of the export {result.get('export')}, and {folder} is {manifest['digest']}; "
-      "give the --folder that it was run from"
+      f"{results} is of another export than {folder}; give the --folder that it was run from"
     )
   e = Experiment.from_config(manifest["config"])
   prior = priors.Prior.load(folder / "prior.npz")
@@ -328,13 +359,19 @@ def bring_back(folder, results, workdir):
     if source not in arrays:
       raise ValueError(f"{results}: {source} is missing; copy every file of it again")
     value = arrays[source]
-    if value.shape != tuple(variable.shape):
+    if value.dtype.kind not in "fi" or value.shape != tuple(variable.shape):
       raise ValueError(
-        f"{results}: {source} is {value.shape}, and the config makes it {tuple(variable.shape)}"
+        f"{results}: {source} is {value.dtype} {value.shape}, and the config makes it "
+        f"{tuple(variable.shape)}"
       )
     if not np.all(np.isfinite(value)):
       raise ValueError(f"{results}: {source} holds values that are not finite; training has failed")
     variable.assign(value.astype(variable.dtype.as_numpy_dtype))
+  if int(model.optimizer.iterations) != result["step"]:
+    raise ValueError(
+      f"{results}: its state is of step {int(model.optimizer.iterations)} and its record of step "
+      f"{result['step']}; copy every file of it again"
+    )
   run = training.Run(e, model, result["step"])
   training.write(run, workdir)
   about = {k: v for k, v in result.items() if k != "history"} | {"whole_state": whole}
@@ -351,23 +388,25 @@ def _define(verb):
 
   from soft_diffusion_tf.bin import cli
 
+  number = flags.DEFINE_integer
   if verb == "export":
     return {
       "config": cli.define_config(),
-      "workdir": flags.DEFINE_string("workdir", None, "Export the run of a workdir."),
-      "out": flags.DEFINE_string("out", None, "A new folder.", required=True),
-      "steps": flags.DEFINE_integer("steps", 10_000, "Steps of the data's order to write."),
+      "workdir": cli.define_path("workdir", None, "Export the run of a workdir."),
+      "trust_code": cli.define_trust_code(),
+      "out": cli.define_path("out", None, "A new folder.", required=True),
+      "steps": number("steps", 10_000, "Steps of the data's order to write.", 1, 10**8),
       "plans": flags.DEFINE_string("plans", "two_step:25", "SAMPLER:EVALUATIONS, with commas."),
-      "sample_batch": flags.DEFINE_integer("sample_batch", None, "Images drawn side by side."),
-      "held_out": flags.DEFINE_integer("held_out", 1000, "Images of the test split that travel."),
-      "train_count": flags.DEFINE_integer("train_count", None, "Only the first training images."),
+      "sample_batch": number("sample_batch", None, "Images drawn side by side.", 1, 10**6),
+      "held_out": number("held_out", 1000, "Images of the test split that travel.", 0, 10**8),
+      "train_count": number("train_count", None, "Only the first training images.", 1, 10**9),
       "jpeg": flags.DEFINE_bool("jpeg", False, "Images travel as the JPEG files of a TFDS set."),
       "store": flags.DEFINE_bool("store", False, "Store the whole state, not its seeds."),
     }  # fmt: skip
   return {
-    "folder": flags.DEFINE_string("folder", None, "What export wrote.", required=True),
-    "results": flags.DEFINE_string("results", None, "What run.py wrote.", required=True),
-    "workdir": flags.DEFINE_string("workdir", None, "A new workdir.", required=True),
+    "folder": cli.define_path("folder", None, "What export wrote.", required=True),
+    "results": cli.define_path("results", None, "What run.py wrote.", required=True),
+    "workdir": cli.define_path("workdir", None, "A new workdir.", required=True),
   }
 
 
@@ -392,14 +431,14 @@ def _export():
   value = {name: flag.value for name, flag in _FLAGS.items()}
   if (value["config"] is None) == (value["workdir"] is None):
     raise ValueError("give --config=FILE for a fresh run, or --workdir=DIR for one that has begun")
-  for name in ("steps", "held_out"):
-    if value[name] < (name == "steps"):
-      raise ValueError(f"--{name}={value[name]} is too few")
+  cli.check_folder(value["out"])
+  check_new(value["out"], "out")
   if value["workdir"]:
-    run = training.load(value["workdir"])
+    run = training.load(value["workdir"], trust_code=value["trust_code"])
     experiment = run.experiment
   else:
-    experiment = Experiment.from_config(value["config"])
+    experiment = Experiment.from_config(value["config"], trust_code=True)
+  check_exportable(experiment)
   split = experiment.data.train_split
   images = load_images(experiment, split, value["jpeg"], value["train_count"])
   if not value["workdir"]:
@@ -412,10 +451,11 @@ def _export():
   for name, size in sizes.items():
     print(f"  {name}: {size / 2**20:.2f} MiB")
   print(f"{value['out']}: {sum(sizes.values()) / 2**20:.1f} MiB; run it by python "
-        f"{value['out']}/run.py --seconds=600 --out=results")  # fmt: skip
+        f"{value['out']}/run.py --seconds=600 --samples=100 --out=results")  # fmt: skip
 
 
 def _import():
+  cli.check_folder(_FLAGS["workdir"].value, "workdir")
   run = bring_back(*(_FLAGS[name].value for name in ("folder", "results", "workdir")))
   whole = json.loads((pathlib.Path(_FLAGS["workdir"].value) / "portable.json").read_text())
   note = "" if whole["whole_state"] else " (averaged weights alone: Adam's state did not travel)"

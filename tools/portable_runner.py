@@ -87,19 +87,27 @@ class Refused(Exception):
 # --- The folder -----------------------------------------------------------------------------------
 
 
+def digest_of_manifest(manifest):
+  """The digest of all that a manifest says, and so of every file that it names: one export."""
+  rest = {k: v for k, v in manifest.items() if k != "digest"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder):
   """The manifest of an exported folder, every file in it checked against its digest."""
   path = folder / "manifest.json"
   try:
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    files, version = manifest["files"], manifest["format"]
+    version = manifest["format"]
   except FileNotFoundError:
     raise Refused(f"{folder}: no manifest.json in it; is it a folder that export wrote?") from None
-  except (ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError):
     raise Refused(f"{path}: not a manifest; export again") from None
   if version != FORMAT:
     raise Refused(f"{path}: of format {version}, and this run.py reads {FORMAT}; export again")
-  for name, digest in files.items():
+  if manifest.get("digest") != digest_of_manifest(manifest):
+    raise Refused(f"{path} is damaged; copy the folder again")
+  for name, digest in manifest["files"].items():
     try:
       content = (folder / name).read_bytes()
     except OSError:
@@ -176,17 +184,33 @@ def digest_of(state):
 
 
 def check_jax():
-  """JAX, or the Refused of one that is missing or of another version."""
+  """JAX, or the Refused of one that is missing, of another version, or without its device."""
   try:
     import jax
   except ImportError:
     raise Refused(f"JAX is not installed; pip install jax=={JAX} (Python 3.12 or later)") from None
-  if jax.__version__ != JAX:
-    raise Refused(
-      f"JAX {jax.__version__} is installed, and this needs {JAX}: pip install jax=={JAX}"
-    )
+  except Exception as error:  # whatever a broken installation raises
+    raise Refused(f"JAX cannot be imported ({first_line(error)}); install it again") from None
+  version = getattr(jax, "__version__", "of no version")
+  if version != JAX:
+    raise Refused(f"JAX {version} is installed, not {JAX}; pip install jax=={JAX}")
   jax.config.update("jax_enable_x64", True)  # seeds and steps are int64
   return jax
+
+
+def device_of(jax):
+  """(device, platform as `jax.export` calls it, steps in one call)."""
+  try:
+    device, platform = jax.devices()[0], jax.default_backend()
+  except RuntimeError as error:
+    raise Refused(
+      f"JAX finds no device ({first_line(error)}); mend its installation, or set JAX_PLATFORMS=cpu"
+    ) from None
+  return device, {"gpu": "cuda"}.get(platform, platform), 1 if platform == "cpu" else 20
+
+
+def first_line(error):
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def exported(folder, manifest, name, platform, precision="default"):
@@ -323,13 +347,12 @@ class Programs:
 
 def refused(doing, error):
   """The Refused of a fault of JAX's: its first line, and for want of memory the remedy."""
-  text = str(error).strip().splitlines() or [type(error).__name__]
   if "RESOURCE_EXHAUSTED" in str(error):
     return Refused(
-      f"{doing}: the device's memory does not suffice ({text[0][:200]}); export with a smaller "
-      "--batch, or with --config.training.accumulate=2"
+      f"{doing}: the device's memory does not suffice ({first_line(error)}); export with a smaller "
+      "--config.training.batch_size or --sample_batch"
     )
-  return Refused(f"{doing}: {text[0][:300]}")
+  return Refused(f"{doing}: {first_line(error)}")
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -343,7 +366,10 @@ def write(path, content):
 
 
 def save_state(out, prefix, arrays, dtype=None):
-  """Arrays by name in files PREFIX-0.npz, … of at most PART bytes; returns the bytes."""
+  """Arrays by name in new files PREFIX-0.npz, … of at most PART bytes: {file: digest}.
+
+  Files that are there are left alone: whoever reads them goes by the record that names them.
+  """
   import numpy as np
 
   parts, size = [{}], 0
@@ -356,15 +382,13 @@ def save_state(out, prefix, arrays, dtype=None):
       size = 0
     parts[-1][name] = value
     size += value.nbytes
-  total = 0
-  for old in out.glob(f"{prefix}-*.npz"):
-    old.unlink()
+  files = {}
   for k, part in enumerate(parts):
     content = io.BytesIO()
     np.savez(content, **part)
     write(out / f"{prefix}-{k}.npz", content.getvalue())
-    total += content.tell()
-  return total
+    files[f"{prefix}-{k}.npz"] = hashlib.sha256(content.getvalue()).hexdigest()
+  return files
 
 
 def png(image):
@@ -526,38 +550,55 @@ def peak_memory(device):
 def keep_compiled(a, jax):
   """Lets JAX keep what it compiles in --cache."""
   if a.cache:
+    pathlib.Path(a.cache).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", a.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+LEAST = {  # of each number that a flag takes
+  "steps": 1, "seconds": 1, "inside": 1, "time": 1, "threads": 1, "log_every": 1, "save_every": 1,
+  "samples": 0, "limit": 0,
+}  # fmt: skip
+
+
 def go(a):
-  """What the flags ask for."""
-  folder = pathlib.Path(a.folder)
+  """What the flags ask for; everything that can be refused is refused before JAX starts."""
   if (a.steps is None) == (a.seconds is None) and not a.check and not a.time:
     raise Refused("give --steps=N or --seconds=S (or --time=N, or --check=h100)")
-  for name in ("steps", "seconds", "samples", "log_every", "inside", "time"):
+  for name, least in LEAST.items():
     value = getattr(a, name)
-    if value is not None and not (math.isfinite(value) and value >= (name in ("inside", "time"))):
-      raise Refused(
-        f"--{name}={value:g} must be a number from {int(name in ('inside', 'time'))} on"
-      )
-  if a.time:
-    jax = check_jax()
-    keep_compiled(a, jax)
-    return measure(a, [pathlib.Path(f) for f in a.folder.split(",")], jax)
-  manifest = read_manifest(folder)
+    if value is not None and not (math.isfinite(value) and value >= least):
+      raise Refused(f"--{name}={value:g} must be a number from {least} on")
+  folders = [pathlib.Path(f) for f in a.folder.split(",")]
+  if len(folders) > 1 and not a.time:
+    raise Refused(f"--folder={a.folder}: several go with --time alone; give one")
+  manifests = [read_manifest(folder) for folder in folders]
+  out, manifest = pathlib.Path(a.out), manifests[0]
   if a.check:
-    return check(a, folder, manifest)
-  unknown = [p for p in a.plans.split(",") if p and p not in manifest["plans"]]
-  if unknown:
-    raise Refused(f"--plans={unknown[0]}: exported were {', '.join(manifest['plans'])}")
-  out = pathlib.Path(a.out)
-  if out.exists() and any(out.iterdir()):
+    return check(a, folders[0], manifest)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise Refused(f"{out} holds files already; give another --out")
-  out.mkdir(parents=True, exist_ok=True)
+  if not a.time:
+    unknown = [p for p in a.plans.split(",") if p and p not in manifest["plans"]]
+    if unknown:
+      raise Refused(f"--plans={unknown[0]}: exported were {', '.join(manifest['plans'])}")
+    if a.samples and not manifest["plans"]:
+      raise Refused(f"--samples={a.samples}: no plan was exported; export with --plans")
+    size = saved_bytes(a, manifest) / 2**20
+    if size > a.limit:
+      raise Refused(
+        f"--limit={a.limit:g}: {a.save} takes {size:.1f} MiB; raise it, or take --save=averages "
+        "in float16"
+      )
+    if a.reference and not os.access(a.reference, os.R_OK):
+      raise Refused(f"--reference={a.reference}: no such file, or it cannot be read")
   jax = check_jax()
+  device_of(jax)
   keep_compiled(a, jax)
-  return train_and_draw(a, folder, manifest, out, jax)
+  out.mkdir(parents=True, exist_ok=True)
+  if a.time:
+    return measure(a, list(zip(folders, manifests)), jax)
+  return train_and_draw(a, folders[0], manifest, out, jax)
 
 
 def train_and_draw(a, folder, manifest, out, jax):
@@ -565,15 +606,15 @@ def train_and_draw(a, folder, manifest, out, jax):
 
   deadline = math.inf if a.seconds is None else a.seconds
   left = lambda: deadline - (time.monotonic() - _START)
-  device = jax.devices()[0]
-  platform = jax.default_backend()
-  platform = "cuda" if platform == "gpu" else platform
-  inside = a.inside or (1 if platform == "cpu" else 20)
+  device, platform, inside = device_of(jax)
+  inside = a.inside or inside
   say(f"JAX {jax.__version__}, NumPy {np.__version__}, {device.device_kind}, {inside} steps a call")
   order = np.load(folder / "order.npy", mmap_mode="r")
   steps = math.inf if a.steps is None else a.steps
   if a.steps and steps > len(order):
     raise Refused(f"--steps={steps}: the order of {len(order)} steps was exported")
+  if a.steps and steps < inside:
+    raise Refused(f"--steps={steps}: {inside} run in one call; take more, or --inside={steps}")
   if a.steps and steps % inside:
     steps -= steps % inside
     say(f"note: {steps} steps, a multiple of {inside}")
@@ -625,6 +666,11 @@ def train_and_draw(a, folder, manifest, out, jax):
   history, saved, logged = [], time.monotonic(), session.step
   begin, since = None, session.step
   final = session.step + steps
+  if left() <= reserve:
+    raise Refused(
+      f"--seconds={deadline:g}: {deadline - left():.0f} s have gone into compiling and "
+      f"{reserve:.0f} s are needed to draw, so that none are left to train; give more, or --cache"
+    )
   while session.step < final and left() > reserve:
     with stage(f"training from step {session.step}"):
       loss, norm = session.train()
@@ -702,35 +748,40 @@ def report_held_out(session, record):
   record.facts.setdefault("held_out", []).append([session.step, total, by_t])
 
 
+def saved_bytes(a, manifest):
+  """How much --save and --save_dtype come to."""
+  sizes = {n: math.prod(v["shape"]) for n, v in manifest["state"].items()}
+  if a.save == "state":
+    return 4 * sum(sizes.values())
+  each = 2 if a.save_dtype == "float16" else 4
+  return each * sum(size for name, size in sizes.items() if name.startswith("ema/"))
+
+
 def save(a, out, session, record, final):
-  """Saves what --save names; what does not fit into --limit is named and left out."""
+  """Saves what --save names. The record changes hands last: a kill leaves the save before it."""
   import numpy as np
 
-  averages = {n: v for n, v in session.state.items() if n.startswith("ema/")}
-  wanted = session.state if a.save == "state" else averages
-  dtype = None if a.save == "state" else a.save_dtype
-  each = 2 if dtype == "float16" else 4
-  bytes_ = sum(v.size * each for v in wanted.values())
-  if bytes_ > a.limit * 2**20:
-    if final:
-      say(f"note: {a.save} takes {bytes_ / 2**20:.0f} MiB, over --limit={a.limit}: not saved")
-    return
-  prefix = "state" if a.save == "state" else "averages"
-  total = save_state(out, prefix, {n: np.asarray(v) for n, v in wanted.items()}, dtype)
-  record.add(saved=prefix, step=session.step)
+  whole = a.save == "state"
+  wanted = {n: np.asarray(v) for n, v in session.state.items() if whole or n.startswith("ema/")}
+  dtype = None if whole or a.save_dtype == "float32" else a.save_dtype
+  files = save_state(out, f"{a.save}-{session.step:08d}", wanted, dtype)
+  before = record.facts.get("files", {})
+  record.add(saved=a.save, files=files, step=session.step)
+  for name in before.keys() - files.keys():
+    (out / name).unlink(missing_ok=True)
   if final:
-    say(f"saved {prefix}: {total / 2**20:.1f} MiB")
+    total = sum((out / name).stat().st_size for name in files)
+    say(f"saved {a.save}: {total / 2**20:.1f} MiB")
 
 
-def measure(a, folders, jax):
+def measure(a, exports, jax):
   """Times the training step of each folder in each precision, beside the device's own peak."""
   import jax.numpy as jnp
   import numpy as np
 
   left = lambda: (a.seconds or math.inf) - (time.monotonic() - _START)
-  device, platform = jax.devices()[0], jax.default_backend()
-  platform = "cuda" if platform == "gpu" else platform
-  inside = a.inside or (1 if platform == "cpu" else 20)
+  device, platform, inside = device_of(jax)
+  inside = a.inside or inside
   say(f"JAX {jax.__version__}, NumPy {np.__version__}, {device.device_kind}")
 
   # Are operators exact here? A blur of 64 pixels, as programs state it and as the device would.
@@ -763,8 +814,7 @@ def measure(a, folders, jax):
       + " TFLOP/s")  # fmt: skip
 
   jobs = []
-  for folder in folders:
-    manifest = read_manifest(folder)
+  for folder, manifest in exports:
     low = manifest["config"]["network"]["dtype"] == "bfloat16"
     for precision in ("default",) if low else ("highest", "default"):
       jobs.append((folder, manifest, precision, "bfloat16" if low else precision))
@@ -824,9 +874,7 @@ def measure(a, folders, jax):
     "peaks_tflops": peaks,
     "rows": rows,
   }
-  out = pathlib.Path(a.out)
-  out.mkdir(parents=True, exist_ok=True)
-  write(out / "device.json", (json.dumps(facts, indent=1) + "\n").encode())
+  write(pathlib.Path(a.out) / "device.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def check(a, folder, manifest):
@@ -867,11 +915,18 @@ def check(a, folder, manifest):
     say(f"{name} compiles for {device.device_kind} in {seconds:.0f} s; GiB: {parts}; {calls}")
 
 
+class Flags(argparse.ArgumentParser):
+  """Flags whose mistakes are one line."""
+
+  def error(self, message):
+    raise Refused(f"{message}; run.py --help lists the flags")
+
+
 def flags():
   """The flags of this program."""
   here = pathlib.Path(__file__).parent
-  f = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+  f = Flags(description=__doc__, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
   f.add_argument("--folder", default=str(here), help="What export wrote (default: of this file).")
   f.add_argument("--out", default="results", help="A new folder for what comes out.")
   f.add_argument("--steps", type=int, help="Train so many steps.")
@@ -902,6 +957,9 @@ def main(arguments=None):
     go(flags().parse_args(arguments))
   except Refused as error:
     print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    print(f"error: {error}; give a place that can be written", file=sys.stderr)
     sys.exit(2)
 
 

@@ -4,6 +4,7 @@ The tests that run it need an environment with JAX: `make test-portable` makes o
 names it.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -150,6 +151,12 @@ def test_plans_that_are_none(fresh, text, message):
     portable.plans_of(fresh, text)
 
 
+def test_a_step_in_parts_is_refused(small, images, fresh, tmp_path):
+  parts = dataclasses.replace(fresh, experiment=small.replace(training={"accumulate": 2}))
+  with pytest.raises(ValueError, match=r"training\.accumulate = 2"):
+    portable.export(parts, tmp_path / "x", images, steps=1, plans="", sample_batch=1, held_out=0)
+
+
 def test_an_export_leaves_other_files_alone(fresh, images, tmp_path):
   (tmp_path / "thesis.tex").write_text("x")
   with pytest.raises(ValueError, match="holds files already"):
@@ -172,6 +179,11 @@ def test_a_damaged_file_is_named(folder, tmp_path):
   (here / "order.npy").write_bytes(content)
   with pytest.raises(portable_runner.Refused, match=r"order\.npy is damaged"):
     portable_runner.read_manifest(here)
+  manifest = json.loads((here / "manifest.json").read_text())
+  (here / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+  with pytest.raises(portable_runner.Refused, match=r"manifest\.json is damaged"):
+    portable_runner.read_manifest(here)
+  (here / "manifest.json").write_text(json.dumps(manifest))
   (here / "order.npy").unlink()
   with pytest.raises(portable_runner.Refused, match=r"order\.npy is missing"):
     portable_runner.read_manifest(here)
@@ -180,7 +192,7 @@ def test_a_damaged_file_is_named(folder, tmp_path):
 @pytest.mark.parametrize("content", ["null", "5", "[]", "{}", "{", '{"format": 1}'])
 def test_what_is_no_manifest(content, tmp_path):
   (tmp_path / "manifest.json").write_text(content)
-  with pytest.raises(portable_runner.Refused, match="not a manifest"):
+  with pytest.raises(portable_runner.Refused, match=r"not a manifest|damaged"):
     portable_runner.read_manifest(tmp_path)
 
 
@@ -223,10 +235,12 @@ def test_pictures_are_png(channels):
 def test_results_in_parts(tmp_path, monkeypatch):
   monkeypatch.setattr(portable_runner, "PART", 2**19 + 1000)
   arrays = {f"ema/{k}": np.full([100], k, np.float32) for k in range(7)}
-  portable_runner.save_state(tmp_path, "averages", arrays)
-  parts = sorted(tmp_path.glob("averages-*.npz"))
-  assert len(parts) == 4  # two of 400 bytes in each
-  (tmp_path / "result.json").write_text('{"saved": "averages"}')
+  files = portable_runner.save_state(tmp_path, "averages-00000007", arrays)
+  assert len(files) == 4  # two of 400 bytes in each
+  record = {"saved": "averages", "step": 7, "files": files}
+  (tmp_path / "result.json").write_text(json.dumps(record))
+  # A kill in the middle of the next save: what the record names is whole.
+  (tmp_path / "averages-00000009-0.npz").write_bytes(b"half")
   _, read = portable.read_results(tmp_path)
   for name, value in arrays.items():
     np.testing.assert_array_equal(read[name], value)
@@ -244,10 +258,16 @@ def run_py(folder, *flags, python=sys.executable):
   [
     ((), "give --steps=N or --seconds=S"),
     (("--steps=-1",), "--steps=-1 must be"),
+    (("--steps=1.5",), "invalid int value"),
+    (("--stepz=3",), "unrecognized arguments: --stepz=3"),
+    (("--steps=4", "--limit=nan"), "--limit=nan must be"),
+    (("--steps=4", "--limit=0"), "raise it"),
+    (("--steps=4", "--reference=/nowhere.npz"), "--reference=/nowhere.npz"),
     (("--seconds=nan",), "--seconds=nan must be"),
     (("--steps=1", "--plans=heun:3"), "exported were two_step:5, momentum:8"),
     (("--steps=1", "--folder=/nowhere"), "no manifest.json in it"),
     (("--steps=1", "--out=."), "holds files already"),
+    (("--steps=1", "--out=run.py"), "holds files already"),
     (("--check=h9",), "there is h100"),
   ],
 )
@@ -273,7 +293,9 @@ def test_another_jax_is_refused(folder, tmp_path):
 
 def test_memory_that_does_not_suffice_is_named():
   error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes\nmore")
-  assert "smaller --batch" in str(portable_runner.refused("compiling 'train'", error))
+  assert "smaller --config.training.batch_size" in str(
+    portable_runner.refused("compiling 'train'", error)
+  )
   assert "\n" not in str(portable_runner.refused("timing", error))
 
 
@@ -289,11 +311,11 @@ def results(fresh, manifest, tmp_path):
   (tmp_path / "results").mkdir()
 
   def make(saved="state", dtype=None, **changes):
-    portable_runner.save_state(
-      tmp_path / "results", saved,
+    files = portable_runner.save_state(
+      tmp_path / "results", f"{saved}-{STEPS:08d}",
       {k: v for k, v in state.items() if saved == "state" or k.startswith("ema/")}, dtype,
     )  # fmt: skip
-    record = {"export": manifest["digest"], "saved": saved, "step": STEPS} | changes
+    record = {"export": manifest["digest"], "saved": saved, "step": STEPS, "files": files} | changes
     (tmp_path / "results" / "result.json").write_text(json.dumps(record))
     return tmp_path / "results", state
 
@@ -328,12 +350,15 @@ def test_averages_alone_come_back(folder, results, tmp_path):
   [
     ("export", "give the --folder that it was run from"),
     ("missing", "is missing; copy every file"),
-    ("shape", r"is \(3,\), and the config makes it"),
+    ("shape", r"is float32 \(3,\), and the config makes it"),
     ("nan", "not finite"),
-    ("torn", "cannot be read"),
+    ("torn", "is damaged"),
+    ("gone", "cannot be read"),
+    ("step", "its record of step 7"),
+    ("no step", "not a record of run.py"),
     ("nothing", "no result.json in it"),
     ("unsaved", "no weights were saved"),
-    ("workdir", "holds a run already"),
+    ("workdir", "holds files already"),
   ],
 )
 def test_what_cannot_come_back_is_named(folder, results, tmp_path, fault, message):
@@ -348,7 +373,13 @@ def test_what_cannot_come_back_is_named(folder, results, tmp_path, fault, messag
   if fault in ("missing", "shape", "nan"):
     results()
   if fault == "torn":
-    (where / "state-0.npz").write_bytes(b"PK\3\4torn")
+    next(where.glob("state-*-0.npz")).write_bytes(b"PK\3\4torn")
+  if fault == "gone":
+    next(where.glob("state-*-0.npz")).unlink()
+  if fault == "step":
+    results(step=7)
+  if fault == "no step":
+    results(step="x")
   if fault == "nothing":
     (where / "result.json").unlink()
   if fault == "unsaved":
