@@ -515,6 +515,11 @@ def _working_dtype(dtype, *values):
   return dtype
 
 
+def _inside(dtype):
+  """The dtype to work in for a result of `dtype`: a GPU's float32 products are not float32's."""
+  return tf.float64 if tf.config.get_visible_devices("GPU") else dtype
+
+
 def sinkhorn(
   x=None,
   y=None,
@@ -553,7 +558,8 @@ def sinkhorn(
       stores C if C and one matrix of its size take at most 1 GiB, and else picks a chunk. Memory
       in use is about 5 chunks.
     dtype: tf.float32 or tf.float64, of the matrices and the result; None for float64 if x, y or
-      cost are, else float32.
+      cost are, else float32. Where TensorFlow sees a GPU the matrices are float64 in any case: it
+      would multiply float32 ones in TF32, whose 10 bits no cost survives.
 
   Returns:
     A `SinkhornResult`.
@@ -566,7 +572,8 @@ def sinkhorn(
   1965; Schmitzer 2019 (absorption, ε-scaling).
   """
   _check_options(epsilon, relative_epsilon, threshold, max_iterations, scaling, chunk)
-  dtype = _working_dtype(dtype, x, y, cost)
+  dtype_out = _working_dtype(dtype, x, y, cost)
+  dtype = _inside(dtype_out)
   symmetric = y is None and cost is None
   if (x is None) == (cost is None) or (cost is not None and y is not None):
     raise ValueError("pass either the points x and y, or cost (and neither x nor y)")
@@ -654,14 +661,15 @@ def sinkhorn(
 
     value = _differentiable(tf.cast(value, dtype), (x, y, a, b), gradients)
 
+  as_asked = lambda value: tf.cast(value, dtype_out)
   return SinkhornResult(
-    f=tf.cast(f + epsilon * tf.math.log(a_fixed), dtype),
-    g=tf.cast(g + epsilon * tf.math.log(b_fixed), dtype),
-    epsilon=small,
-    reg_ot_cost=value,
-    transport_cost=tf.cast(transport, dtype),
-    missed_cost=tf.cast(missed, dtype),
-    error=tf.cast(error, dtype),
+    f=as_asked(f + epsilon * tf.math.log(a_fixed)),
+    g=as_asked(g + epsilon * tf.math.log(b_fixed)),
+    epsilon=as_asked(epsilon),
+    reg_ot_cost=as_asked(value),
+    transport_cost=as_asked(transport),
+    missed_cost=as_asked(missed),
+    error=as_asked(error),
     iterations=iterations,
     converged=error < _scalar(threshold),
   )
@@ -733,7 +741,8 @@ def identity_potentials(x=None, y=None, *, epsilon=0.0, cost=None):
   Raises:
     ValueError: if there are not as many x as y.
   """
-  dtype = _working_dtype(None, x, y, cost)
+  dtype_out = _working_dtype(None, x, y, cost)
+  dtype = _inside(dtype_out) if cost is None else dtype_out
   if cost is None:
     x, y = _matrix(x, "x", dtype), _matrix(y, "y", dtype)
     if x.shape != y.shape:
@@ -742,10 +751,11 @@ def identity_potentials(x=None, y=None, *, epsilon=0.0, cost=None):
     x, y = x - centre, y - centre
     inner = tf.einsum("ij,ij->i", x, y)
     f, g = tf.einsum("ij,ij->i", x, x) - inner, tf.einsum("ij,ij->i", y, y) - inner
+    f, g = tf.cast(f, dtype_out), tf.cast(g, dtype_out)
   else:
     cost = _matrix(cost, "cost", dtype)
     if cost.shape[0] != cost.shape[1]:
       raise ValueError(f"cost {cost.shape} must be square: x_i is paired with y_i")
     f = g = tf.linalg.diag_part(cost) / 2
-  shift = tf.cast(_scalar(epsilon), dtype) * np.log(f.shape[0]) / 2
+  shift = tf.cast(_scalar(epsilon), f.dtype) * np.log(f.shape[0]) / 2
   return f - shift, g - shift

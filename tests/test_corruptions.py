@@ -297,6 +297,91 @@ def test_a_user_matrix_and_family(rng):
   np.testing.assert_allclose(c.Family(fade_family)(x, 0.25), 0.75 * x, atol=1e-6)
 
 
+# --- Singular values where rank is lost -----------------------------------------------------------
+
+
+def halving_family(level):
+  """A user's projection: both halves of the pixels go towards their mean, 120 × 120."""
+  half = tf.fill([60, 60], 1.0 / 60)
+  block = tf.linalg.LinearOperatorFullMatrix(half)
+  mean = tf.linalg.LinearOperatorBlockDiag([block, block]).to_dense()
+  return (1.0 - level) * tf.eye(120) + level * mean
+
+
+RANKS = [  # (corruption, levels, shapes): square and rectangular, one pixel, four channels
+  (c.BlockAverage(), (0, 1, 1.5, 2, 3, 4, 5), ((12, 12, 1), (12, 10, 3), (16, 16, 1), (5, 9, 4))),
+  (c.BlockAverage(), (0, 1, 3), ((1, 1, 1), (1, 7, 2))),
+  (c.GaussianBlur(3), (0, 0.05, 0.2, 1, 6, 100), ((12, 10, 4), (1, 9, 1), (1, 1, 3))),
+  (c.GaussianBlur(80), (0.01, 4, 23), ((64, 64, 1),)),
+  (c.Mask(), (0, 0.4, 1), ((6, 10, 3), (1, 1, 1))),
+  (c.Compose(c.BlockAverage(), c.GaussianBlur(), (0, 4), (0, 3)), (0, 0.5, 1), ((12, 10, 1),)),
+  (c.Compose(c.GaussianBlur(), c.Mask(), (0, 3), (0, 1)), (0.3, 1), ((12, 12, 2),)),
+  (c.Compose(c.BlockAverage(), c.Mask("centre"), (0, 4), (0, 1)), (0.5, 1), ((12, 12, 1),)),
+  (c.Family(halving_family), (0, 0.5, 1), ((12, 10, 1), (10, 12, 4))),
+  (c.Matrix(np.ones([120, 120]) / 120), (0, 0.5, 1), ((12, 10, 1),)),
+  (c.Matrix(np.eye(120, k=1)), (0, 1), ((12, 10, 2),)),
+  (c.Matrix(np.zeros([120, 120])), (0, 1), ((12, 10, 1),)),
+]
+
+
+@pytest.mark.parametrize("case", RANKS, ids=lambda v: type(v[0]).__name__)
+def test_singular_values_where_rank_is_lost(rng, case):
+  corruption, levels, shapes = case
+  for shape, level in itertools.product(shapes, levels):
+    h, w, channels = shape
+    if isinstance(corruption, c.Matrix):
+      matrix = (1 - level) * np.eye(h * w) + level * corruption.matrix.astype(float)
+    else:
+      basis = np.eye(h * w, dtype=np.float32).reshape(-1, h, w, 1)
+      matrix = np.asarray(corruption(basis, level), np.float64).reshape(h * w, h * w).T
+    want = np.linalg.svd(matrix, compute_uv=False)
+    parts = corruption.svd(level, shape)
+    values = np.broadcast_to(parts.values, [h, w, 1]).ravel()
+    where = f"{shape} at {level}"
+    np.testing.assert_allclose(np.sort(values)[::-1], want, atol=2e-6, err_msg=where)
+    x = rng.random([3, *shape], np.float32)
+    flat = x.astype(np.float64).reshape(3, h * w, channels)
+    for got, exact in (
+      (parts.to_left(parts.from_left(x)), x),
+      (parts.from_left(parts.to_left(x)), x),
+      (parts.to_right(parts.from_right(x)), x),
+      (parts.from_right(parts.to_right(x)), x),
+      (parts.from_left(parts.values * parts.to_right(x)), (matrix @ flat).reshape(x.shape)),
+    ):
+      np.testing.assert_allclose(got, exact, atol=3e-6, err_msg=where)  # float32, two to three sums
+
+
+def test_singular_values_in_graphs(rng):
+  """As in samplers and exports, where the level is a tensor."""
+  corruption, shape = c.BlockAverage(), (12, 10, 1)
+  x = tf.constant(rng.random([2, *shape], np.float32))
+
+  @tf.function(input_signature=[tf.TensorSpec([])])
+  def through(level):
+    parts = corruption.svd(level, shape)
+    return parts.from_left(parts.values * parts.to_right(x)), parts.to_left(parts.from_left(x))
+
+  for level in (0.0, 1.5, 3.0, 5.0):
+    product, same = through(level)
+    np.testing.assert_allclose(product, corruption(x, level), atol=3e-6)
+    np.testing.assert_allclose(same, x, atol=3e-6)
+
+
+def test_a_wrong_decomposition_is_not_handed_out(monkeypatch):
+  right = c.products.svd
+
+  def wrong(matrix):
+    s, u, v = right(matrix)
+    return s, 1.01 * u, v
+
+  monkeypatch.setattr(c.products, "svd", wrong)
+  for corruption in (c.BlockAverage(), c.GaussianBlur()):
+    with pytest.raises(
+      ValueError, match=r"at level 2 on \(4, 4, 1\): its singular values are wrong"
+    ):
+      corruption.svd(2.0, (4, 4, 1))
+
+
 def test_configs_survive_json():
   for corruption in ALL:
     config = json.loads(json.dumps(corruption.get_config()))

@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from soft_diffusion_tf import corruptions, gaussians, oracles, priors, samplers, schedules
 from soft_diffusion_tf.diffusion import Diffusion
@@ -54,6 +55,32 @@ def test_the_exact_denoiser_is_bayes(digits, rng, corruption, full):
     x_t = process.forward(x_0, t, rng.standard_normal(x_0.shape).astype(np.float32)).numpy()
     want = posterior_mean_by_hand(mixture, process, x_t, t)
     np.testing.assert_allclose(denoise(x_t, np.full(5, t)), want, atol=2e-3)  # float32 logits
+
+
+@pytest.mark.parametrize(
+  ("corruption", "shape", "level"),
+  [
+    (corruptions.BlockAverage(), (12, 12, 1), 4.0),
+    (corruptions.BlockAverage(), (12, 10, 1), 3.0),
+    (corruptions.BlockAverage(), (16, 16, 1), 3.0),
+    (corruptions.Compose(corruptions.BlockAverage(), corruptions.Mask(), (0, 4), (0, 1)),
+     (12, 10, 1), 0.7),
+  ],
+  ids=lambda v: type(v).__name__ if isinstance(v, corruptions.Corruption) else str(v),
+)  # fmt: skip
+def test_the_exact_denoiser_is_bayes_where_rank_is_lost(rng, corruption, shape, level):
+  process = Diffusion(
+    shape, corruption, schedules.Linear(0.0, level), schedules.Geometric(0.05, 0.5)
+  )
+  mixture = oracles.GaussianMixture(rng.random([5, *shape]), 0.2)
+  denoise = oracles.denoiser(mixture, process)
+  for t in (0.5, 1.0):
+    x_0 = mixture.draw(4, seed=1)
+    x_t = process.forward(x_0, t, rng.standard_normal(x_0.shape).astype(np.float32)).numpy()
+    want = posterior_mean_by_hand(mixture, process, x_t, t)
+    times = np.full(4, t, np.float32)
+    for how in (denoise, tf.function(denoise)):
+      np.testing.assert_allclose(how(x_t, times), want, atol=2e-3)  # float32 logits of ±100
 
 
 def test_draws_have_the_mixtures_moments(digits):

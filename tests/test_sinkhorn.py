@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from soft_diffusion_tf import sinkhorn as module
 from soft_diffusion_tf.sinkhorn import identity_potentials, sinkhorn, sinkhorn_divergence
+from tests import emulation
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "sinkhorn").glob("*.npz"))
 NAMES = [path.stem for path in GOLDEN]
@@ -517,3 +518,46 @@ def test_missed_marginals_at_their_prices_make_the_cost_right_to_second_order(rn
     priced.append(abs(float(r.transport_cost + r.missed_cost) - truth))
   assert np.all(np.array(priced) < 0.25 * np.array(raw))
   assert abs(float(solve(1e-9).missed_cost)) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bfloat16"])
+def test_beside_a_gpu_nothing_depends_on_its_products(rng, monkeypatch, kind):
+  """Costs, kernels, plans, gradients and starts from float32 points, as a GPU multiplies."""
+  x, y = (rng.random([40, 30]).astype(np.float32) + 3.0 for _ in range(2))
+
+  def forget():  # traced without the emulation, or with it
+    for made in (module._solver, module._statistics, module._point_gradients):
+      made.cache_clear()
+
+  def everything(dtype=None):
+    forget()
+    parts = {}
+    for chunk in (None, 16):  # stored and streamed
+      points = tf.constant(x), tf.constant(y)
+      with tf.GradientTape() as tape:
+        tape.watch(points)
+        result = sinkhorn(*points, chunk=chunk, dtype=dtype, threshold=1e-6)
+      parts[f"gradients {chunk}"] = tape.gradient(result.reg_ot_cost, points)
+      parts[f"costs {chunk}"] = [result.reg_ot_cost, result.transport_cost, result.epsilon]
+      parts[f"potentials {chunk}"] = [result.f - result.f[0], result.g - result.g[0]]
+    divergence = sinkhorn_divergence(x, y, dtype=dtype, threshold=1e-6)
+    return parts | {
+      "divergence": [divergence.divergence],
+      "identity": identity_potentials(x, y),
+    }
+
+  def worst(got, want):
+    return max(np.abs(np.subtract(g, w)).max() for k in want for g, w in zip(got[k], want[k]))
+
+  try:
+    want = everything(tf.float64)
+    assert worst(everything(), want) < 2e-4  # float32's rounding beside costs of about 5
+    with emulation.products(kind):
+      assert worst(everything(), want) > {"tf32": 5e-4, "bfloat16": 5e-3}[kind]  # it can fail
+      monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: [kind])
+      beside = everything()
+      assert worst(beside, want) < 5e-6
+      assert {v.dtype for k in beside for v in beside[k]} == {tf.float32}
+      assert {v.dtype for v in everything(tf.float64)["costs 16"]} == {tf.float64}
+  finally:
+    forget()
