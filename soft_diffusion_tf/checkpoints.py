@@ -154,6 +154,15 @@ class Checkpoints:
         if s <= step and (half or old):
           (shutil.rmtree if file.is_dir() else pathlib.Path.unlink)(file)
 
+  @contextlib.contextmanager
+  def finishing(self):
+    """What goes wrong inside leaves no write behind that would meet the next run's."""
+    try:
+      yield
+    finally:
+      if self._pending is not None:
+        concurrent.futures.wait([self._pending[1]])
+
   def wait(self):
     """Returns when what was saved is on disk; raises `save`'s ValueError if it is not."""
     if self._pending is None:

@@ -446,7 +446,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     else:
       say(f"going on from step {step:,} of {options.steps:,}")
     if remark := _ema_remark(experiment, options.steps):
-      say(f"warning: {remark} at the end; take at most {0.01 ** (1 / options.steps):.4g}")
+      say(f"warning: {remark}; take at most {0.01 ** (1 / options.steps):.4g}")
     held_out = _make_held_out(experiment, model, strategy, say)
     _say_what_evaluation_lacks(experiment, source, say)
   if restored is None:
@@ -460,7 +460,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
   anywhere = _make_anywhere(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
   asked: list[int] = []  # not empty once SIGTERM has come
-  with monitor, _on_sigterm(lambda number, frame: asked.append(number)):
+  with monitor, checkpoints.finishing(), _on_sigterm(lambda number, frame: asked.append(number)):
     show = _Pictures(run, source, monitor) if chief else None
     if show and step == 0:
       show.schedule(workdir)
