@@ -11,7 +11,7 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "rng", "products", "gaussians", "neighbours", "schedules", "sinkhorn", "corruptions",
+  "rng", "products", "faults", "gaussians", "neighbours", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk", "training",
