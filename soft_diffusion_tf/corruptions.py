@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import products, schedules, trust
+from soft_diffusion_tf import faults, products, schedules, trust
 
 __all__ = [
   "BlockAverage",
@@ -639,11 +639,12 @@ class Verdict:
 def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
   """Tests what the theory asks of a corruption, on small random images.
 
-  The properties: "linear", "identity" (C = I at the clean end), "matrix" (equals its own matrix,
-  channels alike), "adjoint" (⟨Cx, y⟩ = ⟨x, Cᵀy⟩), "svd", "gradients" (finite in x and level),
-  "broadcast" (one level per image equals one image at a time), "graph" (the same when compiled for
-  any number of images), "float32" (also from bfloat16), "finite" and "config" (get_config and
-  from_config give the same operator).
+  The properties: "product" (what the class multiplies in float32 itself is right on this machine:
+  tried in a process of its own, see `faults`), "linear", "identity" (C = I at the clean end),
+  "matrix" (equals its own matrix, channels alike), "adjoint" (⟨Cx, y⟩ = ⟨x, Cᵀy⟩), "svd",
+  "gradients" (finite in x and level), "broadcast" (one level per image equals one image at a time),
+  "graph" (the same when compiled for any number of images), "float32" (also from bfloat16),
+  "finite" and "config" (get_config and from_config give the same operator).
 
   Args:
     corruption: a `Corruption`.
@@ -741,6 +742,32 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
       again = type(corruption).from_config(json.loads(json.dumps(corruption.get_config())))
     same("config", again(x, levels), corruption(x, levels), "from_config(get_config()) differs")
 
+  def product():
+    h, w = image_shape[:2]
+    cases = []
+    for shape in dict.fromkeys([tuple(image_shape), (h, w, 1), (28, 28, 1)]):
+      images = tf.TensorSpec([None, *shape])
+      function = tf.function(
+        lambda x, level: corruption(x, level), autograph=False,
+        input_signature=[images, tf.TensorSpec([None])],
+      )  # fmt: skip
+      try:
+        concrete = function.get_concrete_function()
+      except Exception:  # whatever it says of a shape: "graph" says it of the one asked for
+        continue
+      if faults.multiplies(concrete):
+        batch = draw.random([n, *shape], np.float32)
+        cases.append((f"on {shape}", concrete, (batch, levels)))
+    if cases:
+      found = faults.wrong_products(cases)
+      if found:
+        failures["product"] = (
+          f"{'; '.join(found)}; multiply with soft_diffusion_tf.products.two_sided or matmul"
+        )
+
+  attempt("product", product)
+  if "product" in failures:
+    return Verdict(type(corruption).__name__, failures)  # the rest could end this process
   for check in (
     linear, identity, finite, matrix, adjoint, svd, gradients, broadcast, graph, float32, config
   ):  # fmt: skip

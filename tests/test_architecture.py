@@ -11,8 +11,8 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "trust", "arrays", "products", "rng", "gaussians", "neighbours", "images", "schedules",
-  "sinkhorn", "corruptions",
+  "trust", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
+  "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "memory", "model", "checkpoints", "plots", "monitoring", "bulk",

@@ -556,6 +556,7 @@ def write_report(out, data_dir):
     "PRIORS": section_priors(book, labs),
     "GRIDS": section_grids(book, labs, out),
     "ADAPTIVE": section_adaptive(book, labs),
+    "PRECISION": section_precision(out),
     "PATCHES": section_patches(book, data_dir, REPORT["images"]) or "(CIFAR-10 was not at hand.)",
   }  # fmt: skip
   text = (pathlib.Path(__file__).parent / "lab_report.md").read_text()
@@ -573,6 +574,7 @@ STUDY = {  # data: images, spread of a component, half size of the blur, its las
   "digits": (100, 0.05, 32, 6.0, 2000, 1),
 }
 STUDY_NFES = (10, 30, 100, 280, 1000)
+STUDY_RECORD = "samplers_precision.json"
 STUDY_RULES = ("momentum", "ddim", "two_step")
 
 
@@ -622,7 +624,7 @@ def draw_study(out, minutes, names=tuple(STUDY)):
 
 
 def grade_study(out, names=tuple(STUDY)):
-  """What the blocks in `out` say: {data: {...}}, of all blocks that every rule and kind has."""
+  """What the blocks in `out` say, {data: {...}}: a row for what stands beside exact operators."""
   import numpy as np
 
   from soft_diffusion_tf import laboratory
@@ -630,26 +632,26 @@ def grade_study(out, names=tuple(STUDY)):
   record = {}
   for name in names:
     study, rows = study_of(name), []
-    for nfe in STUDY_NFES:
-      combinations = [(r, k) for r in STUDY_RULES for k in laboratory.PRECISIONS]
-      found = [
-        len(list(out.glob(f"{name}-{rule}-{nfe}-{kind}-*.npy"))) for rule, kind in combinations
-      ]
-      if not min(found):
+    for nfe, rule in ((nfe, rule) for nfe in STUDY_NFES for rule in STUDY_RULES):
+      paths = {
+        kind: [out / f"{name}-{rule}-{nfe}-{kind}-{block}.npy" for block in range(STUDY[name][5])]
+        for kind in laboratory.PRECISIONS
+      }
+      blocks = {kind: sum(path.exists() for path in there) for kind, there in paths.items()}
+      blocks = {kind: count for kind, count in blocks.items() if count}
+      if len(blocks) < 2 or "exact" not in blocks:
         continue
-      for rule in STUDY_RULES:
-        drawn = {
-          kind: np.concatenate(
-            [np.load(out / f"{name}-{rule}-{nfe}-{kind}-{k}.npy") for k in range(min(found))]
-          )
-          for kind in laboratory.PRECISIONS
-        }
-        for kind, images in drawn.items():
-          rows.append({
-            "nfe": nfe, "rule": rule, "kind": kind, "n": len(images),
-            "frechet": study.frechet(images), "rms": study.rms(images - drawn["exact"]),
-            "bias": study.rms((images - drawn["exact"]).mean(0, keepdims=True)),
-          })  # fmt: skip
+      count = min(blocks.values())
+      drawn = {k: np.concatenate([np.load(path) for path in paths[k][:count]]) for k in blocks}
+      for kind, images in drawn.items():
+        difference = images - drawn["exact"]
+        rows.append({
+          "nfe": nfe, "rule": rule, "kind": kind, "n": len(images),
+          "frechet": study.frechet(images), "rms": study.rms(difference),
+          "bias": study.rms(difference.mean(0, keepdims=True)),
+        })  # fmt: skip
+    if not rows:
+      continue
     sizes = sorted({row["n"] for row in rows})
     fresh = {n: [study.frechet(study.mixture.draw(n, seed=s)) for s in range(2, 6)] for n in sizes}
     clean = study.mixture.draw(64, seed=9)
@@ -657,13 +659,55 @@ def grade_study(out, names=tuple(STUDY)):
       "facts": dict(zip(("images", "std", "half_size", "last"), STUDY[name])),
       "rows": rows,
       "floors": {str(n): [float(np.mean(v)), float(np.std(v, ddof=1))] for n, v in fresh.items()},
-      "one_blur": {
+      "one_blur": {  # RMS and largest error over the times
         kind: np.max([study.one_blur(clean, kind, t) for t in np.linspace(0.2, 1, 17)], 0).tolist()
         for kind in laboratory.PRECISIONS[1:]
       },
       "data_rms": study.rms(clean),
     }  # fmt: skip
   return record
+
+
+def section_precision(out):
+  """The study's tables, from `samplers_precision.json` in the report's folder."""
+  from soft_diffusion_tf import laboratory
+
+  path = out / STUDY_RECORD
+  if not path.exists():
+    return "(The study has not been run.)"
+  parts = []
+  bands = laboratory.PrecisionStudy.BANDS
+  for name, found in json.loads(path.read_text()).items():
+    facts, rows = found["facts"], {(r["rule"], r["kind"], r["nfe"]): r for r in found["rows"]}
+    nfes = sorted({nfe for _, _, nfe in rows})
+    counts = ", ".join(sorted({str(r["n"]) for r in rows.values()}, key=int))
+    floors = "; ".join(f"{v[0]:.4g} ± {v[1]:.2g}" for v in found["floors"].values())
+    blurs = "; ".join(f"{k}: RMS {v[0]:.2g}, one pixel {v[1]:.2g}" for k, v in
+                      found["one_blur"].items())  # fmt: skip
+    title = (
+      f"**{name}** ({facts['images']} images, spread {facts['std']}, blur to {facts['last']:g} "
+      f"pixels with half size {facts['half_size']}; N = {counts}; fresh draws get {floors}; the "
+      f"worst single blur, {blurs})"
+    )
+    cell = lambda key, read, rows=rows: read(rows[key]) if key in rows else ""
+    distances = [
+      [rule, kind, *(cell((rule, kind, n), lambda r: f"{r['frechet']:.5g}") for n in nfes)]
+      for rule in STUDY_RULES for kind in laboratory.PRECISIONS
+    ]  # fmt: skip
+    apart = [
+      [rule, kind, nfe, *(f"{v:.2g}" for v in rows[rule, kind, nfe]["rms"])]
+      for rule in STUDY_RULES for kind in laboratory.PRECISIONS[1:] for nfe in nfes
+      if (rule, kind, nfe) in rows
+    ]  # fmt: skip
+    parts += [
+      title,
+      "Squared Fréchet distance:",
+      table(["sampler", "operators", *nfes], [r for r in distances if any(r[2:])]),
+      "RMS difference from exact operators' images, by frequency (shares of the highest); the "
+      f"data's own RMS there: {', '.join(f'{v:.2g}' for v in found['data_rms'])}:",
+      table(["sampler", "operators", "evaluations", *bands], apart),
+    ]
+  return "\n\n".join(parts)
 
 
 def main():
@@ -680,8 +724,8 @@ def main():
   if _STUDY.value:
     cli.refuse([f for f in _OF_LAB if f is not _OUT], "the study has settings of its own")
     draw_study(out, _MINUTES.value)
-    (out / "precision.json").write_text(json.dumps(grade_study(out)) + "\n")
-    print(f"{out / 'precision.json'} is written")
+    (out / STUDY_RECORD).write_text(json.dumps(grade_study(out), indent=0) + "\n")
+    print(f"{out / STUDY_RECORD} is written; a report takes it from its own folder")
     return
   cli.refuse_to_overwrite(out / "lab.json", _FORCE.value)
   examined = _EXAMINE.value or ":" in _CORRUPTION.value
