@@ -84,8 +84,10 @@ def flags_of(file):
   for call in ast.walk(ast.parse(text)):
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
       continue
-    if call.func.attr.startswith("DEFINE_") and call.args:
+    if call.func.attr.startswith(("DEFINE_", "define_path")) and call.args:
       names.add(ast.literal_eval(call.args[0]))
+  if "define_trust_code()" in text:
+    names.add("trust_code")
   if "define_config()" in text:
     names, takes_config = names | {"config"}, True
   return names, takes_config
