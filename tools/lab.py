@@ -621,7 +621,7 @@ def draw_study(out, minutes, names=tuple(STUDY)):
 
 
 def grade_study(out, names=tuple(STUDY)):
-  """What the blocks in `out` say: {data: {...}}, a row for what was drawn beside exact operators."""
+  """What the blocks in `out` say: {data: {...}}, rows of what has exact operators beside it."""
   import numpy as np
 
   from soft_diffusion_tf import laboratory
