@@ -551,9 +551,10 @@ def test_beside_a_gpu_nothing_depends_on_its_products(rng, monkeypatch, kind):
 
   try:
     want = everything(tf.float64)
-    assert worst(everything(), want) < 2e-4  # float32's rounding beside costs of about 5
+    plain = worst(everything(), want)
+    assert plain < 5e-3  # float32's rounding, which differs by processor
     with emulation.products(kind):
-      assert worst(everything(), want) > {"tf32": 5e-4, "bfloat16": 5e-3}[kind]  # it can fail
+      assert worst(everything(), want) > 10 * plain  # it can fail
       monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: [kind])
       beside = everything()
       assert worst(beside, want) < 5e-6
