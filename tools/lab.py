@@ -624,11 +624,7 @@ def draw_study(out, minutes, names=tuple(STUDY)):
 
 
 def grade_study(out, names=tuple(STUDY)):
-<<<<<<< HEAD
   """What the blocks in `out` say, {data: {...}}: a row for what stands beside exact operators."""
-=======
-  """What the blocks in `out` say: {data: {...}}, rows of what has exact operators beside it."""
->>>>>>> numerics
   import numpy as np
 
   from soft_diffusion_tf import laboratory
