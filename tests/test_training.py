@@ -599,8 +599,11 @@ def test_workers_agree_on_everything_or_not_at_all(tiny, monkeypatch, digits, pa
     ({"training": {"batch_size": 10**9}}, "training.batch_size = 1000000000 takes at least"),
     ({"training": {"batch_size": 10**18}}, "training.batch_size"),
     ({"sampling": {"batch_size": 10**9}}, "sampling.batch_size = 1000000000 takes at least"),
-    ({"network": {"nf": 10**6}}, "network.nf = 1000000 takes at least"),
-    ({"data": {"image_shape": (10**5, 10**5, 3)}}, "training.batch_size = 16 takes at least"),
+    ({"network": {"nf": 4096, "ch_mult": (64,)}}, "network.nf = 4096 takes at least"),
+    (
+      {"data": {"image_shape": (8192, 8192, 3)}, "training": {"batch_size": 10**5}},
+      "training.batch_size = 100000 takes at least",
+    ),
   ],
 )
 def test_what_cannot_fit_in_memory_is_refused_at_once(tiny, tmp_path, changes, field):
