@@ -51,20 +51,20 @@ def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   parts = o.accumulate * hosts
   step = 0 if apart else features * (1 if n.remat else 2) // parts
   each = _BATCHES * image + step
-  fitting = max(1, (limit - states) // each)
-  if states + o.batch_size * each > limit:
-    _refuse("training.batch_size", o.batch_size, states + o.batch_size * each, limit,
-            f"take at most {fitting:,}, and rather a tenth of it")  # fmt: skip
-  drawn = 3 * image + (0 if apart else features // blocks)
-  size = experiment.sampling.batch_size
-  if states + replicas * size * drawn > limit:
-    _refuse("sampling.batch_size", size, states + replicas * size * drawn, limit,
-            f"take at most {max(1, (limit - states) // (drawn * replicas)):,}, and rather a tenth "
-            "of it")  # fmt: skip
+  _check_batch("training.batch_size", o.batch_size, each, states, limit)
+  drawn = replicas * (3 * image + (0 if apart else features // blocks))
+  _check_batch("sampling.batch_size", experiment.sampling.batch_size, drawn, states, limit)
+
+
+def _check_batch(field, size, each, states, limit):
+  if states + size * each > limit:
+    fitting = max(1, (limit - states) // each)
+    _refuse(field, size, states + size * each, limit,
+            f"take at most {fitting:,}, or fewer, for this counts the least")  # fmt: skip
 
 
 def _refuse(field, value, needed, limit, remedy):
   raise ValueError(
-    f"{field} = {value} takes at least {needed / 2**30:,.0f} GiB of memory, and there are "
-    f"{limit / 2**30:,.0f} GiB here; {remedy}"
+    f"{field} = {value} takes at least {needed / 2**30:,.1f} GiB of memory, and there are "
+    f"{limit / 2**30:,.1f} GiB here; {remedy}"
   )
