@@ -610,7 +610,7 @@ def test_workers_agree_on_everything_or_not_at_all(tiny, monkeypatch, digits, pa
   [
     ({"training": {"batch_size": 10**9}}, "training.batch_size = 1000000000 takes at least"),
     ({"training": {"batch_size": 10**18}}, "training.batch_size"),
-    ({"sampling": {"batch_size": 10**9}}, "sampling.batch_size = 1000000000 takes at least"),
+    ({"sampling": {"batch_size": 10**9}}, "sampling.batch_size must be"),
     ({"network": {"nf": 4096, "ch_mult": (64,)}}, "network.nf = 4096 takes at least"),
     (
       {"data": {"image_shape": (8192, 8192, 3)}, "training": {"batch_size": 10**5}},
