@@ -312,7 +312,7 @@ RANKS = [  # (corruption, levels, shapes): square and rectangular, one pixel, fo
   (c.BlockAverage(), (0, 1, 1.5, 2, 3, 4, 5), ((12, 12, 1), (12, 10, 3), (16, 16, 1), (5, 9, 4))),
   (c.BlockAverage(), (0, 1, 3), ((1, 1, 1), (1, 7, 2))),
   (c.GaussianBlur(3), (0, 0.05, 0.2, 1, 6, 100), ((12, 10, 4), (1, 9, 1), (1, 1, 3))),
-  (c.GaussianBlur(80), (0.01, 4, 23), ((64, 64, 1),)),
+  (c.GaussianBlur(80), (0.01, 4, 23), ((64, 1, 1),)),
   (c.Mask(), (0, 0.4, 1), ((6, 10, 3), (1, 1, 1))),
   (c.Compose(c.BlockAverage(), c.GaussianBlur(), (0, 4), (0, 3)), (0, 0.5, 1), ((12, 10, 1),)),
   (c.Compose(c.GaussianBlur(), c.Mask(), (0, 3), (0, 1)), (0.3, 1), ((12, 12, 2),)),
