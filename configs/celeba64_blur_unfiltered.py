@@ -15,6 +15,6 @@ from soft_diffusion_tf import experiment
 def get_config():
   return (
     experiment.from_file(pathlib.Path(__file__).parent / "celeba64_blur.py")
-    .replace(name="celeba64_blur_unfiltered", training={"filtered": False})
+    .replace(name="celeba64_blur_unfiltered", loss={"filtered": False})
     .to_config()
   )

@@ -7,11 +7,10 @@ P: 16 TPU v2, 11 steps a second, 1-2 million steps; FID 3.91 (Momentum), 3.86 (p
 
 import pathlib
 
-from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf import corruptions, priors, schedules
 from soft_diffusion_tf.experiment import (
   Data,
   Experiment,
-  PriorOptions,
   Sampling,
   level_from_file,
 )
@@ -28,6 +27,6 @@ def get_config():
     sigma=schedules.Staged(schedules.Geometric(0.01, 0.1), 0.0, 0.2),
     data=Data(name="cifar10", image_shape=(32, 32, 3)),
     # P's constant colour through C_1, as zero padding does not leave a constant image constant.
-    prior=PriorOptions(kind="blurred_colour"),
+    prior=priors.BlurredColour(),
     sampling=Sampling(sampler="momentum", steps=280),
   ).to_config()

@@ -5,14 +5,15 @@ soft-diffusion-train --config=configs/cifar10_small.py --workdir=runs/cifar10_sm
 
 import pathlib
 
-from soft_diffusion_tf.experiment import PriorOptions, Sampling, from_file
+from soft_diffusion_tf import priors
+from soft_diffusion_tf.experiment import Sampling, from_file
 
 
 def get_config():
   e = from_file(pathlib.Path(__file__).with_name("cifar10_blur.py"))
   return e.replace(
     name="cifar10_small",
-    prior=PriorOptions(kind="subspace"),
+    prior=priors.Subspace(),
     network={"nf": 64, "num_res_blocks": 2, "dropout": 0.0, "dtype": "bfloat16"},
     training={
       "batch_size": 256,

@@ -5,13 +5,12 @@ soft-diffusion-train --config=configs/digits_blur.py --workdir=runs/digits
 
 import pathlib
 
-from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf import corruptions, losses, priors, schedules
 from soft_diffusion_tf.experiment import (
   Data,
   Evaluation,
   Experiment,
   Network,
-  PriorOptions,
   Sampling,
   Training,
   level_from_file,
@@ -30,7 +29,8 @@ def get_config():
     data=Data(
       name="digits", train_split="all", test_split="all", image_shape=(8, 8, 1), flip=False
     ),
-    prior=PriorOptions(kind="subspace"),
+    prior=priors.Subspace(),
+    loss=losses.SoftScoreMatching(weight="one", look_ahead=0.1),
     network=Network(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0),
     training=Training(
       batch_size=64,
@@ -38,8 +38,6 @@ def get_config():
       learning_rate=2e-3,
       warmup_steps=200,
       ema_decay=0.995,
-      weight="one",
-      look_ahead=0.1,
       log_every=50,
       checkpoint_every=600,
       keep_every=0,

@@ -21,7 +21,7 @@ def get_config():
       corruption=mask,
       level=schedules.Staged(level_from_file(SCHEDULE, mask, 0.0, 1.0), 0.2, 1.0),
       prior={"kind": "zero"},
-      training={"weight": "inverse_variance"},
+      loss={"weight": "inverse_variance"},
       sampling={"sampler": "probability_flow", "steps": 60},
     )
     .to_config()

@@ -25,7 +25,6 @@ seed + b; sample k of image b in `restore_map` has the image seed seed + b · nu
 num = 1), and t is rounded to a whole multiple of 1/`LATTICE` there.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import importlib.resources
@@ -38,7 +37,7 @@ import numpy as np
 import tensorflow as tf
 
 import soft_diffusion_tf
-from soft_diffusion_tf import arrays, bulk, priors, restoration, samplers, training, trust
+from soft_diffusion_tf import arrays, bulk, parts, priors, restoration, samplers, training, trust
 from soft_diffusion_tf.experiment import Experiment, Sampling, options_from_config
 
 FORMAT = 1
@@ -289,7 +288,7 @@ def name_of(options):
   One that goes by times of its own says so: "momentum_280_times".
   """
   steps = f"{len(options.times) - 1}_times" if options.times else options.steps
-  return f"{options.sampler.replace('+', '_')}_{steps}"
+  return f"{parts.identifier(options.sampler)}_{steps}"
 
 
 def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEFAULT,
@@ -319,9 +318,9 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
     options = usual_options(run)
   by_name = {}
   for o in options:
-    if o.sampler == samplers.ADAPTIVE:
+    if o.sampler.adaptive:
       raise ValueError(
-        f"{samplers.ADAPTIVE} chooses its steps by the batch and cannot be exported; take another "
+        f"{o.sampler} chooses its steps by the batch and cannot be exported; take another "
         f"sampler, such as {samplers.SAMPLERS[1]}"
       )
     if by_name.setdefault(name_of(o), o) != o:
@@ -427,7 +426,7 @@ def _about(run, dtype, licence):
     "format": FORMAT, "name": e.name, "version": soft_diffusion_tf.__version__, "step": run.step,
     "config": e.digest(), "weights_sha256": digest_of(run),
     "parameters": int(run.model.ema_network.count_params()), "dtype": dtype, "licence": licence,
-    "data": {"name": e.data.name, "split": e.data.train_split},
+    "data": {"name": str(e.data.name), "split": e.data.train_split},
   }  # fmt: skip
 
 
@@ -448,11 +447,11 @@ def _manifest(run, by_name, exported, dtype, restoring, licence):
     "level": [float(v) for v in run.diffusion.level(SHOWN_TIMES).numpy()],
     "sigma": [float(v) for v in run.diffusion.sigma(SHOWN_TIMES).numpy()],
     "samplers": {
-      name: {"evaluations": exported.evaluations[name], **dataclasses.asdict(o)}
+      name: {"evaluations": exported.evaluations[name], **o.to_dict()}
       for name, o in by_name.items()
     },
     "default_sampler": next(iter(by_name)),
-    "restoring": {**dataclasses.asdict(restoring), "lattice": LATTICE},
+    "restoring": {**restoring.to_dict(), "lattice": LATTICE},
     "most_images": MOST,
     "signatures": signatures,
   }
@@ -487,7 +486,7 @@ def card(run, manifest, evaluations=()):
     "## Measured", "",
   ]  # fmt: skip
   train = {
-    "data": e.data.name, "split": e.data.train_split, "crop": e.data.crop,
+    "data": str(e.data.name), "split": e.data.train_split, "crop": e.data.crop,
     "image_shape": list(e.data.image_shape),
   }  # fmt: skip
   records = [
@@ -505,8 +504,7 @@ def card(run, manifest, evaluations=()):
     for r in records:
       floor = "–" if r.get("floor") is None else f"{r['floor']['value']:.4g}"
       rows.append(
-        f"| {options_from_config(Sampling, r['sampling']).summary} | {r['nfe']} | {r['samples']} | "
-        f"{r['label']} {r['value']:.4g} | {floor} |"
+        f"| {_summary(r)} | {r['nfe']} | {r['samples']} | {r['label']} {r['value']:.4g} | {floor} |"
       )
     lines += dict.fromkeys(rows)  # the same evaluation made twice is one row
   else:
@@ -583,13 +581,21 @@ def manifest_of(path):
   return manifest
 
 
+def _summary(record):
+  """What an evaluation sampled by; the sampler alone where its code is not trusted."""
+  try:
+    return options_from_config(Sampling, record["sampling"]).summary
+  except trust.UntrustedCode:
+    return record["sampler"]
+
+
 def _check_shapes(experiment, shapes):
   """Raises the ValueError of weights that are not those of the experiment's network.
 
   Before the network is made: a config of unknown origin may ask for more memory than there is.
   """
-  if 2 * experiment.network.num_res_blocks > len(shapes):  # to count them all would take minutes
-    raise ValueError(f"it has {len(shapes)} weights, too few for its num_res_blocks")
+  if experiment.network.least_variables > len(shapes):  # to count them all would take minutes
+    raise ValueError(f"it has {len(shapes)} weights, too few for its network")
   experiment.check_network()
   want = experiment.network_shapes()
   if len(shapes) != len(want):
@@ -727,7 +733,8 @@ def unpack(path, trust_code=False):
     names = [_weight_name(k) for k in range(count)]
     for name in sorted({*names, *kept}.symmetric_difference(content.names)):
       raise ValueError(f"{name!r} is {'not part of one' if name in content.names else 'missing'}")
-    prior = priors.Prior.read(content, "prior_")
+    with trust.trust_code(trust_code):
+      prior = priors.Prior.read(content, "prior_")
     if prior.mean.shape != experiment.data.image_shape:  # before anything of that size is made
       raise ValueError(
         f"its prior is of images of shape {prior.mean.shape}, and its data.image_shape is "

@@ -9,7 +9,6 @@ its steps from the whole batch: there the batch of seed i is all the seeds with 
 """
 
 import copy
-import dataclasses
 import functools
 import io
 import json
@@ -101,11 +100,11 @@ class Drawer:
   @property
   def adaptive(self):
     """Whether the sampler chooses its own steps and has no rows."""
-    return self.options.sampler == samplers.ADAPTIVE
+    return self.options.sampler.adaptive
 
   @functools.cached_property
   def rows(self):
-    """The sampler's table; a ValueError for the adaptive one, which has none."""
+    """The sampler's plan; a ValueError for the adaptive one, which has none."""
     o = self.options
     if o.times:
       times = o.times
@@ -114,13 +113,11 @@ class Drawer:
       times = samplers.time_grid(
         o.steps, o.grid, self.diffusion, images=self._pilot() if measured else None
       )
-    return samplers.table(
-      o.sampler, times, self.diffusion, k=o.k, noise=o.noise, denoise=o.denoise
-    )  # fmt: skip
+    return samplers.plan(o.sampler, times, self.diffusion, denoise=o.denoise)
 
   def _pilot(self):
     name, steps = _PILOT
-    rows = samplers.table(name, samplers.time_grid(steps), self.diffusion)
+    rows = samplers.plan(name, samplers.time_grid(steps), self.diffusion)
     return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
 
   def _on_all(self, seeds):
@@ -154,8 +151,8 @@ class Drawer:
   def _draw(self, drawn):
     """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""
     if self.adaptive:
-      parts = [self.sampler.adaptive(d, rtol=self.options.tolerance, atol=self.options.tolerance)
-               for d in drawn]  # fmt: skip
+      error = self.options.sampler.tolerance
+      parts = [self.sampler.adaptive(d, rtol=error, atol=error) for d in drawn]
       self.evaluations = max(n for _, n in parts)
       return np.stack([x.numpy() for x, _ in parts])
     self.evaluations = int(self.rows.shape[0])
@@ -268,7 +265,7 @@ def settings_of(experiment, step, options, nfe):
   """What decides the images of a folder, besides their seeds; ready for JSON."""
   return {
     "config": experiment.identity(), "name": experiment.name, "checkpoint": step,
-    "sampler": options.sampler, "nfe": nfe, "sampling": dataclasses.asdict(options),
+    "sampler": str(options.sampler), "nfe": nfe, "sampling": options.to_dict(),
     "version": soft_diffusion_tf.__version__,
   }  # fmt: skip
 

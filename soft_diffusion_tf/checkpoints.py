@@ -31,11 +31,26 @@ def _files(folder):
 
 
 def named_variables(model):
-  """Variables by name; those of the optimizer lose its own name, which counts up in a process."""
-  named = {f"network/{v.path}": v.value for v in model.network.variables}
-  named |= {f"ema/{v.path}": v.value for v in model.ema_network.variables}
-  named |= {f"optimizer/{v.path.split('/', 1)[-1]}": v.value for v in model.optimizer.variables}
-  return named
+  """Variables by name; those of the optimizer lose its own name, which counts up in a process.
+
+  So do the names that Keras gives to layers without one: variables of a network that is not this
+  package's go by their places.
+  """
+  groups = {
+    "network": model.network.variables,
+    "ema": model.ema_network.variables,
+    "optimizer": model.optimizer.variables,
+  }
+  own = type(model.network).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+  def name(group, place, variable):
+    path = variable.path.split("/", 1)[-1] if group == "optimizer" else variable.path
+    return f"{group}/{path}" if own else f"{group}/{place:05d}"
+
+  return {
+    name(group, place, variable): variable.value
+    for group, variables in groups.items() for place, variable in enumerate(variables)
+  }  # fmt: skip
 
 
 class Checkpoints:

@@ -16,17 +16,15 @@ per image ([B]). A new corruption is a frozen dataclass with one method:
 
 import abc
 import dataclasses
-import difflib
-import functools
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import faults, products, schedules, trust
+from soft_diffusion_tf import faults, parts, products, schedules, trust
 
 __all__ = [
   "BlockAverage",
@@ -58,11 +56,6 @@ def as_channels(images):
   return np.ascontiguousarray(np.moveaxis(images, 0, 2).reshape(1, *images.shape[1:3], -1))
 
 
-def _is_of_this_process(name):
-  """Whether no other process could import what "module:name" names."""
-  return name.startswith("__main__:") or "<" in name
-
-
 def _verified(corruption, svd, level, image_shape):
   """The decomposition, after a look at it on random images where there are numbers to look at.
 
@@ -87,7 +80,7 @@ def _verified(corruption, svd, level, image_shape):
   return svd
 
 
-class Corruption(abc.ABC):
+class Corruption(parts.Part, abc.ABC, role="corruption"):
   """A linear operator for every level, the identity at the first end of `level_range`."""
 
   level_range = (0.0, math.inf)  # from the identity to the strongest corruption
@@ -164,38 +157,6 @@ class Corruption(abc.ABC):
       tf.reshape(s, [h, w, 1]),
     )  # fmt: skip
     return _verified(self, parts, level, image_shape)
-
-  def get_config(self) -> dict[str, Any]:
-    """Class and fields, ready for JSON; a class from elsewhere is named "module:Class"."""
-    kind = type(self)
-    here = kind.__module__ == __name__
-    config: dict[str, Any] = {
-      "kind": kind.__name__ if here else f"{kind.__module__}:{kind.__qualname__}"
-    }
-    names = [f.name for f in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
-    cached = lambda k: isinstance(getattr(kind, k, None), functools.cached_property)
-    lost = [k for k in vars(self) if k not in names and not cached(k)]
-    if lost:
-      raise ValueError(
-        f"{kind.__name__}: {', '.join(lost)} would be lost in a config; make it a dataclass "
-        "(@dataclasses.dataclass(frozen=True)) with a field for each"
-      )
-    for name in names:
-      value = getattr(self, name)
-      config[name] = value.get_config() if hasattr(value, "get_config") else value
-      try:
-        json.dumps(config[name])
-      except TypeError:
-        raise ValueError(
-          f"{kind.__name__}.{name} is a {type(value).__name__}, which JSON does not hold; make it "
-          "numbers, texts or tuples of them"
-        ) from None
-    return config
-
-  @classmethod
-  def from_config(cls, config):
-    """The corruption that `get_config` described."""
-    return cls(**{k: v for k, v in config.items() if k != "kind"})
 
   def _prepare(self, x, level):
     x = tf.cast(x, tf.float32)
@@ -298,13 +259,7 @@ class GaussianBlur(_Separable):
     half_size: 32 for CIFAR-10, 80 for CelebA-64 (P App. D).
   """
 
-  half_size: int = 32
-
-  def __post_init__(self):
-    if not 0 <= self.half_size <= _MOST_HALF_SIZE:
-      raise ValueError(
-        f"half_size is a number of pixels from 0 to {_MOST_HALF_SIZE}, not {self.half_size}"
-      )
+  half_size: Annotated[int, parts.Range(0, _MOST_HALF_SIZE)] = 32
 
   def _toeplitz(self, level, n):
     # Below a thousandth of a pixel every tap but the middle one is 0 in float32 already.
@@ -334,16 +289,10 @@ class Mask(_Diagonal):
     edge: width of a soft edge as a share of the pixels; 0 is P's binary mask.
   """
 
-  hidden: str = "border"
-  edge: float = 0.0
+  hidden: Annotated[str, parts.Choice(("border", "centre"))] = "border"
+  edge: Annotated[float, parts.Range(0, 1)] = 0.0
 
   level_range = (0.0, 1.0)
-
-  def __post_init__(self):
-    if self.hidden not in ("centre", "border"):
-      raise ValueError(f"hidden must be 'centre' or 'border', not {self.hidden!r}")
-    if not 0 <= self.edge <= 1:
-      raise ValueError(f"edge is a share of the pixels in [0, 1], not {self.edge}")
 
   def gains(self, level, h, w):
     y = np.abs(2 * np.arange(h) + 1 - h)[:, None] * w  # integers, so that ties are exact
@@ -428,17 +377,10 @@ class Compose(Corruption):
   level_range = (0.0, 1.0)
 
   def __post_init__(self):
-    for name in ("inner", "outer"):
-      if isinstance(getattr(self, name), dict):
-        object.__setattr__(self, name, from_config(getattr(self, name)))
+    super().__post_init__()
     for name in ("inner_level", "outer_level"):
-      value = getattr(self, name)
-      if isinstance(value, dict):
-        value = schedules.from_config(value)
-      elif isinstance(value, tuple | list):
-        value = schedules.Linear(*value)
-      object.__setattr__(self, name, value)
-
+      if isinstance(value := getattr(self, name), tuple):
+        object.__setattr__(self, name, schedules.Linear(*value))
     for part, schedule in ((self.inner, self.inner_level), (self.outer, self.outer_level)):
       low, high = map(np.float32, sorted(part.level_range))  # a schedule's ends are float32
       ends = schedules.ends(schedule)
@@ -469,8 +411,8 @@ class Family(Corruption):
   """
 
   family: Callable | str
-  low: float = 0.0
-  high: float = 1.0
+  low: Annotated[float, parts.Range(-math.inf, math.inf)] = 0.0
+  high: Annotated[float, parts.Range(-math.inf, math.inf)] = 1.0
 
   @property
   def level_range(self):
@@ -520,11 +462,7 @@ class Family(Corruption):
     if not isinstance(self.family, str):
       function = self.family
       name = f"{function.__module__}:{function.__qualname__}"
-      if _is_of_this_process(name):
-        raise ValueError(
-          f"{name} cannot be imported again, so it cannot travel in a config; "
-          "put the function at the top of a module and name it 'module:function'"
-        )
+      parts.check_importable({"family": name})
       return {"kind": "Family", "family": name, "low": self.low, "high": self.high}
     return super().get_config()
 
@@ -564,56 +502,8 @@ class Matrix(Family):
 
 
 def from_config(config, trust_code=False) -> Corruption:
-  """The corruption that `get_config` described: one of this module's, or "module:Class".
-
-  Args:
-    trust_code: import what the config names outside this module (see `trust`).
-
-  Raises:
-    trust.UntrustedCode: it names something, and nobody has consented.
-    ValueError: it describes no corruption.
-  """
-  if not isinstance(config, Mapping):
-    raise ValueError(f"corruption = {config!r}: give its kind and fields, as {{'kind': 'Mask'}}")
-  name = config.get("kind")
-  with trust.trust_code(trust_code):
-    if isinstance(name, str) and ":" in name:
-      kind = trust.load(name)
-      if not (isinstance(kind, type) and issubclass(kind, Corruption)):
-        raise ValueError(f"{name} is not a class derived from Corruption; name one")
-    elif name in __all__:
-      kind = globals()[name]
-    else:
-      near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
-      raise ValueError(f"unknown corruption {name!r}; did you mean {near!r}?")
-    if kind.__module__ == __name__:
-      schedules.check_fields(kind, config)
-    try:
-      return kind.from_config(config)
-    except TypeError as error:
-      raise ValueError(f"{name} does not take these fields: {error}") from None
-
-
-def code_of(config):
-  """The names "module:name" of all code that a corruption's config names, in its parts too."""
-  found = set()
-  for value in config.values():
-    if isinstance(value, Mapping):
-      found |= code_of(value)
-  return found | {v for k in ("kind", "family") if ":" in str(v := config.get(k))}
-
-
-def check_importable(config):
-  """Raises the ValueError of a corruption, or a part of it, that only this process knows."""
-  for value in config.values():
-    if isinstance(value, Mapping):
-      check_importable(value)
-  kind = str(config.get("kind", ""))
-  if _is_of_this_process(kind):
-    raise ValueError(
-      f"corruption {kind} cannot be imported again, so that no other program could open what is "
-      "trained with it; put the class into a module"
-    )
+  """The corruption that `get_config` described; see `parts.make`."""
+  return parts.make(Corruption, config, trust_code=trust_code)
 
 
 # --- The contract -------------------------------------------------------------------------------

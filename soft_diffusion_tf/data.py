@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import rng, trust
+from soft_diffusion_tf import parts, rng, trust
 
 DIGITS_TRAIN = 1500
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -64,11 +64,30 @@ class Source:
     return self.images[index].astype(np.float32) / 255.0
 
 
+class Reader(parts.Part, role="data set"):
+  """A data set of one's own: a part (see `parts`) with one method, `read`."""
+
+  def read(self, split):
+    """The images of a split, uint8 [N, H, W, C], or a pair of them and labels int64 [N]."""
+    raise NotImplementedError
+
+  def __str__(self):
+    return parts.spell(self)
+
+
+_CODE = re.compile(r"(?!folder:)[\w.<>]+:[^\W\d][\w.<>]*(\(.*\))?", re.DOTALL)
+
+
+def reader_of(name):
+  """The `Reader` that "module:Class(fields)" names, by consent; another name stays as it is."""
+  return parts.make(Reader, name) if isinstance(name, str) and _CODE.fullmatch(name) else name
+
+
 def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True):
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH" or a TFDS name.
+    name: "digits", "folder:PATH", a TFDS name, a `Reader` or "module:Class" of one.
     split: see the module's text.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
       resized by antialiased bilinear interpolation and rounded to 8 bits; colour becomes grey by
@@ -86,7 +105,11 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
     raise ValueError(f"unknown crop {crop!r}; did you mean {near!r}?")
   if image_shape is not None and len(image_shape) != 3:
     raise ValueError(f"an image shape is (height, width, channels), got {tuple(image_shape)}")
-  if name == "digits":
+  name = reader_of(name)
+  if isinstance(name, Reader):
+    name, (images, labels) = str(name), _read(name, split)
+    prepared = _prepare_each(images, [f"{name} {k}" for k in range(len(images))], image_shape, crop)
+  elif name == "digits":
     images, labels = _digits(split)
     prepared = _prepare_each(images, [f"digit {k}" for k in range(len(images))], image_shape, crop)
   elif name.startswith(FOLDER):
@@ -99,6 +122,20 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
     crop = "celeb_a_140" if crop == "auto" and name == "celeb_a" else crop
     prepared, labels = _tfds(name, split, image_shape, crop, data_dir, progress)
   return Source(name, prepared, labels)
+
+
+def _read(reader, split):
+  """The images and labels of a reader, checked."""
+  found = reader.read(split)
+  images, labels = found if isinstance(found, tuple) else (found, None)
+  images = np.asarray(images)
+  if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+    raise ValueError(
+      f"{reader}: read({split!r}) must give images uint8 [N, H, W, C], got {images.dtype} "
+      f"{list(images.shape)}"
+    )
+  labels = np.zeros([len(images)], np.int64) if labels is None else np.asarray(labels, np.int64)
+  return images, labels
 
 
 def _refuse_path(name):
@@ -374,7 +411,7 @@ def check_consent(name, data_dir=None):
   A TFDS name may have TFDS fetch or import a builder of somebody's, and the description of a
   prepared set beside the images, features.json, names classes that TFDS imports.
   """
-  if name == "digits" or name.startswith("folder:"):
+  if isinstance(name, Reader) or name == "digits" or name.startswith("folder:"):
     return
   if not re.fullmatch(r"[A-Za-z]\w*(/[\w.-]+)?(:[\d*]+\.[\d*]+\.[\d*]+)?", name):
     trust.check(name, "a TFDS data set with a namespace or arguments")

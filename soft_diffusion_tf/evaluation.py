@@ -502,6 +502,7 @@ class Result:
       where a part would have no more images than features.
     seconds: of the computation after extraction.
     conditions: whatever the caller adds.
+    metrics: what `experiment.Evaluation.metrics` gave: "metric/name" → number.
     floor: the numbers of real images against the reference, or None; `why_no_floor` says why.
   """
 
@@ -520,6 +521,7 @@ class Result:
   floor: dict | None = None
   why_no_floor: str = ""
   remark: str = ""  # on the weights
+  metrics: dict = dataclasses.field(default_factory=dict)
 
   def numbers(self):
     """The numbers alone, for JSON: None where there is none."""
@@ -549,7 +551,7 @@ class Result:
     """Everything, ready for JSON."""
     return {
       **self.conditions, **self.numbers(), "floor": self.floor, "why_no_floor": self.why_no_floor,
-      "warnings": self.warnings(), "seconds": round(self.seconds, 2),
+      "warnings": self.warnings(), "seconds": round(self.seconds, 2), "metrics": self.metrics,
     }  # fmt: skip
 
   def __str__(self):
@@ -566,6 +568,7 @@ class Result:
       parts.append(f"IS {self.inception_score:.4g}")
     if self.precision is not None:
       parts.append(f"precision {self.precision:.3f}, recall {self.recall:.3f}")
+    parts += [f"{name} {value:.4g}" for name, value in self.metrics.items()]
     return "; ".join(parts)
 
   def floor_line(self):
@@ -611,6 +614,24 @@ def with_reference(network, one, real, k=3, conditions=None):
   return dataclasses.replace(result, floor=floor, why_no_floor=why)
 
 
+def by_metrics(metrics, images, real):
+  """{"metric/name": number} of the metrics of a config, on images and real ones, uint8.
+
+  Raises:
+    ValueError: a metric gives something else than numbers by name.
+  """
+  numbers = {}
+  for metric in metrics:
+    found = metric(np.asarray(images), np.asarray(real))
+    try:
+      numbers |= {f"{metric}/{name}": float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError):
+      raise ValueError(
+        f"the metric {metric} must give numbers by name, as {{'gap': 0.1}}, not {found!r}"
+      ) from None
+  return numbers
+
+
 # --- A run --------------------------------------------------------------------------------------
 
 
@@ -619,33 +640,43 @@ def run_conditions(experiment, step, options, count, first_seed=0, averaged=True
   decay = experiment.training.ema_decay if averaged else 0.0  # without memory it is no average
   return {
     "experiment": experiment.name, "step": int(step), "ema_decay": decay,
-    "sampler": options.sampler, "nfe": options.evaluations,
-    "sampling": json.loads(json.dumps(dataclasses.asdict(options))),
+    "sampler": str(options.sampler), "nfe": options.evaluations,
+    "sampling": json.loads(json.dumps(options.to_dict())),
     "samples": int(count), "first_seed": int(first_seed),
   }  # fmt: skip
 
 
 def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=None, progress=True,
-                 partial=None, every=60.0):  # fmt: skip
+                 partial=None, every=60.0, real_images=None):  # fmt: skip
   """`count` samples of a run, by its averaged weights, against a `Reference`.
 
   Args:
     first_seed: samples are of image seeds first_seed … first_seed + count − 1.
     keep: a list that batches of samples are put into; else none outlives its batch.
     partial, every: see `measure`.
+    real_images: uint8 [N, H, W, C], for the metrics of the config; by default the training split.
   """
   options = options or run.experiment.sampling
   e = run.experiment.evaluation
+  kept = keep if keep is not None or not e.metrics or partial else []
   check_count(count, np.inf)
   seeds = np.arange(first_seed, first_seed + count)
   statistics = measure(
-    network, sample_batches(run, seeds, options, keep), count, e.subset,
+    network, sample_batches(run, seeds, options, kept), count, e.subset,
     "sampling" if progress else None, partial, every,
   )  # fmt: skip
   about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
   about |= {"reference": real.conditions}
   result = with_reference(network, statistics, real, e.neighbours, about)
-  return dataclasses.replace(result, remark=run.remark)
+  metrics = {}
+  if e.metrics:
+    if real_images is None:
+      real_images = run.experiment.data.load(progress=False).images
+    if kept is None:  # a part of the samples may have been drawn by a process before this one
+      kept = [run.images(seeds[: e.subset], options)]
+    images = plots.to_uint8(np.concatenate(kept)[: e.subset])
+    metrics = by_metrics(e.metrics, images, real_images[: e.subset])
+  return dataclasses.replace(result, remark=run.remark, metrics=metrics)
 
 
 # --- Records ------------------------------------------------------------------------------------
@@ -690,4 +721,6 @@ def to_tensorboard(workdir, record):
     for name in ("exact", "kid", "inception_score", "precision", "recall"):
       if record[name] is not None:
         tf.summary.scalar(f"{where}/{name}", record[name], record["step"])
+    for name, value in record.get("metrics", {}).items():
+      tf.summary.scalar(f"{where}/{name}", value, record["step"])
   writer.close()

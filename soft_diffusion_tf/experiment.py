@@ -8,148 +8,82 @@ The defaults are the paper's, but for the prior and the sampler, where better on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
-import math
-import numbers
 import pathlib
 import reprlib
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
+import keras
 import ml_collections
 
 import soft_diffusion_tf
-from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules, trust
-from soft_diffusion_tf.networks.ncsnpp import NCSNpp
+from soft_diffusion_tf import (
+  corruptions,
+  data,
+  diffusion,
+  losses,
+  metrics,
+  parts,
+  priors,
+  samplers,
+  schedules,
+  trust,
+)
+from soft_diffusion_tf.networks import Architecture, Network
+from soft_diffusion_tf.parts import (
+  Choice,
+  Count,
+  Every,
+  Positive,
+  Range,
+  Share,
+  Side,
+  Steps,
+  UnknownField,
+)
 
 CONFIG_FILE = "config.json"
-PREDICTIONS = ("residual", "score", "noise")
-CONDITIONINGS = ("log_linear", "vp_label", "ve_label")
 INCIDENTAL = (  # fields, by how their names begin, that do not change the weights at a step
   "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
   "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
   "training.accumulate", "data.test_split", "sampling.", "evaluation.",
 )  # fmt: skip
-DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # what Keras calls them
 
 
-def _choice(field: str, value: str, choices: Iterable[str]) -> None:
-  if value not in choices:
-    near = difflib.get_close_matches(str(value), list(choices), 1, cutoff=0)[0]
-    raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
+# --- Groups of fields -----------------------------------------------------------------------------
 
 
-# --- What a field may be --------------------------------------------------------------------------
+class Group(parts.Checked):
+  """Fields of an experiment that belong together. A part among them is a text in a config."""
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain values, ready for JSON."""
+    fields = dataclasses.fields(self)  # type: ignore[arg-type]
+    return {field.name: _text(getattr(self, field.name)) for field in fields}
 
 
-class Range(typing.NamedTuple):
-  """The numbers that a field takes: from `low` to `high`, or without the ends that `ends` opens."""
-
-  low: float
-  high: float
-  ends: str = "[]"
-
-  def check(self, where: str, value: Any) -> None:
-    """Raises the ValueError of a number outside; `where` names it."""
-    above = value > self.low if self.ends[0] == "(" else value >= self.low
-    below = value < self.high if self.ends[1] == ")" else value <= self.high
-    if not (above and below):  # NaN as well
-      raise ValueError(f"{where} must be {self}, got {value}")
-
-  def __str__(self) -> str:
-    words = {"(": "above", "[": "from", ")": "below", "]": "to"}
-    if (self.low, self.ends[0], self.high) == (0, "(", _ANY):
-      return "positive and finite"
-    last = "on" if self.high == _ANY else f"{words[self.ends[1]]} {self.high:,}"
-    return f"{words[self.ends[0]]} {self.low:,} {last}"
-
-
-class Choice(typing.NamedTuple):
-  """The texts that a field takes."""
-
-  choices: tuple[str, ...]
-
-  def check(self, where: str, value: Any) -> None:
-    """Raises the ValueError of another text, with the nearest one; `where` names it."""
-    _choice(where, value, self.choices)
-
-
-_ANY = 1.7e308  # what is above is not finite
-_MOST = 10**12  # of anything that is counted in steps
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-
-Positive = Annotated[float, Range(0, _ANY, "(]")]
-NotNegative = Annotated[float, Range(0, _ANY)]
-Share = Annotated[float, Range(0, 1, "[)")]  # of a whole that is never reached
-Count = Annotated[int, Range(1, 2**31 - 1)]
-Steps = Annotated[int, Range(1, _MOST)]
-Every = Annotated[int, Range(0, _MOST)]  # so many steps; 0: never
-Side = Annotated[int, Range(1, 8192)]  # of an image, in pixels
-
-
-def _checked(where: str, value: Any, hint: Any, like: Any = None) -> Any:
-  """A value as its field's type has it: a list for a tuple and an int for a float are taken.
-
-  Raises:
-    ValueError: it is of another type, or not in the field's `Range` or `Choice`; `where` names it.
-  """
-  rules: tuple[Any, ...] = ()
-  if typing.get_origin(hint) is Annotated:
-    hint, *rules = typing.get_args(hint)  # type: ignore[assignment]
-  kind = _KINDS.get(hint, "a " + getattr(hint, "__name__", "tuple"))
-  such = "" if like is None else f" like {like!r}"
-  wrong = f"{where} must be {kind}{such}, got {reprlib.repr(value)}"
-  if typing.get_origin(hint) is tuple:
-    inner = typing.get_args(hint)
-    if not isinstance(value, list | tuple):
-      raise ValueError(wrong)
-    if inner[-1] is ...:
-      inner = inner[:1] * len(value)
-    if len(inner) != len(value):
-      raise ValueError(f"{where} takes {len(inner)} numbers like {like!r}, got {value!r}")
-    return tuple(_checked(f"{where}[{k}]", v, h) for k, (v, h) in enumerate(zip(value, inner)))
-  if not isinstance(value, bool):
-    if hint is int and isinstance(value, numbers.Integral):
-      value = int(value)
-    elif hint is float and isinstance(value, numbers.Real):
-      with contextlib.suppress(OverflowError):  # of an int
-        value = float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ValueError(wrong)
-  if hint is float and not math.isfinite(value):
-    raise ValueError(f"{where} must be a finite number, got {value}")
-  for rule in rules:
-    rule.check(where, value)
-  return value
-
-
-class _Options:
-  """A frozen dataclass whose fields are what their annotations say, whoever makes it."""
-
-  def __post_init__(self) -> None:
-    hints = typing.get_type_hints(type(self), include_extras=True)
-    group = type(self).__name__.lower().removesuffix("options")
-    prefix = "" if group == "experiment" else f"{group}."
-    for field in dataclasses.fields(self):  # type: ignore[arg-type]
-      name = field.name
-      value = _checked(prefix + name, getattr(self, name), hints[name], field.default)
-      object.__setattr__(self, name, value)
-
-
-# --- The parts ------------------------------------------------------------------------------------
+def _text(value: Any) -> Any:
+  if isinstance(value, tuple):
+    return tuple(map(_text, value))
+  return str(value) if isinstance(value, parts.Part) else value
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(_Options):
-  """See `data.load`; `flip` mirrors training images at random."""
+class Data(Group):
+  """A data set and its images (see `data.load`); `flip` mirrors training images at random.
 
-  name: str = "cifar10"
+  `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`.
+  """
+
+  _group = "data."
+
+  name: str | data.Reader = "cifar10"
   train_split: str = "train"
   test_split: str = "test"
   image_shape: tuple[Side, Side, Annotated[int, Range(1, 1024)]] = (32, 32, 3)
@@ -157,65 +91,31 @@ class Data(_Options):
   flip: bool = True
   data_dir: str = ""
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    object.__setattr__(self, "name", data.reader_of(self.name))
 
-@dataclasses.dataclass(frozen=True)
-class PriorOptions(_Options):
-  """See `priors.fit`."""
-
-  kind: Annotated[str, Choice(tuple(priors.KINDS))] = "subspace"
-  rank: Count = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Network(_Options):
-  """NCSN++ options (see `networks.ncsnpp.NCSNpp`); the image shape comes from the data.
-
-  `prediction` says what the network gives and `conditioning` what it is told of t (see
-  `model.SoftDiffusionModel`): the defaults are P's, the others those of published VE and VP models.
-  `cond_min` and `cond_max` are the ends of the log-linear conditioning value: what the VE network
-  of the same data set sees as σ. With `dtype` "bfloat16" the network computes in it, as TPUs like;
-  weights, images, σ and the loss stay in float32.
-  """
-
-  nf: Annotated[int, Range(4, 4096)] = 128
-  ch_mult: tuple[Annotated[int, Range(1, 64)], ...] = (1, 2, 2, 2)
-  num_res_blocks: Annotated[int, Range(1, 128)] = 4
-  attn_resolutions: tuple[Side, ...] = (16,)
-  dropout: Share = 0.1
-  fir: bool = True
-  skip_rescale: bool = True
-  resblock_type: str = "biggan"
-  progressive: str = "none"
-  progressive_input: str = "residual"
-  progressive_combine: str = "sum"
-  embedding_type: str = "fourier"
-  fourier_scale: Positive = 16.0
-  resamp_with_conv: bool = True
-  conditional: bool = True
-  init_scale: NotNegative = 0.0
-  centered: bool = False
-  remat: bool = False
-  scale_by_sigma: bool = False
-  sigma_min: Positive = 0.01
-  sigma_max: Positive = 50.0
-  num_scales: Annotated[int, Range(1, 1_000_000)] = 1000
-  prediction: Annotated[str, Choice(PREDICTIONS)] = "residual"
-  conditioning: Annotated[str, Choice(CONDITIONINGS)] = "log_linear"
-  cond_min: Positive = 0.01
-  cond_max: Positive = 50.0
-  dtype: Annotated[str, Choice(tuple(DTYPES))] = "float32"
+  def load(self, split: str = "", data_dir: str | None = None, progress: bool = True) -> Any:
+    """The `data.Source` of a split, by default of the training split, decoded."""
+    return data.load(
+      self.name, split or self.train_split, self.image_shape, self.crop,
+      data_dir or self.data_dir or None, progress,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(_Options):
+class Training(Group):
   """Optimisation (P App. D), and what is written how often (in steps; 0 means never).
 
   A batch is taken in `accumulate` parts, one after the other, where it does not fit in memory: the
-  step is the same. `weight`, `filtered` and `look_ahead` are those of the loss
-  (`losses.soft_score_matching`). `t_min` is the smallest t drawn; `low_variance_t` draws one
+  step is the same. `t_min` is the smallest t drawn; `low_variance_t` draws one
   stratified sample of t per batch instead of independent ones; `steps_per_loop` steps run in one
   call of the compiled loop; the `keep` newest checkpoints stay, and one every `keep_every` steps.
+
+  `weight`, `filtered` and `look_ahead` are deprecated: fields of `losses.SoftScoreMatching` now.
   """
+
+  _group = "training."
 
   batch_size: Count = 128
   accumulate: Count = 1
@@ -227,9 +127,6 @@ class Training(_Options):
   epsilon: Positive = 1e-8
   clip_norm: Positive = 1.0
   ema_decay: Share = 0.999
-  weight: Annotated[str, Choice(tuple(losses.WEIGHTS))] = "inverse_variance"
-  filtered: bool = True
-  look_ahead: Annotated[float, Range(0, 1)] = 0.0
   t_min: Share = 1e-5
   low_variance_t: bool = False
   steps_per_loop: Count = 10
@@ -238,37 +135,63 @@ class Training(_Options):
   keep: Count = 3
   keep_every: Every = 10_000
   sample_every: Every = 10_000
+  weight: dataclasses.InitVar[str | None] = None
+  filtered: dataclasses.InitVar[bool | None] = None
+  look_ahead: dataclasses.InitVar[float | None] = None
+
+  def __post_init__(self, *of_loss: Any) -> None:
+    super().__post_init__()
+    given = {k: v for k, v in zip(_OF_LOSS, of_loss) if v is not None}
+    if given:
+      warnings.warn(
+        f"Training({', '.join(given)}) is deprecated; give Experiment(loss=losses."
+        "SoftScoreMatching(...))",
+        DeprecationWarning, stacklevel=3,
+      )  # fmt: skip
+    object.__setattr__(self, "_of_loss", given)  # until `Experiment` has taken it
 
 
-_READ_BY = {"k": "ddim", "noise": "stochastic_two_step", "tolerance": samplers.ADAPTIVE}
+_OF_LOSS = ("weight", "filtered", "look_ahead")
+_OF_RULES = ("k", "noise", "tolerance")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling(_Options):
-  """See `samplers.table` and `samplers.time_grid`.
+class Sampling(Group):
+  """See `samplers.plan` and `samplers.time_grid`.
 
-  `sampler` is one of `samplers.SAMPLERS`, a pair such as "ddim+momentum", or `samplers.ADAPTIVE`,
-  whose relative and absolute error per step is `tolerance`. `times`, when given, are the grid, from
-  1 down to 0, in place of `steps` and `grid`. `clip` bounds x̂_0 to [0, 1] in every step;
-  `threshold` does so dynamically, by that percentile (0: not). `batch_size` images are computed
-  side by side, always: kernels round by it, so it is part of what an image is (`bulk`).
+  `sampler` is a `samplers.Rule` or a text that names one: "two_step", "ddim(k=0.1)", a pair such as
+  "ddim+momentum", "my_module:MyRule(size=2)". `times`, when given, are the grid, from 1 down to 0,
+  in place of `steps` and `grid`. `clip` bounds x̂_0 to [0, 1] in every step; `threshold` does so
+  dynamically, by that percentile (0: not). `batch_size` images are computed side by side, always:
+  kernels round by it, so it is part of what an image is (`bulk`).
+
+  `k`, `noise` and `tolerance` are deprecated: fields of the rules "ddim", "stochastic_two_step" and
+  "dormand_prince" now.
   """
 
-  sampler: str = "two_step"
+  _group = "sampling."
+
+  sampler: samplers.Rule = samplers.TwoStep()  # noqa: RUF009
   steps: Annotated[int, Range(1, 1_000_000)] = 25
   grid: Annotated[str, Choice(tuple(samplers.GRIDS))] = "uniform"
   times: tuple[Annotated[float, Range(0, 1)], ...] = ()
-  k: NotNegative = 0.0
-  noise: NotNegative = 1.0
   denoise: bool = True
   clip: bool = False
   threshold: Annotated[float, Range(0, 100)] = 0.0
-  tolerance: Positive = 1e-4
   batch_size: Annotated[int, Range(1, 1_000_000)] = 64
+  k: dataclasses.InitVar[float | None] = None
+  noise: dataclasses.InitVar[float | None] = None
+  tolerance: dataclasses.InitVar[float | None] = None
 
-  def __post_init__(self) -> None:
+  def __post_init__(self, *of_rule: Any) -> None:
     super().__post_init__()
-    samplers.check(self.sampler)
+    given = {k: v for k, v in zip(_OF_RULES, of_rule) if v is not None}
+    if given:
+      warnings.warn(
+        f"Sampling({', '.join(given)}) is deprecated; give sampler='ddim(k=0.1)' and the like",
+        DeprecationWarning, stacklevel=3,
+      )  # fmt: skip
+      object.__setattr__(self, "sampler", samplers.with_fields(self.sampler, given))
     if self.clip and self.threshold:
       raise ValueError(
         f"sampling.clip and sampling.threshold = {self.threshold:g} both bound x̂_0; set one of them"
@@ -285,7 +208,7 @@ class Sampling(_Options):
   @property
   def evaluations(self) -> int | None:
     """Of the network, for one image; None where the sampler chooses its own steps."""
-    if self.sampler == samplers.ADAPTIVE:
+    if self.sampler.adaptive:
       return None
     return samplers.evaluations(self.sampler, len(self.times) - 1 if self.times else self.steps)
 
@@ -300,17 +223,19 @@ class Sampling(_Options):
       f"{field.name} {value}" for field in dataclasses.fields(self)
       if field.name not in said and (value := getattr(self, field.name)) != field.default
     ]  # fmt: skip
-    return f"{self.sampler} ({', '.join(other)})" if other else self.sampler
+    return f"{self.sampler} ({', '.join(other)})" if other else str(self.sampler)
 
   def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:
     """The options with other values for what is not None; `nfe` picks the steps that take as many
     evaluations of the network. A number of steps or a grid takes the place of `times`, and `times`
-    that of both.
+    that of both. What is no field here is one of the sampler's: `k` of "ddim".
 
     Raises:
-      ValueError: two of them at once.
+      ValueError: two of them at once, or one that the sampler does not read.
     """
     given = {k: v for k, v in changes.items() if v is not None}
+    names = {field.name for field in dataclasses.fields(self)}
+    of_rule = {k: given.pop(k) for k in list(given) if k not in names}
     chosen = [name for name in ("steps", "grid") if name in given]
     if chosen and given.get("times"):
       raise ValueError(
@@ -319,49 +244,44 @@ class Sampling(_Options):
     if chosen:
       given["times"] = ()
     options = dataclasses.replace(self, **given)
-    options._check_read(given if nfe is None else given | {"nfe": nfe})
+    if of_rule:
+      rule = samplers.with_fields(options.sampler, of_rule, strict=True)
+      options = dataclasses.replace(options, sampler=rule)
+    if options.sampler.adaptive:
+      for field in ("steps", "nfe", "grid", "times"):
+        if value := (given | {"nfe": nfe}).get(field):
+          raise ValueError(
+            f"{options.sampler} chooses its own steps by its tolerance: leave out {field} = {value}"
+          )
     if nfe is None:
       return options
     if given.get("steps") or given.get("times"):
       raise ValueError(f"nfe = {nfe} chooses the number of steps: leave out steps and times")
     return dataclasses.replace(options, steps=samplers.steps_for(options.sampler, nfe), times=())
 
-  def _check_read(self, given: Mapping[str, Any]) -> None:
-    """Raises the ValueError of a value that was asked for and that the sampler does not read."""
-    adaptive = self.sampler == samplers.ADAPTIVE
-    turns = (self.sampler,) if adaptive else samplers.parts(self.sampler)
-    for field, reader in _READ_BY.items():
-      if given.get(field) and reader not in turns:
-        raise ValueError(
-          f"{field} = {given[field]:g} is for the sampler {reader}; {self.sampler} does not read "
-          "it, so leave it out"
-        )
-    for field in ("steps", "nfe", "grid", "times"):
-      if given.get(field) and adaptive:
-        raise ValueError(
-          f"{self.sampler} chooses its own steps by its tolerance: leave out {field} = "
-          f"{given[field]}"
-        )
-
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(_Options):
+class Evaluation(Group):
   """What `evaluation` measures with.
 
   `feature_net` names a feature network (see `features`); `samples` is the number of images on each
   side, and `reference_samples` another number of real ones (0: the same); KID and precision/recall
   look at the first `subset` images of each side, the latter at their `neighbours`-th neighbours.
+  `metrics` are measured beside them, on as many images: each a `metrics.Metric`, or its name.
   """
+
+  _group = "evaluation."
 
   feature_net: str = "tfgan"
   samples: Count = 50_000
   reference_samples: Annotated[int, Range(0, 2**31 - 1)] = 0
   subset: Count = 10_000
   neighbours: Count = 3
+  metrics: tuple[metrics.Metric, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment(_Options):
+class Experiment(parts.Checked):
   """A run. `level` and `sigma` are the schedules of the corruption's level and of the noise."""
 
   corruption: corruptions.Corruption = corruptions.GaussianBlur()  # noqa: RUF009
@@ -370,43 +290,31 @@ class Experiment(_Options):
   name: str = "unnamed"
   seed: Annotated[int, Range(0, 2**63 - 1)] = 0
   data: Data = Data()
-  prior: PriorOptions = PriorOptions()
-  network: Network = Network()
+  prior: priors.Estimator = priors.Subspace()  # noqa: RUF009
+  network: Architecture = Network()  # noqa: RUF009
+  loss: losses.Loss = losses.SoftScoreMatching()  # noqa: RUF009
   training: Training = Training()
   sampling: Sampling = Sampling()
   evaluation: Evaluation = Evaluation()
 
+  _PARTS: ClassVar = {
+    "corruption": corruptions.Corruption, "level": schedules.Schedule, "sigma": schedules.Schedule,
+    "prior": priors.Estimator, "network": Architecture, "loss": losses.Loss,
+  }  # fmt: skip
+
   def __post_init__(self) -> None:
     super().__post_init__()
-    t = self.training
-    if t.look_ahead and not t.filtered:
-      raise ValueError(
-        f"training.look_ahead = {t.look_ahead} chooses the filter of the loss, and "
-        "training.filtered = False takes it away; set one of them only"
-      )
+    if of_loss := self.training._of_loss:  # type: ignore[attr-defined]
+      mine = isinstance(self.loss, losses.SoftScoreMatching)
+      loss = dataclasses.replace(self.loss if mine else losses.SoftScoreMatching(), **of_loss)
+      object.__setattr__(self, "loss", loss)
+      object.__setattr__(self, "training", dataclasses.replace(self.training))
     for prediction, kind in (("score", corruptions.Identity), ("noise", corruptions.Scale)):
       if self.network.prediction == prediction and not isinstance(self.corruption, kind):
         raise ValueError(
           f"network.prediction = {prediction!r} needs the corruption {kind.__name__}, not "
           f"{type(self.corruption).__name__}; use 'residual'"
         )
-    self._check_conditioning()
-
-  def _check_conditioning(self) -> None:
-    n = self.network
-    if not n.cond_min < n.cond_max:
-      raise ValueError(f"network.cond_min = {n.cond_min:g} and cond_max = {n.cond_max:g} must rise")
-    labels = n.conditioning != "log_linear"
-    if labels and n.embedding_type == "fourier":
-      raise ValueError(
-        f"network.conditioning = {n.conditioning!r} gives labels from 0 on, whose logarithm "
-        "embedding_type = 'fourier' takes; use 'positional', or the conditioning 'log_linear'"
-      )
-    if n.scale_by_sigma and n.embedding_type == "positional" and not labels:
-      raise ValueError(
-        "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
-        f"use the conditioning {' or '.join(CONDITIONINGS[1:])}, not {n.conditioning!r}"
-      )
 
   # --- Parts --------------------------------------------------------------------------------------
 
@@ -416,38 +324,25 @@ class Experiment(_Options):
 
   def check_network(self) -> None:
     """Raises the ValueError of options that make no network, without making its weights."""
-    NCSNpp.check(image_shape=self.data.image_shape, seed=self.seed, **self._network_options())
+    self.network.check(self.data.image_shape)
 
-  def build_network(self) -> NCSNpp:
+  def build_network(self) -> keras.Model:
     """A fresh network; its weights are a function of `seed` alone."""
-    return NCSNpp(image_shape=self.data.image_shape, seed=self.seed, **self._network_options())
+    return self.network.build(self.data.image_shape, self.seed)
 
   def network_shapes(self) -> list[tuple[int, ...]]:
     """The shapes of the network's variables, without making them."""
-    return NCSNpp.shapes(
-      image_shape=self.data.image_shape, seed=self.seed, **self._network_options()
-    )
-
-  def _network_options(self) -> dict[str, Any]:
-    options = dataclasses.asdict(self.network)
-    for name in ("prediction", "conditioning", "cond_min", "cond_max"):
-      del options[name]
-    options["dtype"] = DTYPES[self.network.dtype]
-    return options
+    return self.network.shapes(self.data.image_shape)
 
   # --- Configs ------------------------------------------------------------------------------------
 
   def to_dict(self) -> dict[str, Any]:
     """Nested plain values, ready for JSON."""
-    result: dict[str, Any] = {}
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if hasattr(value, "get_config"):
-        value = value.get_config()
-      elif dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)  # type: ignore[arg-type]
-      result[field.name] = value
-    return result
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return {
+      name: value.to_dict() if isinstance(value, Group) else parts.plain(value)
+      for name, value in fields.items()
+    }
 
   def to_config(self) -> ml_collections.ConfigDict:
     """For a config file's `get_config`: fields keep their types under flag overrides."""
@@ -469,32 +364,32 @@ class Experiment(_Options):
       raise ValueError(f"a config is an object of fields, not {reprlib.repr(config)}")
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     content.pop("version", None)  # of the program that wrote it
+    content = _of_now(content)
     fields = {field.name for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    parts: dict[str, Any] = {}
-    for name, value in content.items():
-      _known("", name, fields)
-      if name == "corruption":
-        value = corruptions.from_config(value, trust_code)
-      elif name in ("level", "sigma"):
-        try:
-          value = schedules.from_config(value)
-        except ValueError as error:
-          raise ValueError(f"{name}: {error}") from None
-      elif dataclasses.is_dataclass(hints[name]):
-        value = _typed(hints[name], value, name + ".")
-      parts[name] = value
-    return cls(**parts)
+    made: dict[str, Any] = {}
+    with trust.trust_code(trust_code):
+      for name, value in content.items():
+        parts.check_known("", name, fields)
+        if name in cls._PARTS:
+          value = _part(cls._PARTS[name], name, value)
+        elif dataclasses.is_dataclass(hints[name]):
+          value = hints[name](**parts.check_fields(hints[name], value, name + "."))
+        made[name] = value
+    return cls(**made)
 
   def replace(self, **changes: Any) -> Experiment:
     """A copy with other parts; a dictionary changes only the named fields of a group:
     `replace(name="x", training={"steps": 10})`.
     """
     for name, value in changes.items():
-      if isinstance(value, dict):
+      if isinstance(value, dict) and "kind" in value:
+        changes[name] = parts.make(self._PARTS[name], value, name)
+      elif isinstance(value, dict):
         group = getattr(self, name)
-        for field in value:
-          _known(name + ".", field, {f.name for f in dataclasses.fields(group)})
+        old = _OF_LOSS if name == "training" else _OF_RULES if name == "sampling" else ()
+        for field in value.keys() - set(old):
+          parts.check_known(name + ".", field, {f.name for f in dataclasses.fields(group)})
         changes[name] = dataclasses.replace(group, **value)
     return dataclasses.replace(self, **changes)
 
@@ -596,25 +491,62 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-class UnknownField(ValueError):
-  """A config has a field that this version does not know."""
+def _part(base: Any, name: str, value: Any) -> Any:
+  """The part of an experiment's field, which errors name."""
+  try:
+    return parts.make(base, value, name)
+  except ValueError as error:
+    said = str(error)
+    group = getattr(base, "_group", "")
+    if isinstance(error, trust.UntrustedCode) or said.startswith((name, group or name)):
+      raise
+    raise type(error)(f"{name}: {error}") from None
 
 
-def _known(prefix: str, name: Any, fields: set[str]) -> None:
-  if name not in fields:
-    near = difflib.get_close_matches(str(name), sorted(fields), 1, cutoff=0)[0]
-    raise UnknownField(f"the config has no field {prefix}{name!s}; did you mean {prefix}{near}?")
+def _of_now(content: dict[str, Any]) -> dict[str, Any]:
+  """A config of version 0.1 as this one has it, the loss and the rules with fields of their own."""
+
+  def found(group: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = content.get(group)
+    values = values if isinstance(values, Mapping) else {}
+    old = {k: values[k] for k in names if k in values}
+    return old, {k: v for k, v in values.items() if k not in old}
+
+  old, rest = found("training", _OF_LOSS)
+  if old:
+    loss = content.get("loss", {"kind": "SoftScoreMatching"})
+    content["loss"] = {**loss, **old} if isinstance(loss, Mapping) else loss
+    content["training"] = rest
+  old, rest = found("sampling", _OF_RULES)
+  if old:
+    content["sampling"] = {**rest, "sampler": _of_rule(rest.get("sampler", "two_step"), old)}
+  return content
+
+
+def _of_rule(sampler: Any, values: Mapping[str, Any]) -> samplers.Rule:
+  """The rule of a config of version 0.1; each value must be one that its rule takes."""
+  for name, kind in zip(_OF_RULES, (samplers.DDIM, samplers.StochasticTwoStep,
+                                    samplers.DormandPrince)):  # fmt: skip
+    if name in values:
+      parts.check_fields(kind, {name: values[name]}, "sampling.")
+  return samplers.with_fields(parts.make(samplers.Rule, sampler, "sampling.sampler"), values)
+
+
+def loss_of(training: Mapping[str, Any]) -> Any:
+  """The config of the loss that options of `Training` of version 0.1 describe."""
+  return _of_now({"training": training}).get("loss", {"kind": "SoftScoreMatching"})
 
 
 def options_from_config(kind: Any, values: Mapping[str, Any]) -> Any:
-  """One of the option classes above (`Training`, …) from plain values, checked."""
-  return _typed(kind, values, f"{kind.__name__.lower()}.")
+  """One of the groups above (`Training`, …) from plain values, checked."""
+  name = kind._group[:-1]
+  return kind(**parts.check_fields(kind, _of_now({name: values})[name], kind._group))
 
 
-def _typed(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
-  """A dataclass from a mapping; every field is checked."""
-  if not isinstance(values, Mapping):
-    raise ValueError(f"{prefix[:-1]} must be a group of fields, got {reprlib.repr(values)}")
-  for name in values:
-    _known(prefix, name, {f.name for f in dataclasses.fields(kind)})
-  return kind(**values)
+def PriorOptions(kind: str = "subspace", rank: int = 16) -> priors.Estimator:
+  """Deprecated: an estimator of `priors`, as version 0.1 named it."""
+  warnings.warn(
+    f"PriorOptions is deprecated; use priors.{type(parts.make(priors.Estimator, kind)).__name__}()",
+    DeprecationWarning, stacklevel=2,
+  )  # fmt: skip
+  return dataclasses.replace(parts.make(priors.Estimator, kind, "prior.kind"), rank=rank)

@@ -202,7 +202,7 @@ class PrecisionStudy:
     """Images float32 [N, H, W, C] by a rule with that many evaluations."""
     times = samplers.time_grid(samplers.steps_for(rule, nfe))
     x = self.process.draw_prior(seeds)
-    return self._samplers[kind](samplers.table(rule, times, self.process), seeds, x).numpy()
+    return self._samplers[kind](samplers.plan(rule, times, self.process), seeds, x).numpy()
 
   def one_blur(self, images, kind, t):
     """RMS and largest error of a single rounded C_t."""
@@ -322,21 +322,21 @@ class Laboratory:
     spread = np.std([g.frechet for g in self.floors], ddof=1)
     return (1 + share) * self.floor.frechet + 2 * float(spread)
 
-  def rows(self, rule, nfe, grid="uniform", **options):
-    """The table of a sampler for at most `nfe` evaluations."""
+  def rows(self, rule, nfe, grid="uniform", denoise=True, **fields):
+    """The plan of a sampler for at most `nfe` evaluations; `fields` are the rule's."""
+    rule = samplers.with_fields(rule, fields)
     times = samplers.time_grid(
       samplers.steps_for(rule, nfe), grid, self.diffusion, images=self.images
     )
-    return samplers.table(rule, times, self.diffusion, **options)
+    return samplers.plan(rule, times, self.diffusion, denoise=denoise)
 
   def grade(self, rule, nfe, grid="uniform", full=False, **options):
-    """The `Grade` of a sampler; `options` go to `samplers.table`, or for the adaptive one
-    `tolerance` decides and nfe does not count.
+    """The `Grade` of a sampler; `options` are those of `rows`. For the adaptive one its tolerance
+    decides, and nfe does not count.
     """
-    seeds = np.arange(self.count)
-    if rule == samplers.ADAPTIVE:
-      tolerance = options.get("tolerance", 1e-4)
-      images, nfe = self.sampler.adaptive(seeds, rtol=tolerance, atol=tolerance)
+    seeds, rule = np.arange(self.count), samplers.with_fields(rule, options)
+    if rule.adaptive:
+      images, nfe = self.sampler.adaptive(seeds, rtol=rule.tolerance, atol=rule.tolerance)
       return self.grade_images(images, nfe, full)
     rows = self.rows(rule, nfe, grid, **options)
     return self.grade_images(self.sampler(rows, seeds), int(rows.shape[0]), full)

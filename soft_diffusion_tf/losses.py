@@ -1,48 +1,79 @@
-"""Soft Score Matching (P Eq. 12) and the baseline that P compares it with."""
+"""Losses: Soft Score Matching (P Eq. 12) and the baseline that P compares it with."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from typing import Annotated, Any
+
 import tensorflow as tf
 
+from soft_diffusion_tf import parts
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
 
 WEIGHTS = ("inverse_variance", "one")
 
 
-def soft_score_matching(
-  diffusion: Diffusion,
-  denoiser: Denoiser,
-  x_0: tf.Tensor,
-  t: tf.Tensor,
-  eta: tf.Tensor,
-  *,
-  weight: str = "inverse_variance",
-  filtered: bool = True,
-  look_ahead: float = 0.0,
-) -> tf.Tensor:
+class Loss(parts.Part, role="loss"):
+  """What a training step minimises: a part (see `parts`) with one method, `__call__`."""
+
+  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
+               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+    """The loss of each example, float32 [B]; the step minimises their mean.
+
+    Args:
+      denoiser: (x_t, t [B]) → x̂_0 by the weights under training.
+      x_0: clean images, float32 [B, H, W, C].
+      t: times [B].
+      eta: standard normal noise like x_0.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftScoreMatching(Loss):
   """w(t) ‖C_t (x̂_0 − x_0)‖² for each example, with x̂_0 = denoiser(x_t, t) (P Eq. 12).
 
   The squared norm is the sum over the image's numbers, not their mean. With C_t = I and
   w = 1/σ_t² this is the VE loss of Song et al. 2021 (which has a factor ½ in front).
 
-  Args:
-    x_0: clean images, float32 [B, H, W, C].
-    t: times [B].
-    eta: standard normal noise like x_0.
+  Attributes:
     weight: w(t), "inverse_variance" (1/σ_t²: P's choice) or "one".
     filtered: False leaves C_t out of the loss: the objective of Bansal et al. 2022 (P 3.1).
     look_ahead: δ, which puts C at t − δ (at least 0) in the place of C_t. From t a sampler makes
       C_s x̂_0 with s < t, and so uses detail that C_t would hide from the loss (docs/theory.md).
       0 is Eq. 12 as printed, 1 leaves the loss unfiltered; E[x_0|x_t] minimises each of them.
-
-  Returns:
-    float32 [B].
   """
-  if weight not in WEIGHTS:
-    raise ValueError(f"unknown weight {weight!r}; choose one of {', '.join(WEIGHTS)}")
-  x_0 = tf.cast(x_0, tf.float32)
-  error = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32) - x_0
-  if filtered:
-    error = diffusion.corrupt(error, tf.maximum(t - look_ahead, 0.0))
-  loss = tf.reduce_sum(error**2, axis=[1, 2, 3])
-  return loss / diffusion.sigma(t) ** 2 if weight == "inverse_variance" else loss
+
+  _group = "loss."
+
+  weight: Annotated[str, parts.Choice(WEIGHTS)] = "inverse_variance"
+  filtered: bool = True
+  look_ahead: Annotated[float, parts.Range(0, 1)] = 0.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.look_ahead and not self.filtered:
+      raise ValueError(
+        f"loss.look_ahead = {self.look_ahead} chooses the filter of the loss, and "
+        "loss.filtered = False takes it away; set one of them only"
+      )
+
+  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
+               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+    x_0 = tf.cast(x_0, tf.float32)
+    error = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32) - x_0
+    if self.filtered:
+      error = diffusion.corrupt(error, tf.maximum(t - self.look_ahead, 0.0))
+    loss = tf.reduce_sum(error**2, axis=[1, 2, 3])
+    return loss / diffusion.sigma(t) ** 2 if self.weight == "inverse_variance" else loss
+
+
+def soft_score_matching(diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
+                        eta: tf.Tensor, **options: Any) -> tf.Tensor:  # fmt: skip
+  """Deprecated: `SoftScoreMatching`, as version 0.1 named it."""
+  warnings.warn(
+    "losses.soft_score_matching is deprecated; use losses.SoftScoreMatching(...)",
+    DeprecationWarning, stacklevel=2,
+  )  # fmt: skip
+  return SoftScoreMatching(**options)(diffusion, denoiser, x_0, t, eta)

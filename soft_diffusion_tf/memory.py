@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from soft_diffusion_tf import parts
+
 _BATCHES = 5  # of the pipeline: four are made ahead
 _STATES = 4  # network, averages and Adam's two slots; a checkpoint copies all of them
 _LIMITS = (
@@ -25,9 +27,8 @@ def available():
 def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   """Raises a ValueError for sizes that cannot fit, which names the field and what would fit.
 
-  The estimate is a bound from below, so what it refuses would fail: of activations it counts two
-  tensors for a residual block, of weights one convolution. What a GPU or TPU has is not asked: with
-  one, only what stays on the host is counted.
+  The estimate is a bound from below (`Architecture.footprint`), so what it refuses would fail. What
+  a GPU or TPU has is not asked: with one, only what stays on the host is counted.
 
   Args:
     hosts: processes that share the batch; each of them makes all of it.
@@ -41,18 +42,16 @@ def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
     return  # refused by others
   height, width, channels = experiment.data.image_shape
   image = 4 * height * width * channels
-  blocks = 2 * n.num_res_blocks + 1
-  wide = [(n.nf * mult, height >> level, width >> level) for level, mult in enumerate(n.ch_mult)]
-  weights = 4 * blocks * sum(9 * c * c for c, _, _ in wide)
-  features = (2 if n.dtype == "bfloat16" else 4) * blocks * sum(c * h * w for c, h, w in wide)
+  weights, features, drawing = n.footprint(experiment.data.image_shape)
   states = weights * (_STATES if apart else 2 * _STATES + 1)
   if states > limit:
-    _refuse("network.nf", n.nf, states, limit, "take a smaller network")
-  parts = o.accumulate * hosts
-  step = 0 if apart else features * (1 if n.remat else 2) // parts
+    field, value = ("network.nf", n.nf) if hasattr(n, "nf") else ("network", parts.kind_of(n))
+    _refuse(field, value, states, limit, "take a smaller network")
+  shares = o.accumulate * hosts
+  step = 0 if apart else features // shares
   each = _BATCHES * image + step
   _check_batch("training.batch_size", o.batch_size, each, states, limit)
-  drawn = replicas * (3 * image + (0 if apart else features // blocks))
+  drawn = replicas * (3 * image + (0 if apart else drawing))
   _check_batch("sampling.batch_size", experiment.sampling.batch_size, drawn, states, limit)
 
 

@@ -1,6 +1,5 @@
 """The Keras model: a network that predicts the residual, and the training step of P Eq. 12."""
 
-import dataclasses
 import math
 import pathlib
 
@@ -9,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import diffusion as diffusions
-from soft_diffusion_tf import experiment, images, losses, rng
+from soft_diffusion_tf import experiment, images, losses, parts, rng, trust
+from soft_diffusion_tf.networks import Architecture
 
 _TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
 _HELD_OUT = -1  # the stream of held-out noise: no step has that number
@@ -114,16 +114,17 @@ class SoftDiffusionModel(keras.Model):
   `keras.models.load_model` carry all of it, the optimizer's state included.
 
   Args:
-    network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C].
+    network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C], as `options.build` makes it.
     diffusion: the forward process.
-    training: `experiment.Training`: options of the loss and of the update.
-    options: `experiment.Network`: what the network gives and is told. `prediction`:
+    training: `experiment.Training`: options of the update.
+    options: a `networks.Architecture`: what the network gives and is told. `prediction`:
       "residual" (P Eq. 10);
       "score" of a VE network (C = I): x̂_0 = x_t + σ_t² s;
       "noise" of a VP or sub-VP network (C = α I) made for images in [−1, 1]: it sees 2 x_t − α_t,
       and x̂_0 = (x_t − σ_t ε) / α_t, with σ half of the published one as [0, 1] is half as wide.
       `conditioning`: "log_linear" in t from `cond_min` to `cond_max`, which for a VE network is σ;
       "vp_label", 999 t; "ve_label", round((1 − t)(num_scales − 1)).
+    loss: a `losses.Loss`; by default that of the paper.
     seed: of t, noise and dropout; everything drawn in step k is a function of (seed, k, position
       in the global batch).
   """
@@ -131,7 +132,7 @@ class SoftDiffusionModel(keras.Model):
   # Keras would trace a call with one argument when this model is inside a SavedModel.
   _default_save_signature = None
 
-  def __init__(self, network, diffusion, *, training, options, seed=0):
+  def __init__(self, network, diffusion, *, training, options, loss=None, seed=0):
     # No autocast: under mixed_bfloat16 Keras would round x_t and t before `call` sees them, and
     # with them the noise, σ_t and the conditioning. The network casts what it may.
     super().__init__(name="soft_diffusion", autocast=False)
@@ -147,6 +148,7 @@ class SoftDiffusionModel(keras.Model):
     self.diffusion = diffusion
     self.training_options = training
     self.network_options = options
+    self.loss_function = loss or losses.SoftScoreMatching(**training._of_loss)
     self.seed = seed
     self.built = True
     self._means = {}  # what `fit` and `evaluate` show, by name: made by `compile`
@@ -154,13 +156,19 @@ class SoftDiffusionModel(keras.Model):
   def build(self, input_shape=None):
     self.built = True
 
+  @property
+  def metrics(self):
+    """The means of an epoch, which Keras resets at its start."""
+    return list(self._means.values())
+
   def get_config(self):
     """Everything that the constructor takes, ready for JSON."""
     return {
       "network": keras.saving.serialize_keras_object(self.network),
       "diffusion": self.diffusion.get_config(),
-      "training": dataclasses.asdict(self.training_options),
-      "options": dataclasses.asdict(self.network_options),
+      "training": self.training_options.to_dict(),
+      "options": self.network_options.get_config(),
+      "loss": self.loss_function.get_config(),
       "seed": self.seed,
     }
 
@@ -176,13 +184,16 @@ class SoftDiffusionModel(keras.Model):
     lost = {"network", "diffusion", "training", "options", "seed"} - config.keys()
     if lost:
       raise ValueError(f"the config of this model lacks {min(lost)}; save the model again")
-    return cls(
-      keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
-      diffusions.Diffusion.from_config(config["diffusion"], trust_code),
-      training=experiment.options_from_config(experiment.Training, config["training"]),
-      options=experiment.options_from_config(experiment.Network, config["options"]),
-      seed=config["seed"],
-    )
+    training = config["training"]
+    with trust.trust_code(trust_code):
+      return cls(
+        keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
+        diffusions.Diffusion.from_config(config["diffusion"]),
+        training=experiment.options_from_config(experiment.Training, training),
+        options=parts.make(Architecture, config["options"], "options"),
+        loss=parts.make(losses.Loss, config.get("loss") or experiment.loss_of(training), "loss"),
+        seed=config["seed"],
+      )
 
   def compile(self, optimizer=None, loss=None, *, jit_compile=False, **kwargs):
     """Makes the model ready for `fit`; by default with the paper's optimizer and without XLA."""
@@ -191,8 +202,9 @@ class SoftDiffusionModel(keras.Model):
     for name, value in ignored.items():
       if value is not None:
         raise ValueError(
-          f"compile({name}={value!r}): this model's loss is that of experiment.Training (weight, "
-          "filtered, look_ahead), which fit and evaluate report; leave that argument out"
+          f"compile({name}={value!r}): this model's loss is given when it is made "
+          "(loss=losses.SoftScoreMatching(...)), and fit and evaluate report it; leave that "
+          "argument out"
         )
     if optimizer is None:
       optimizer = self._settable(self.make_optimizer())
@@ -211,6 +223,21 @@ class SoftDiffusionModel(keras.Model):
     super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
     for name in ("loss", "gradient_norm", "ema_loss"):
       self._means.setdefault(name, keras.metrics.Mean(name=name))
+
+  def fit(self, x=None, y=None, **kwargs):
+    """Trains for epochs of images; see `keras.Model.fit`. There are no labels and no weights."""
+    self._refuse_weights(kwargs)
+    return super().fit(x, y, **kwargs)
+
+  def evaluate(self, x=None, y=None, **kwargs):
+    """The held-out loss of images, by both sets of weights; see `keras.Model.evaluate`."""
+    self._refuse_weights(kwargs)
+    return super().evaluate(x, y, **kwargs)
+
+  @staticmethod
+  def _refuse_weights(options):  # Keras drops them without a word where there is no y
+    if any(options.get(name) is not None for name in ("sample_weight", "class_weight")):
+      raise ValueError("sample_weight and class_weight have no use here; leave them out")
 
   @staticmethod
   def _settable(optimizer):
@@ -271,7 +298,8 @@ class SoftDiffusionModel(keras.Model):
     )
     prediction = self.network_options.prediction
     seen = 2.0 * x_t - level if prediction == "noise" else x_t
-    out = tf.cast(network(seen, self.cond(t), **options), tf.float32)
+    out = self.network_options.apply(network, seen, self.cond(t), **options)
+    out = tf.cast(out, tf.float32)
     if prediction == "score":
       return x_t + sigma**2 * out
     if prediction == "noise":
@@ -332,10 +360,7 @@ class SoftDiffusionModel(keras.Model):
 
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([v.value for v in variables])
-        each = losses.soft_score_matching(
-          self.diffusion, denoiser, x_0, t, eta, weight=options.weight, filtered=options.filtered,
-          look_ahead=options.look_ahead,
-        )  # fmt: skip
+        each = self.loss_function(self.diffusion, denoiser, x_0, t, eta)
         loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
       return tape.gradient(loss, [v.value for v in variables]), each, t
 
@@ -427,11 +452,7 @@ class SoftDiffusionModel(keras.Model):
     t = options.t_min + (1.0 - options.t_min) * tf.cast(spread, tf.float32)
     seed = rng.fold_in(tf.constant([self.seed, _HELD_OUT], tf.int64), _NOISE)
     eta = rng.normal(seed, first, rows, self.diffusion.image_shape)
-    each = losses.soft_score_matching(
-      self.diffusion, self.denoiser(averaged), x_0, t, eta, weight=options.weight,
-      filtered=options.filtered, look_ahead=options.look_ahead,
-    )  # fmt: skip
-    return each, t
+    return self.loss_function(self.diffusion, self.denoiser(averaged), x_0, t, eta), t
 
   # --- What Keras calls ---------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The noise-free part of p_1, from which sampling starts (P App. D, "Final distribution").
 
-Every prior here is one thing, a Gaussian of low rank: mean + Σ_k z_k · factor_k with z ~ N(0, I).
-They differ in what they are fitted to:
+Every `Prior` here is one thing, a Gaussian of low rank: mean + Σ_k z_k · factor_k with z ~ N(0, I).
+They differ in the `Estimator` that fits them, a part (see `parts`) that a config names:
 
 - "colour": a constant image in one colour per image, its channels independent Gaussians fitted to
   the images' mean colours: P as printed.
@@ -9,6 +9,9 @@ They differ in what they are fitted to:
   constant, so this is closer to C_1 x_0 (on CIFAR-10 at std 18: RMS 0.009 instead of 0.31).
 - "subspace": the leading principal components of C_1 x_0.
 - "zero": the zero image (masks hide everything; VE and VP start from noise alone).
+
+A prior of one's own is an estimator that fits a mean and factors, and where another distribution
+than the Gaussian is wanted a class derived from `Prior` with a `draw` of its own.
 """
 
 import base64
@@ -20,10 +23,8 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import arrays, gaussians, rng, sinkhorn
+from soft_diffusion_tf import arrays, gaussians, parts, rng, sinkhorn, trust
 from soft_diffusion_tf.images import check_range
-
-KINDS = ("colour", "blurred_colour", "subspace", "zero")
 
 _FACTORS = -1  # salt of the draw of z
 
@@ -33,7 +34,7 @@ class Prior:
   """A Gaussian of low rank over images.
 
   Attributes:
-    kind: one of `KINDS`.
+    kind: the estimator that fitted it, or "module:Class" of a class derived from this one.
     mean: float32 [H, W, C].
     factors: float32 [rank, H, W, C], each scaled by its standard deviation; none of "zero", and
       no more than an image has numbers.
@@ -47,8 +48,8 @@ class Prior:
   factors: np.ndarray
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise ValueError(f"unknown prior {reprlib.repr(self.kind)}; choose one of {', '.join(KINDS)}")
+    if not isinstance(self.kind, str) or not self.kind:
+      raise ValueError(f"the kind of a prior is a text, not {reprlib.repr(self.kind)}")
     mean, factors = np.shape(self.mean), np.shape(self.factors)
     most = 0 if self.kind == "zero" else np.size(self.mean)
     if len(mean) != 3 or factors[1:] != mean or factors[0] > most:
@@ -101,7 +102,7 @@ class Prior:
       mean, factors = mean.reshape(shape), factors.reshape(-1, *shape)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
       raise ValueError(f"the prior's config is damaged ({error}); fit the prior again") from None
-    return cls(config.get("kind"), mean, factors)
+    return _class_of(config.get("kind"))(config.get("kind"), mean, factors)
 
   @classmethod
   def load(cls, path):
@@ -121,7 +122,17 @@ class Prior:
       raise ValueError(f"{prefix}factors are more than an image has numbers, or no list")
     factors = content.array(f"{prefix}factors", (*count, *shape))
     with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
-      return cls(kind, np.float32(mean), np.float32(factors))
+      return _class_of(kind)(kind, np.float32(mean), np.float32(factors))
+
+
+def _class_of(kind):
+  """The class of a saved prior: `Prior`, or the one that "module:Class" names, by consent."""
+  if not isinstance(kind, str) or ":" not in kind:
+    return Prior
+  found = trust.load(kind)
+  if not (isinstance(found, type) and issubclass(found, Prior)):
+    raise ValueError(f"{kind} is not a class derived from Prior; name one")
+  return found
 
 
 def zero(image_shape):
@@ -129,19 +140,107 @@ def zero(image_shape):
   return Prior("zero", np.zeros(image_shape, np.float32), np.zeros([0, *image_shape], np.float32))
 
 
+# --- Estimators -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(parts.Part, role="prior"):
+  """Fits a `Prior` to images: a part (see `parts`) with one method, `fit`.
+
+  Attributes:
+    rank: the number of components to keep, at the most; "subspace" alone has more than it needs.
+  """
+
+  rank: parts.Count = 16
+
+  def fit(self, images, diffusion):
+    """The `Prior` of clean images float32 [N, H, W, C] in [0, 1], N ≥ 2, under a diffusion."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Colour(Estimator, name="colour"):
+  """A constant image in one colour, fitted to the images' mean colours: P as printed."""
+
+  def fit(self, images, diffusion):
+    constant = _constants(images)
+    return Prior("colour", constant[0], constant[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class BlurredColour(Estimator, name="blurred_colour"):
+  """C_1 of a constant image in one colour, fitted to the images' mean colours."""
+
+  def fit(self, images, diffusion):
+    constant = diffusion.corrupt(_constants(images), 1.0).numpy()
+    return Prior("blurred_colour", constant[0], constant[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace(Estimator, name="subspace"):
+  """The leading principal components of C_1 x_0."""
+
+  def fit(self, images, diffusion):
+    rows = corrupt_all(images, diffusion, 1.0).reshape(len(images), -1).astype(np.float64)
+    mean = rows.mean(axis=0)
+    rows -= mean
+    # The eigenvectors of the smaller of the two Gram matrices give the components.
+    if rows.shape[0] < rows.shape[1]:
+      values, left = np.linalg.eigh(rows @ rows.T)
+      order = np.argsort(values)[::-1][: self.rank]
+      factors = (rows.T @ left[:, order]).T  # already scaled by the singular values
+    else:
+      values, right = np.linalg.eigh(rows.T @ rows)
+      order = np.argsort(values)[::-1][: self.rank]
+      factors = right[:, order].T * np.sqrt(np.maximum(values[order], 0))[:, None]
+    factors /= np.sqrt(len(rows) - 1)
+    shape = images.shape[1:]
+    return Prior(
+      "subspace",
+      mean.reshape(shape).astype(np.float32),
+      factors.reshape(-1, *shape).astype(np.float32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Zero(Estimator, name="zero"):
+  """The zero image; nothing is fitted."""
+
+  def fit(self, images, diffusion):
+    return zero(tuple(diffusion.image_shape))
+
+
+KINDS = tuple(parts.members(Estimator))
+
+
+def _constants(images):
+  """The mean colour as a constant image, then one constant image a channel, of its deviation."""
+  shape = images.shape[1:]
+  colours = images.mean(axis=(1, 2), dtype=np.float64)
+  channels = np.arange(shape[2])
+  constant = np.zeros([shape[2] + 1, *shape], np.float32)
+  constant[0] = colours.mean(axis=0)
+  constant[channels + 1, :, :, channels] = colours.std(axis=0, ddof=1)[:, None, None]
+  return constant
+
+
 def fit(kind, images, diffusion, rank=16):
-  """Fits a prior of one of `KINDS` to clean images.
+  """Fits a prior to clean images.
 
   Args:
-    kind: see the module's text.
+    kind: an `Estimator`, or what `parts.make` makes one of: "subspace", "subspace(rank=32)".
     images: float [N, H, W, C] in [0, 1]; not used by "zero".
     diffusion: gives C_1 and the image shape.
-    rank: the number of components that "subspace" keeps, at the most.
+    rank: of a kind that is given by its name.
+
+  Raises:
+    ValueError: an unknown kind, images of another shape or range, or a prior of another shape.
   """
-  if kind not in KINDS:
-    raise ValueError(f"unknown prior {kind!r}; choose one of {', '.join(KINDS)}")
+  estimator = parts.make(Estimator, kind)
+  if kind in parts.members(Estimator):
+    estimator = dataclasses.replace(estimator, rank=rank)
   shape = tuple(diffusion.image_shape)
-  if kind == "zero":
+  if isinstance(estimator, Zero):
     return zero(shape)
   images = np.asarray(images, np.float32)
   if images.ndim != 4 or images.shape[1:] != shape or len(images) < 2:
@@ -149,16 +248,13 @@ def fit(kind, images, diffusion, rank=16):
       f"fitting a prior takes at least 2 images of {shape}, got an array of {images.shape}"
     )
   check_range(images, "the images to fit a prior to")
-  if kind == "subspace":
-    return _fit_subspace(images, diffusion, rank)
-  colours = images.mean(axis=(1, 2), dtype=np.float64)
-  channels = np.arange(shape[2])
-  constant = np.zeros([shape[2] + 1, *shape], np.float32)
-  constant[0] = colours.mean(axis=0)
-  constant[channels + 1, :, :, channels] = colours.std(axis=0, ddof=1)[:, None, None]
-  if kind == "blurred_colour":
-    constant = diffusion.corrupt(constant, 1.0).numpy()
-  return Prior(kind, constant[0], constant[1:])
+  prior = estimator.fit(images, diffusion)
+  if not isinstance(prior, Prior) or prior.mean.shape != shape:
+    raise ValueError(
+      f"{type(estimator).__name__}.fit must give a Prior of images of {shape}, got "
+      f"{reprlib.repr(prior)}"
+    )
+  return prior
 
 
 def corrupt_all(images, diffusion, t, batch=500):
@@ -167,28 +263,6 @@ def corrupt_all(images, diffusion, t, batch=500):
     diffusion.corrupt(images[k : k + batch], t).numpy() for k in range(0, len(images), batch)
   ]
   return np.concatenate(parts)
-
-
-def _fit_subspace(images, diffusion, rank):
-  rows = corrupt_all(images, diffusion, 1.0).reshape(len(images), -1).astype(np.float64)
-  mean = rows.mean(axis=0)
-  rows -= mean
-  # The eigenvectors of the smaller of the two Gram matrices give the components.
-  if rows.shape[0] < rows.shape[1]:
-    values, left = np.linalg.eigh(rows @ rows.T)
-    order = np.argsort(values)[::-1][:rank]
-    factors = (rows.T @ left[:, order]).T  # already scaled by the singular values
-  else:
-    values, right = np.linalg.eigh(rows.T @ rows)
-    order = np.argsort(values)[::-1][:rank]
-    factors = right[:, order].T * np.sqrt(np.maximum(values[order], 0))[:, None]
-  factors /= np.sqrt(len(rows) - 1)
-  shape = images.shape[1:]
-  return Prior(
-    "subspace",
-    mean.reshape(shape).astype(np.float32),
-    factors.reshape(-1, *shape).astype(np.float32),
-  )
 
 
 def grade(diffusion, images, seed=0, count=1000):

@@ -22,7 +22,7 @@ import tqdm
 from soft_diffusion_tf import rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 
-DEFAULT = Sampling(sampler="stochastic_two_step", steps=30, noise=5.0)
+DEFAULT = Sampling(sampler="stochastic_two_step(noise=5.0)", steps=30)
 
 _NOISE = -3  # salt of the noise that `corrupt` adds; the prior's are −1 and −2
 _HALVINGS = 24  # of the interval of log λ
@@ -207,18 +207,16 @@ def corrupt(diffusion, x_0, t, seeds):
 
 
 def rows(diffusion, t, options=DEFAULT):
-  """The table of a sampler's steps from t down to 0, float32 [N, 6]."""
-  if options.sampler == samplers.ADAPTIVE or options.times or options.grid not in (
+  """The plan of a sampler's steps from t down to 0, float32 [N, 6]."""
+  if options.sampler.adaptive or options.times or options.grid not in (
     "uniform", "quadratic", "level",
   ):  # fmt: skip
     raise ValueError(
-      f"restoration makes its own steps from t: sampler {options.sampler!r} with grid "
+      f"restoration makes its own steps from t: sampler {options.sampler} with grid "
       f"{options.grid!r} or fixed times cannot; take another sampler and the grid 'uniform'"
     )
   times = samplers.time_grid(options.steps, options.grid, diffusion, start=t)
-  return samplers.table(
-    options.sampler, times, diffusion, k=options.k, noise=options.noise, denoise=options.denoise
-  )
+  return samplers.plan(options.sampler, times, diffusion, denoise=options.denoise)
 
 
 def restore(diffusion, denoiser, rows, seeds, y, explain=False):

@@ -1,106 +1,316 @@
-"""Every sampler is one update, and a sampler is a rule for its coefficients.
+"""Every sampler is one update, and a sampler's rule chooses its coefficients.
 
 With s < t the next time, x̂_0 the denoiser's prediction, and r = x_t − C_t x̂_0 (an estimate of
 σ_t η),
 
     x_s = C_s x̂_0 + a r + b η.
 
-A rule gives (a, b) from (σ_t, σ_s); a table holds a row (t, s, a, b, γ, back) for every evaluation
-of the denoiser; `sample` runs the table. γ replaces x̂_0 by the extrapolation
-x̂_0 + γ (x̂_0 − x̂_0 of the row before). back = 1 makes a corrector of the row: it takes the step of
-the row before once more, from where that one started, with an x̂_0 predicted where it ended.
+A rule sees all steps of a run and gives a, b and γ for each; a plan holds a row (t, s, a, b, γ,
+back) for every evaluation of the denoiser; `sample` runs the plan. γ replaces x̂_0 by the
+extrapolation x̂_0 + γ (x̂_0 − x̂_0 of the evaluation before). back = 1 makes a corrector of the row:
+it takes the step of the row before once more, from where that step started, with an x̂_0 predicted
+where it ended.
 
-A new sampler is a rule of three lines, and any callable of that form can be given to `table`:
+A new sampler is a class of a few lines:
 
-    def halfway(sigma_t, sigma_s):
-      a = 0.5 * (sigma_s / sigma_t)
-      return a, np.sqrt(sigma_s**2 - (a * sigma_t) ** 2)
+    @dataclasses.dataclass(frozen=True)
+    class Halfway(samplers.Rule):
+      share: float = 0.5
+
+      def coefficients(self, step):
+        a = self.share * step.sigma_s / step.sigma_t
+        return samplers.Update(a, np.sqrt(step.sigma_s**2 - (a * step.sigma_t) ** 2))
+
+`plan(Halfway(0.3), …)` takes it, and a config by name: `sampling.sampler =
+"my_module:Halfway(share=0.3)"`.
 """
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import rng
+from soft_diffusion_tf import parts, rng
 from soft_diffusion_tf.corruptions import Scale
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
+from soft_diffusion_tf.parts import NotNegative, Positive
 
 Array = np.ndarray
-Rule = Callable[[Array, Array], tuple[Array, Array]]
 
-__all__ = ["ddim", "heun", "momentum", "naive", "probability_flow", "two_step"]
-SAMPLERS = (
-  "naive", "momentum", "probability_flow", "ddim", "ancestral", "two_step", "stochastic_two_step",
-  "heun", "predictor_corrector",
-)  # fmt: skip
-ADAPTIVE = "dormand_prince"  # chooses its own steps, so it has no table: `Sampler.adaptive`
 GRIDS = ("uniform", "quadratic", "level", "transport", "relative")
 COLUMNS = 6  # t, s, a, b, γ, back
 
-_EXTRAPOLATES = ("two_step", "stochastic_two_step")
 _FINE = 256  # cells in which a grid measures a schedule's length
-_LEAST_ROWS = 1024  # compiled by XLA, tables are filled up to a power of two of at least this
+_LEAST_ROWS = 1024  # compiled by XLA, plans are filled up to a power of two of at least this
 
 
-# --- Rules: (σ_t, σ_s) → (a, b), float64 arrays over the steps -----------------------------------
+# --- Rules --------------------------------------------------------------------------------------
 
 
-def naive(sigma_t: Array, sigma_s: Array) -> tuple[Array, Array]:
+class Step(NamedTuple):
+  """All steps of a run, from t down to s: float64 arrays with an entry for each step."""
+
+  t: Array
+  s: Array
+  sigma_t: Array
+  sigma_s: Array
+  level_t: Array
+  level_s: Array
+  diffusion: Diffusion
+
+
+class Update(NamedTuple):
+  """What a rule gives for each step: numbers, or arrays with an entry for each step.
+
+  `corrector`, where it is not None, is the γ of a second evaluation, by which the step is taken
+  again: −½ averages the predictions at both of its ends.
+  """
+
+  a: Array | float
+  b: Array | float
+  gamma: Array | float = 0.0
+  corrector: float | None = None
+
+
+class Rule(parts.Part, role="sampler"):
+  """A sampler: gives the coefficients of its steps. A part (see `parts`).
+
+  `evaluations` is how often a step evaluates the denoiser: 2 with a corrector. `adaptive` rules
+  choose their own steps and have no plan.
+  """
+
+  evaluations: ClassVar[int] = 1
+  adaptive: ClassVar[bool] = False
+
+  def coefficients(self, step: Step) -> Update:
+    """The `Update` of all steps of a run. A step into t = 0 draws no noise, whatever b is."""
+    raise NotImplementedError
+
+  @property
+  def turns(self) -> tuple[Rule, ...]:
+    """The rules that take turns, step by step: this one alone."""
+    return (self,)
+
+  @classmethod
+  def coerce(cls, config: Any) -> Any:
+    """Rules joined by "+" take turns."""
+    if isinstance(config, str) and len(each := parts.split(config, "+")) > 1:
+      return Turns(tuple(parts.make(Rule, text) for text in each))
+    return config
+
+  def __str__(self) -> str:
+    return parts.spell(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Naive(Rule, name="naive"):
   """Algorithm 1: corrupt the prediction again, with fresh noise."""
-  return np.zeros_like(sigma_t), sigma_s
+
+  def coefficients(self, step: Step) -> Update:
+    return Update(0.0, step.sigma_s)
 
 
-def momentum(sigma_t: Array, sigma_s: Array) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Momentum(Rule, name="momentum"):
   """Algorithm 2 (P Eq. 17): Euler-Maruyama on the reverse SDE."""
-  return (sigma_s / sigma_t) ** 2, np.sqrt(sigma_t**2 - sigma_s**2)
+
+  def coefficients(self, step: Step) -> Update:
+    return Update(
+      (step.sigma_s / step.sigma_t) ** 2, np.sqrt(step.sigma_t**2 - step.sigma_s**2)
+    )  # fmt: skip
 
 
-def probability_flow(sigma_t: Array, sigma_s: Array) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class ProbabilityFlow(Rule, name="probability_flow"):
   """P Eq. 51: Euler on the probability-flow ODE."""
-  return 0.5 * (1.0 + (sigma_s / sigma_t) ** 2), np.zeros_like(sigma_t)
+
+  def coefficients(self, step: Step) -> Update:
+    return Update(0.5 * (1.0 + (step.sigma_s / step.sigma_t) ** 2), 0.0)
 
 
-def ddim(sigma_t: Array, sigma_s: Array, k: float | Array = 0.0) -> tuple[Array, Array]:
-  """P Eq. 52: keep the estimated noise, exchange a part of size k for fresh noise."""
-  k_s = np.minimum(k, sigma_s)
-  return np.sqrt(sigma_s**2 - k_s**2) / sigma_t, k_s
+def _ddim(step: Step, k: float | Array) -> Update:
+  k = np.minimum(k, step.sigma_s)
+  return Update(np.sqrt(step.sigma_s**2 - k**2) / step.sigma_t, k)
 
 
-def two_step(sigma_t: Array, sigma_s: Array) -> tuple[Array, Array]:
-  """DDIM's coefficients; `table` adds γ = ½ h/h_prev, which makes the step second order.
+@dataclasses.dataclass(frozen=True)
+class DDIM(Rule, name="ddim"):
+  """P Eq. 52: keep the estimated noise, exchange a part of size k for fresh noise.
 
-  The flow's exact step with x̂_0 held fixed is DDIM's; taking x̂_0 at the middle of the step by
-  extrapolation from the step before removes the error's leading term (Adams-Bashforth in x̂_0).
+  Attributes:
+    k: the fresh noise of a step, at the most σ_s.
   """
-  return ddim(sigma_t, sigma_s)
+
+  k: NotNegative = 0.0
+
+  def coefficients(self, step: Step) -> Update:
+    return _ddim(step, self.k)
 
 
-def heun(sigma_t: Array, sigma_s: Array) -> tuple[Array, Array]:
-  """DDIM's coefficients; `table` adds a corrector row with the mean of both ends' x̂_0.
-
-  The trapezoidal rule where two-step extrapolates: second order, two evaluations a step.
-  """
-  return ddim(sigma_t, sigma_s)
-
-
-def _ancestral(t: Array, s: Array, diffusion: Diffusion) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Ancestral(Rule, name="ancestral"):
   """DDIM with the k that makes the step a draw from q(x_s | x_t, x_0 = x̂_0).
 
   For C = α I (VP, α = 1: VE) that is the ancestral sampler of DDPM (Song et al. 2021a, Eq. 12 with
   their η = 1): k² = σ_s² (1 − ρ_s²/ρ_t²) with ρ = σ/α. For other corruptions the noise alone counts
   (α = 1), so no noise is exchanged where σ stands still.
   """
-  sigma_t, sigma_s = (_at(diffusion.sigma, v) for v in (t, s))
-  ratio = sigma_s / sigma_t
-  if isinstance(diffusion.corruption, Scale):
-    ratio = ratio * _at(diffusion.level, t) / _at(diffusion.level, s)
-  return ddim(sigma_t, sigma_s, sigma_s * np.sqrt(1.0 - np.minimum(ratio, 1.0) ** 2))
+
+  def coefficients(self, step: Step) -> Update:
+    ratio = step.sigma_s / step.sigma_t
+    if isinstance(step.diffusion.corruption, Scale):
+      ratio = ratio * step.level_t / step.level_s
+    return _ddim(step, step.sigma_s * np.sqrt(1.0 - np.minimum(ratio, 1.0) ** 2))
+
+
+def _half_of_the_step_before(step: Step) -> Array:
+  """γ = ½ h/h_before: x̂_0 at the middle of a step, extrapolated from the step before."""
+  length = step.t - step.s
+  return np.concatenate([[0.0], 0.5 * length[1:] / length[:-1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoStep(Rule, name="two_step"):
+  """DDIM with x̂_0 extrapolated to the middle of the step, which makes it second order.
+
+  The flow's exact step with x̂_0 held fixed is DDIM's; taking x̂_0 at the middle of the step by
+  extrapolation from the step before removes the error's leading term (Adams-Bashforth in x̂_0).
+  """
+
+  def coefficients(self, step: Step) -> Update:
+    return _ddim(step, 0.0)._replace(gamma=_half_of_the_step_before(step))
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticTwoStep(Rule, name="stochastic_two_step"):
+  """Two-step that exchanges noise at a steady rate.
+
+  Attributes:
+    noise: a step of length h keeps the share exp(−noise·h) of the noise that it finds and draws
+      the rest afresh; 0 is "two_step".
+  """
+
+  noise: NotNegative = 1.0
+
+  def coefficients(self, step: Step) -> Update:
+    kept = np.exp(-self.noise * (step.t - step.s))
+    a, b = kept * step.sigma_s / step.sigma_t, step.sigma_s * np.sqrt(1.0 - kept**2)
+    return Update(a, b, _half_of_the_step_before(step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun(Rule, name="heun"):
+  """DDIM's step, taken again with the mean of both ends' x̂_0.
+
+  The trapezoidal rule where two-step extrapolates: second order, two evaluations a step.
+  """
+
+  evaluations: ClassVar[int] = 2
+
+  def coefficients(self, step: Step) -> Update:
+    return _ddim(step, 0.0)._replace(corrector=-0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns(Rule, name="turns"):
+  """Rules that take turns step by step: a predictor and a corrector (P F.3), "ddim+momentum"."""
+
+  rules: tuple[Rule, ...] = ()
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.rules or any(rule.adaptive for rule in self.rules):
+      raise ValueError(f"rules that have a plan can take turns, not {self}")
+
+  @property
+  def turns(self) -> tuple[Rule, ...]:
+    return tuple(inner for rule in self.rules for inner in rule.turns)
+
+  def coefficients(self, step: Step) -> Update:
+    raise TypeError("a plan asks each of the rules that take turns")
+
+  def __str__(self) -> str:
+    return "+".join(map(str, self.rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorCorrector(Rule, name="predictor_corrector"):
+  """P's pair "ddim+probability_flow"."""
+
+  @property
+  def turns(self) -> tuple[Rule, ...]:
+    return (DDIM(), ProbabilityFlow())
+
+
+@dataclasses.dataclass(frozen=True)
+class DormandPrince(Rule, name="dormand_prince"):
+  """The probability flow with steps that keep an error: `Sampler.adaptive`.
+
+  Attributes:
+    tolerance: the relative and the absolute error of a step.
+  """
+
+  adaptive: ClassVar[bool] = True
+
+  tolerance: Positive = 1e-4
+
+
+del Rule._members["turns"]  # a config joins names by "+"
+SAMPLERS = tuple(name for name, rule in parts.members(Rule).items() if not rule.adaptive)  # type: ignore[attr-defined]
+
+
+def rule_of(value: Any) -> Rule:
+  """The rule that a name, a text with fields, or several joined by "+" stand for.
+
+  A function (σ_t, σ_s) → (a, b), as version 0.1 took, still works, with a DeprecationWarning.
+
+  Raises:
+    ValueError: an unknown name, with the nearest known one.
+  """
+  if callable(value) and not isinstance(value, Rule):
+    warnings.warn(
+      "a function (σ_t, σ_s) → (a, b) as sampler is deprecated; derive a class from samplers.Rule",
+      DeprecationWarning, stacklevel=3,
+    )  # fmt: skip
+    return _Function(value)
+  if isinstance(value, Sequence) and not isinstance(value, str):
+    return Turns(tuple(map(rule_of, value)))
+  return parts.make(Rule, value)
+
+
+def with_fields(rule: Any, values: Mapping[str, Any], strict: bool = False) -> Rule:
+  """A rule with other values for its fields, in those that take turns too.
+
+  Args:
+    strict: a ValueError of a value that no rule reads; else it is passed over, as in the configs of
+      version 0.1, which had all of them for every sampler.
+  """
+  rule = rule_of(rule)
+  read: set[str] = set()
+  turns = []
+  for turn in rule.turns:
+    mine = {f.name for f in dataclasses.fields(turn)} & values.keys()  # type: ignore[arg-type]
+    read |= mine
+    turns.append(dataclasses.replace(turn, **{k: values[k] for k in mine}) if mine else turn)  # type: ignore[type-var]
+  for name in sorted(values.keys() - read) if strict else ():
+    raise ValueError(f"{name} = {values[name]} is not read by the sampler {rule}, so leave it out")
+  if not read:
+    return rule
+  return turns[0] if len(turns) == 1 else Turns(tuple(turns))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function(Rule):
+  function: Callable[[Array, Array], tuple[Array, Array]]
+
+  def coefficients(self, step: Step) -> Update:
+    return Update(*self.function(step.sigma_t, step.sigma_s))
 
 
 # --- Times --------------------------------------------------------------------------------------
@@ -122,8 +332,7 @@ def time_grid(steps: int, kind: str = "uniform", diffusion: Diffusion | None = N
     raise ValueError(f"sampling takes at least 1 step, got {steps}")
   if not 0 < start <= 1:
     raise ValueError(f"the start time must be in (0, 1], got {start}")
-  if kind not in GRIDS:
-    raise ValueError(f"unknown time grid {kind!r}; did you mean {_nearest(kind, GRIDS)!r}?")
+  parts.check_choice("the time grid", kind, GRIDS)
   line = np.linspace(1.0, 0.0, steps + 1)
   if kind == "uniform":
     return start * line
@@ -174,28 +383,25 @@ def _at(schedule: Callable[[Any], Any], times: Array) -> Array:
   return schedule(np.asarray(times, np.float32)).numpy().astype(np.float64)
 
 
-# --- Tables -------------------------------------------------------------------------------------
+# --- Plans --------------------------------------------------------------------------------------
 
 
-def table(rule: str | Rule | Sequence[str | Rule], times: Sequence[float] | Array,
-          diffusion: Diffusion, *, k: float = 0.0, noise: float = 1.0,
-          denoise: bool = True) -> tf.Tensor:  # fmt: skip
+def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
+         denoise: bool = True) -> tf.Tensor:  # fmt: skip
   """The rows (t, s, a, b, γ, back) of a sampler, float32 [N, 6]; N is the number of evaluations.
 
   Args:
-    rule: one of `SAMPLERS`, a callable (σ_t, σ_s) → (a, b), or several of either that take turns
-      step by step, as a sequence or as "ddim+momentum": a predictor and a corrector (P F.3).
-      "predictor_corrector" is P's pair "ddim+probability_flow".
+    rule: a `Rule`, or what `rule_of` takes: "ddim", "ddim(k=0.1)", "ddim+momentum", a sequence.
     times: from the start down to 0 (or to an earlier stop).
-    k: the fresh noise of "ddim" (P Eq. 52), at the most σ_s.
-    noise: how much noise "stochastic_two_step" exchanges: a step of length h keeps the share
-      exp(−noise·h) of the noise that it finds and draws the rest afresh; 0 is "two_step".
     denoise: the last step returns x̂_0 itself, so no noise of size σ_0 stays in the image. False
       keeps the rule's a. Either way the step into t = 0 adds no fresh noise.
 
   Raises:
     ValueError: times that do not descend in [0, 1], σ that rises in a reverse step, unknown rule.
   """
+  rule = rule_of(rule)
+  if rule.adaptive:
+    raise ValueError(f"{rule} chooses its own steps and has no plan; use Sampler.adaptive")
   times = np.asarray(times, np.float64)
   if times.ndim != 1 or len(times) < 2:
     raise ValueError(f"times must be at least two numbers, got {times.tolist()}")
@@ -203,10 +409,8 @@ def table(rule: str | Rule | Sequence[str | Rule], times: Sequence[float] | Arra
     raise ValueError(
       f"times must descend within [0, 1], got {times[0]:g} … {times[-1]:g}; are they ascending?"
     )
-  if not (k >= 0 and noise >= 0):
-    raise ValueError(f"the amount of fresh noise must not be negative, got {k=:g}, {noise=:g}")
   t, s = times[:-1], times[1:]
-  sigma = _at(diffusion.sigma, times)
+  sigma, level = _at(diffusion.sigma, times), _at(diffusion.level, times)
   sigma_t, sigma_s = sigma[:-1], sigma[1:]
   if np.any(sigma_s > sigma_t * (1 + 1e-6)):
     place = int(np.argmax(sigma_s > sigma_t * (1 + 1e-6)))
@@ -216,107 +420,62 @@ def table(rule: str | Rule | Sequence[str | Rule], times: Sequence[float] | Arra
     )
   if np.any(sigma_t <= 0):
     raise ValueError(f"σ is 0 at t = {t[np.argmax(sigma_t <= 0)]:g}; no step can start there")
-  sigma_s = np.minimum(sigma_s, sigma_t)
-  half = np.concatenate([[0.0], 0.5 * (t - s)[1:] / (t - s)[:-1]])
-
-  def steps_of(rule: str | Rule) -> tuple[Array, Array, Array]:
-    if rule == "ancestral":
-      a, b = _ancestral(t, s, diffusion)
-    elif rule == "ddim":
-      a, b = ddim(sigma_t, sigma_s, k)
-    elif rule == "stochastic_two_step":
-      kept = np.exp(-noise * (t - s))
-      a, b = kept * sigma_s / sigma_t, sigma_s * np.sqrt(1.0 - kept**2)
-    else:
-      a, b = resolve(rule)(sigma_t, sigma_s)
-    a, b = (np.broadcast_to(v, t.shape) for v in (a, b))
-    name = rule if isinstance(rule, str) else getattr(rule, "__name__", "")
-    return a, b, half if name in _EXTRAPOLATES else np.zeros_like(t)
-
-  turns = parts(rule)
-  coefficients = [steps_of(turn) for turn in turns]
+  step = Step(t, s, sigma_t, np.minimum(sigma_s, sigma_t), level[:-1], level[1:], diffusion)
+  turns = rule.turns
+  updates = []
+  for each in turns:
+    update = each.coefficients(step)
+    if (update.corrector is not None) != (each.evaluations > 1):
+      raise ValueError(f"{each}: a rule with a corrector, and no other, has evaluations = 2")
+    columns = [np.broadcast_to(v, t.shape) for v in (update.a, update.b, update.gamma)]
+    if not all(np.all(np.isfinite(column)) for column in columns):
+      raise ValueError(f"the sampler {each} gives coefficients that are not finite")
+    updates.append((*columns, update.corrector))
   rows = []
   for n in range(len(t)):
-    turn = n % len(turns)
-    a, b, gamma = (column[n] for column in coefficients[turn])
+    *columns, corrector = updates[n % len(turns)]
+    a, b, gamma = (column[n] for column in columns)
     final = s[n] == 0
     if final:
       b = 0.0
       if denoise:
         a = gamma = 0.0
     rows.append((t[n], s[n], a, b, gamma, 0.0))
-    if turns[turn] in ("heun", heun) and not final:
-      rows.append((t[n], s[n], a, b, -0.5, 1.0))
+    if corrector is not None and not final:
+      rows.append((t[n], s[n], a, b, corrector, 1.0))
   return tf.constant(np.array(rows), tf.float32)
 
 
-def parts(rule: str | Rule | Sequence[str | Rule]) -> tuple[str | Rule, ...]:
-  """The rules that take turns in a sampler: ("ddim", "momentum") of "ddim+momentum".
-
-  Raises:
-    ValueError: an unknown name, with the nearest known one.
-  """
-  if rule == "predictor_corrector":
-    rule = "ddim+probability_flow"
-  if isinstance(rule, str):
-    rule = rule.split("+")
-  turns = tuple(rule) if isinstance(rule, Sequence) else (rule,)
-  known = [name for name in SAMPLERS if name != "predictor_corrector"]
-  for turn in turns:
-    if callable(turn):
-      continue
-    if turn == ADAPTIVE:
-      raise ValueError(f"{ADAPTIVE} chooses its own steps and has no table; use Sampler.adaptive")
-    if turn not in known:
-      names = (*SAMPLERS, ADAPTIVE)
-      raise ValueError(
-        f"unknown sampler {turn!r}; did you mean {_nearest(str(turn), names)!r}? "
-        f"There are {', '.join(names)}, and pairs such as ddim+momentum"
-      )
-  return turns
+def table(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *, k: float = 0.0,
+          noise: float = 1.0, denoise: bool = True) -> tf.Tensor:  # fmt: skip
+  """Deprecated: `plan`, as version 0.1 named it. `k` and `noise` are fields of the rules now."""
+  warnings.warn("samplers.table is deprecated; use samplers.plan", DeprecationWarning, stacklevel=2)
+  return plan(with_fields(rule, {"k": k, "noise": noise}), times, diffusion, denoise=denoise)
 
 
-def resolve(rule: str | Rule) -> Rule:
-  """The rule that a name stands for; a callable stands for itself."""
-  if callable(rule):
-    return rule
-  if rule not in __all__:
-    raise ValueError(
-      f"unknown sampler {rule!r}; did you mean {_nearest(rule, SAMPLERS)!r}? "
-      f"There are {', '.join(SAMPLERS)}"
-    )
-  return globals()[rule]
-
-
-def check(rule: str) -> None:
-  """Raises the ValueError of a name that is no sampler, adaptive ones included."""
-  if rule != ADAPTIVE:
-    parts(rule)
-
-
-def steps_for(rule: str | Rule | Sequence[str | Rule], nfe: int) -> int:
+def steps_for(rule: Any, nfe: int) -> int:
   """The largest number of steps into t = 0 that take at most `nfe` evaluations of the denoiser.
 
-  "heun" takes two a step and one on the last; every other sampler one a step.
+  "heun" takes two a step and one on the last; every other sampler of this package one a step.
   """
   if nfe < 1:
     raise ValueError(f"sampling takes at least 1 evaluation of the denoiser, got nfe = {nfe}")
-  steps = 1
-  while evaluations(rule, steps + 1) <= nfe:
+  each = [turn.evaluations for turn in rule_of(rule).turns]
+  whole, left = divmod(nfe - 1, sum(each))
+  steps = whole * len(each)
+  for count in each:
+    left -= count
+    if left < 0:
+      break
     steps += 1
-  return steps
+  return steps + 1
 
 
-def evaluations(rule: str | Rule | Sequence[str | Rule], steps: int) -> int:
-  """How many evaluations of the denoiser that many steps into t = 0 take: the rows of `table`."""
-  turns = parts(rule)
-  each = [2 if turn in ("heun", heun) else 1 for turn in turns]
+def evaluations(rule: Any, steps: int) -> int:
+  """How many evaluations of the denoiser that many steps into t = 0 take: the rows of `plan`."""
+  each = [turn.evaluations for turn in rule_of(rule).turns]
   # The last step takes one, whatever the rule.
-  return sum(each[n % len(turns)] for n in range(steps - 1)) + 1
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-  return difflib.get_close_matches(str(name), names, 1, cutoff=0)[0]
+  return sum(each[n % len(each)] for n in range(steps - 1)) + 1
 
 
 # --- Denoisers with bounds ------------------------------------------------------------------------
@@ -375,18 +534,18 @@ def sample(
   first_row: Any = 0,
   before: tf.Tensor | None = None,
 ) -> State:
-  """Runs a table from x at its first t; image i's noise depends on seeds[i] and the row alone.
+  """Runs a plan from x at its first t; image i's noise depends on seeds[i] and the row alone.
 
   One `tf.while_loop`: memory does not grow with the number of rows, and neither their number nor
   the sampler is part of the graph.
 
   Args:
-    rows: a table [N, 6]. No step starts at t = 0, so rows with t = 0 at its end are filling.
+    rows: a plan [N, 6]. No step starts at t = 0, so rows with t = 0 at its end are filling.
     seeds: int64 [B].
     x: x_t at the first row's t, float32 [B, H, W, C].
-    x0_previous: x̂_0 of the row before, for tables whose first γ is not 0.
+    x0_previous: x̂_0 of the row before, for plans whose first γ is not 0.
     first_row: int, the number of the first row in the whole run: the salt of its noise.
-    before: x before the row before, for tables that begin with a corrector.
+    before: x where the first row's step started, for plans that begin with a corrector.
 
   Returns:
     The `State` after the last row: its x is x at the last row's s.
@@ -443,20 +602,20 @@ def check_smooth(diffusion: Diffusion) -> None:
   if not gap <= 0.05 * np.linalg.norm(change) + 1e-6:  # the midpoint rule's own error is far below
     raise ValueError(
       f"{type(diffusion.corruption).__name__} jumps with t (or has no derivative by its level), "
-      f"and {ADAPTIVE} needs one that is smooth; take another sampler, or a mask with a soft edge"
+      "and dormand_prince needs one that is smooth; take another sampler or a mask with a soft edge"
     )
 
 
 class Sampler:
-  """`sample` as one tf.function, from the prior: traced once, for any table and batch size.
+  """`sample` as one tf.function, from the prior: traced once, for any plan and batch size.
 
   Example:
     sampler = Sampler(diffusion, denoiser)
-    rows = table("momentum", time_grid(100), diffusion)
+    rows = plan("momentum", time_grid(100), diffusion)
     images = sampler(rows, seeds=range(16))  # float32 [16, H, W, C]
 
   Args:
-    jit_compile: by XLA, which compiles once per batch size, not once per table.
+    jit_compile: by XLA, which compiles once per batch size, not once per plan.
   """
 
   def __init__(self, diffusion: Diffusion, denoiser: Denoiser, jit_compile: bool = False) -> None:
@@ -497,7 +656,7 @@ class Sampler:
     if x is None:
       if float(rows[0, 0]) < 1:
         raise ValueError(
-          f"the table starts at t = {float(rows[0, 0]):g}, and the prior is that of t = 1; "
+          f"the plan starts at t = {float(rows[0, 0]):g}, and the prior is that of t = 1; "
           "give x, the images at that t (Diffusion.forward makes them)"
         )
       x = self._start(seeds)

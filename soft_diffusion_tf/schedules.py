@@ -1,23 +1,21 @@
 """Schedules: functions of time t in [0, 1] that give a corruption level or a noise σ.
 
-Each is a frozen dataclass, callable on a tensor of any shape and returning float32 of that shape.
-`get_config` and `from_config` carry one through JSON.
+Each is a part (see `parts`): a frozen dataclass, callable on a tensor of any shape and returning
+float32 of that shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pathlib
-import reprlib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from soft_diffusion_tf import parts
 
 __all__ = [
   "Constant",
@@ -33,7 +31,7 @@ __all__ = [
 ]
 
 
-class Schedule:
+class Schedule(parts.Part, role="schedule"):
   """t → number. Subclasses implement `value` on float32 tensors."""
 
   def __call__(self, t: Any) -> tf.Tensor:
@@ -42,22 +40,11 @@ class Schedule:
   def value(self, t: tf.Tensor) -> tf.Tensor:
     raise NotImplementedError
 
-  def get_config(self) -> dict[str, Any]:
-    """The class's name under "kind" and its fields, ready for JSON.
-
-    Raises:
-      ValueError: a class from elsewhere, which `from_config` would not find.
-    """
-    if globals().get(type(self).__name__) is not type(self):
-      raise ValueError(
-        f"the schedule {type(self).__name__} cannot travel in a config; give its values at even "
-        "times to schedules.piecewise instead"
-      )
-    fields: dict[str, Any] = {"kind": type(self).__name__}
-    for field in dataclasses.fields(self):  # type: ignore[arg-type]
-      value = getattr(self, field.name)
-      fields[field.name] = value.get_config() if isinstance(value, Schedule) else value
-    return fields
+  @classmethod
+  def coerce(cls, config: Any) -> Any:
+    """A lone number means Constant."""
+    number = isinstance(config, int | float) and not isinstance(config, bool)
+    return Constant(config) if number else config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +76,7 @@ class Geometric(Schedule):
   stop: float
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if not (self.start > 0 and self.stop > 0):
       raise ValueError(
         f"a geometric schedule needs two positive ends, got {self.start} and {self.stop}; "
@@ -111,7 +99,8 @@ class PiecewiseLinear(Schedule):
   times: tuple[float, ...] | None = None
 
   def __post_init__(self) -> None:
-    values = tuple(float(v) for v in self.values)
+    super().__post_init__()
+    values = self.values
     times = self.times
     times = tuple(np.linspace(0, 1, len(values)).tolist()) if times is None else tuple(times)
     if len(values) < 2 or len(times) != len(values):
@@ -150,8 +139,7 @@ class Staged(Schedule):
   end: float
 
   def __post_init__(self) -> None:
-    if isinstance(self.inner, Mapping):
-      object.__setattr__(self, "inner", from_config(self.inner))
+    super().__post_init__()
     if not 0 <= self.begin < self.end <= 1:
       raise ValueError(
         f"a stage must lie in [0, 1] and have begin < end, got [{self.begin}, {self.end}]"
@@ -167,10 +155,6 @@ class Scaled(Schedule):
 
   inner: Schedule
   factor: float
-
-  def __post_init__(self) -> None:
-    if isinstance(self.inner, Mapping):
-      object.__setattr__(self, "inner", from_config(self.inner))
 
   def value(self, t: tf.Tensor) -> tf.Tensor:
     return self.factor * self.inner(t)
@@ -239,57 +223,9 @@ def ends(schedule: Schedule) -> tuple[float, float]:
   return float(first), float(last)
 
 
-def from_config(config: Mapping[str, Any] | float) -> Schedule:
-  """The schedule that `get_config` described; a lone number means Constant."""
-  if isinstance(config, int | float) and fits(config, float):
-    return Constant(float(config))
-  if not isinstance(config, Mapping):
-    text = reprlib.repr(config)
-    raise ValueError(f"a schedule is a number or a kind with its fields, got {text}")
-  fields = dict(config)
-  name = fields.pop("kind", None)
-  if name not in __all__:
-    near = difflib.get_close_matches(str(name), __all__, 1, cutoff=0)[0]
-    raise ValueError(f"unknown schedule {name!r}; did you mean {near!r}?")
-  kind = globals()[name]
-  known = {field.name for field in dataclasses.fields(kind)}
-  unknown = set(fields) - known
-  if unknown:
-    raise ValueError(f"{name} has no field {sorted(unknown)[0]!r}; it has {sorted(known)}")
-  check_fields(kind, fields)
-  try:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-  except TypeError as error:
-    raise ValueError(f"{name} does not take these fields: {error}") from None
-
-
-def check_fields(kind: type, fields: Mapping[str, Any]) -> None:
-  """Raises the ValueError of a field, read from a file, that is not of the type its class gives."""
-  hints = typing.get_type_hints(kind)
-  for name, value in fields.items():
-    if name in hints and not fits(value, hints[name]):
-      what = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
-      raise ValueError(f"{kind.__name__}.{name} must be {what}, got {reprlib.repr(value)}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-  """Whether a value read from a file is of a type: of numbers, tuples of them, or a part's."""
-  inner = typing.get_args(hint)
-  if typing.get_origin(hint) in (typing.Union, types.UnionType):
-    return any(fits(value, part) for part in inner)
-  if typing.get_origin(hint) is tuple:
-    if not isinstance(value, tuple | list):
-      return False
-    if inner[1:] == (...,):
-      inner = inner[:1] * len(value)
-    return len(inner) == len(value) and all(map(fits, value, inner))
-  if hint in (int, float):
-    if isinstance(value, bool) or not isinstance(value, int if hint is int else int | float):
-      return False
-    return value == value and (isinstance(value, float) or abs(value) < 2**63)  # no NaN
-  if isinstance(hint, type):
-    return isinstance(value, hint) or (hint.__module__ != "builtins" and isinstance(value, Mapping))
-  return True
+def from_config(config: Mapping[str, Any] | float, trust_code: Any = False) -> Schedule:
+  """The schedule that `get_config` described; a lone number means Constant. See `parts.make`."""
+  return parts.make(Schedule, config, trust_code=trust_code)
 
 
 # --- Levels on disk -----------------------------------------------------------------------------

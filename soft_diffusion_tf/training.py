@@ -23,9 +23,9 @@ import tqdm
 
 from soft_diffusion_tf import (
   bulk,
-  corruptions,
   data,
   memory,
+  parts,
   plots,
   priors,
   rng,
@@ -105,13 +105,13 @@ def _changes(workdir, experiment):
   if not (workdir / "config.json").exists():
     return {}
   # What this run names is trusted, and no other code that a config.json of unknown origin names.
-  with trust.trust_code(corruptions.code_of(experiment.corruption.get_config())):
+  with trust.trust_code(parts.code_of(experiment.to_dict())):
     try:
       before = Experiment.load(workdir)
     except trust.UntrustedCode:
       raise ValueError(
-        f"{workdir} holds a run of another config (its corruption is code that this config does "
-        "not name); take another workdir"
+        f"{workdir} holds a run of another config (it names code that this config does not "
+        "name); take another workdir"
       ) from None
   names = before.differences(experiment)
   if changed := [name for name in names if not name.startswith(_MAY_CHANGE)]:
@@ -177,7 +177,8 @@ def build(experiment, diffusion):
   """A model with an optimizer, fresh: network, averaged weights and Adam's slots exist."""
   model = SoftDiffusionModel(
     experiment.build_network(), diffusion,
-    training=experiment.training, options=experiment.network, seed=experiment.seed,
+    training=experiment.training, options=experiment.network, loss=experiment.loss,
+    seed=experiment.seed,
   )  # fmt: skip
   model.compile(optimizer=model.make_optimizer())
   model.optimizer.build(model.network.trainable_variables)
@@ -241,8 +242,9 @@ def load(workdir, step=None, trust_code=False, averaged=True):
     ValueError: the workdir holds no such checkpoint, or none that can be read.
   """
   workdir = pathlib.Path(workdir)
-  experiment = Experiment.load(workdir, trust_code)
-  prior = priors.Prior.load(workdir / PRIOR_FILE)
+  with trust.trust_code(trust_code):
+    experiment = Experiment.load(workdir)
+    prior = priors.Prior.load(workdir / PRIOR_FILE)
   _check_size(workdir, experiment)
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
@@ -350,10 +352,10 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   workdir = pathlib.Path(workdir)
   strategy = strategy or tf.distribute.get_strategy()
   replicas, batch = strategy.num_replicas_in_sync, experiment.training.batch_size
-  parts = experiment.training.accumulate
-  if batch % (replicas * parts):
-    each = replicas * parts
-    by = f" of {parts} parts each" if parts > 1 else ""
+  shares = experiment.training.accumulate
+  if batch % (replicas * shares):
+    each = replicas * shares
+    by = f" of {shares} parts each" if shares > 1 else ""
     raise ValueError(
       f"training.batch_size = {batch} cannot be shared by {replicas} replicas{by}; "
       f"take {batch // each * each or each} or another multiple of {each}"
@@ -362,13 +364,13 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   apart = bool(tf.config.list_physical_devices("GPU"))
   apart |= isinstance(strategy, tf.distribute.TPUStrategy)
   memory.check(experiment, *strategies.replicas_by_host(strategy), apart)
-  corruptions.check_importable(experiment.corruption.get_config())
+  parts.check_importable(experiment.to_dict())
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data
   with _on_sigterm(_end_at_once):  # there is nothing to save yet
     _say(progress, f"reading {d.name}")
-    source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, progress)
+    source = d.load(progress=progress)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
         return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)
@@ -415,7 +417,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
     say(f"fitting the prior to {len(images):,} images")
-    prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
+    prior = priors.fit(experiment.prior, images, diffusion)
   diffusion = diffusion.with_prior(prior)
   say("building the network")
   with strategy.scope():
@@ -614,7 +616,7 @@ def _make_held_out(experiment, model, strategy, say):
     say(f"no held-out loss: data.test_split and data.train_split are both {d.test_split!r}")
     return None
   try:
-    source = data.load(d.name, d.test_split, d.image_shape, d.crop, d.data_dir or None, False)
+    source = d.load(d.test_split, progress=False)
   except ValueError as error:
     say(f"warning: no held-out loss: {error}")
     return None

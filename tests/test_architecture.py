@@ -11,7 +11,7 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "trust", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
+  "trust", "parts", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
   "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",

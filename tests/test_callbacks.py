@@ -241,7 +241,7 @@ def test_the_distance_of_images_out_of_range_is_refused(digits):
     (
       "import types; keras = sys.modules['keras'] = types.ModuleType('keras'); "
       "keras.config = types.SimpleNamespace(backend=lambda: 'torch')",
-      "ImportError: Keras has been imported with the backend 'torch'",
+      "ImportError: Keras is loaded with the backend 'torch'",
     ),
   ],
 )

@@ -71,7 +71,7 @@ class _Runs:
     d = self.first.experiment.data
     with trust.trust_code(_TRUST_CODE.value):
       data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
-    return data.load(d.name, split, d.image_shape, d.crop, _DATA_DIR.value or d.data_dir or None)
+    return d.load(split, _DATA_DIR.value)
 
 
 def figure_2(runs, path):

@@ -158,7 +158,7 @@ def _mse(e, images, first, last):
 def main():
   import numpy as np
 
-  from soft_diffusion_tf import data, plots, schedules, scheduling
+  from soft_diffusion_tf import plots, schedules, scheduling
   from soft_diffusion_tf.experiment import Experiment
 
   _refuse_ignored()
@@ -179,9 +179,7 @@ def main():
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
   e = Experiment.from_config(_CONFIG.value, trust_code=True)
   cli.say(f"reading {e.data.name}")
-  source = data.load(
-    e.data.name, e.data.train_split, e.data.image_shape, e.data.crop, e.data.data_dir or None
-  )
+  source = e.data.load()
   if not 0 < _SLICE.value <= 1:
     raise ValueError(f"--slice={_SLICE.value:g} is a share of the data, in (0, 1]")
   count = round(_SLICE.value * len(source))
@@ -191,7 +189,7 @@ def main():
   images = source.floats(picked)
   first, last = schedules.ends(e.level)
   provenance = {
-    "data": e.data.name,
+    "data": str(e.data.name),
     "split": e.data.train_split,
     "image_shape": list(e.data.image_shape),
     "crop": e.data.crop,

@@ -24,7 +24,7 @@ from absl import flags
 
 from soft_diffusion_tf import corruptions, priors, schedules, training
 from soft_diffusion_tf.bin import cli
-from soft_diffusion_tf.experiment import Data, Experiment, Network, PriorOptions, Sampling, Training
+from soft_diffusion_tf.experiment import Data, Experiment, Network, Sampling, Training
 from soft_diffusion_tf.networks import NCSNpp, blocks
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
@@ -385,7 +385,7 @@ def experiment(config):
   return Experiment(
     name=f"score_sde_{sde}",
     data=Data(name=name, image_shape=shape),
-    prior=PriorOptions(kind="zero"),
+    prior=priors.Zero(),
     network=Network(**network),
     training=Training(ema_decay=float(model.get("ema_rate", 0.999))),
     sampling=Sampling(sampler="momentum", steps=1000),

@@ -172,17 +172,17 @@ def grade_samplers(images, labels):
   import matplotlib.pyplot as plt
 
   from soft_diffusion_tf import samplers
+  from soft_diffusion_tf.parts import kind_of, split
 
-  names = _SAMPLERS.value.split(",")
-  for name in names:
-    samplers.check(name)
+  names = split(_SAMPLERS.value, ",")
+  rules = {name: samplers.rule_of(name) for name in names}
   nfes = numbers(_NFE.value, "nfe")
   if _CORRUPTION.value == "ve":
     cli.refuse([_SCHEDULE], "VE has no levels to schedule")
-  parts = {part for name in names for part in name.split("+")}
-  if "ddim" not in parts:
+  turns = {kind_of(turn) for rule in rules.values() for turn in rule.turns}
+  if "ddim" not in turns:
     cli.refuse([_K], "k is of ddim alone")
-  if "stochastic_two_step" not in parts:
+  if "stochastic_two_step" not in turns:
     cli.refuse([_NOISE], "--noise is of stochastic_two_step alone")
   lab = make_lab(
     _CORRUPTION.value, images, labels, schedule=_SCHEDULE.value, prior=_PRIOR.value,
@@ -193,14 +193,14 @@ def grade_samplers(images, labels):
   floor = lab.floor
   options = {"k": _K.value, "noise": _NOISE.value}
   for name in names:
-    for nfe in nfes[:1] if name == samplers.ADAPTIVE else nfes:
+    for nfe in nfes[:1] if rules[name].adaptive else nfes:
       grade = lab.grade(name, nfe, _GRID.value, full=True, **options)
       record.append({"sampler": name, **dataclasses.asdict(grade)})
       lines.setdefault(name, []).append((grade.nfe, grade.frechet))
       rows.append([name, grade.nfe, *map(number, dataclasses.astuple(grade)[1:])])
   rows.append(["floor", "", *map(number, dataclasses.astuple(floor)[1:])])
   header = ["sampler", "evaluations", "Fréchet", "sliced W₂²", "frequency error", "Sinkhorn"]
-  last = names[-1] if names[-1] != samplers.ADAPTIVE else "two_step"
+  last = "two_step" if rules[names[-1]].adaptive else names[-1]
   drift = lab.drift(last, nfes[-1], grid=_GRID.value, **options)
   text = (
     f"# {_CORRUPTION.value} on {_DATA.value}\n\n{table(header, rows)}\n\n"
@@ -361,7 +361,7 @@ def section_order(book, out):
 
     def end(rule, n):  # away from t = 0, where the last step returns x̂_0
       times = 0.2 + 0.8 * samplers.time_grid(n)
-      rows = samplers.table(rule, times, process)
+      rows = samplers.plan(rule, times, process)
       return sampler(rows, range(16)).numpy().astype(np.float64)
 
     truth = end("heun", 640)

@@ -86,7 +86,7 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
   shape = experiment.data.image_shape
   # Any images: the prior's numbers change nothing, only its rank does.
   images = np.random.default_rng(0).random([2 * experiment.prior.rank, *shape], np.float32)
-  prior = priors.fit(experiment.prior.kind, images, diffusion, experiment.prior.rank)
+  prior = priors.fit(experiment.prior, images, diffusion)
   model = training.build(experiment, diffusion.with_prior(prior))
 
   if what == "train":

@@ -106,9 +106,7 @@ def main():
   e, diffusion = run.experiment, run.diffusion
   with trust.trust_code(_TRUST_CODE.value):
     data.check_consent(e.data.name, e.data.data_dir)
-  part = lambda split: data.load(
-    e.data.name, split, e.data.image_shape, e.data.crop, e.data.data_dir or None
-  )
+  part = e.data.load
   clean = part(e.data.test_split).floats(slice(0, _IMAGES.value))
   training_set = part(e.data.train_split)
   tuning = training_set.floats(slice(0, _TUNING))

@@ -168,8 +168,6 @@ def load_images(experiment, split, jpeg, count=None):
   """(name, bytes of the file to write, images uint8) of a split, at most `count`."""
   import numpy as np
 
-  from soft_diffusion_tf import data
-
   d, content = experiment.data, io.BytesIO()
   if jpeg:
     files, images = jpeg_files(experiment, split)
@@ -180,7 +178,7 @@ def load_images(experiment, split, jpeg, count=None):
       digest=np.array(hashlib.sha256(images.tobytes()).hexdigest().encode()),
     )  # fmt: skip
     return "npz", content.getvalue(), images
-  images = data.load(d.name, split, d.image_shape, d.crop, d.data_dir or None).images[:count]
+  images = d.load(split).images[:count]
   np.save(content, images)
   return "npy", content.getvalue(), images
 
@@ -420,7 +418,7 @@ def fresh(experiment, images):
   experiment.check_network()
   picked = np.random.default_rng(experiment.seed).permutation(len(images))[: training.PRIOR_IMAGES]
   floats = images[np.sort(picked)].astype(np.float32) / 255.0
-  prior = priors.fit(experiment.prior.kind, floats, diffusion, experiment.prior.rank)
+  prior = priors.fit(experiment.prior, floats, diffusion)
   return training.Run(experiment, training.build(experiment, diffusion.with_prior(prior)), 0)
 
 

@@ -16,7 +16,7 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir of 
 def main():
   import numpy as np
 
-  from soft_diffusion_tf import data, evaluation, features, plots, schedules, scheduling, training
+  from soft_diffusion_tf import evaluation, features, plots, schedules, scheduling, training
   from soft_diffusion_tf.experiment import Experiment
 
   started = time.monotonic()
@@ -26,7 +26,7 @@ def main():
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
   d = experiment.data
-  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None)
+  source = d.load()
   if _FRESH.value and workdir.exists():
     if not (workdir / "config.json").exists():
       raise ValueError(f"{workdir} is not the workdir of a run; --fresh does not delete it")

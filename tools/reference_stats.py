@@ -33,7 +33,7 @@ _FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
 
 
 def main():
-  from soft_diffusion_tf import data, evaluation, features
+  from soft_diffusion_tf import evaluation, features
   from soft_diffusion_tf.experiment import Experiment
 
   out = pathlib.Path(_OUT.value)
@@ -47,7 +47,7 @@ def main():
   count = e.evaluation.samples if _SAMPLES.value is None else _SAMPLES.value
 
   def load(part):
-    return data.load(d.name, part, d.image_shape, d.crop, _DATA_DIR.value or d.data_dir or None)
+    return d.load(part, _DATA_DIR.value)
 
   name = _FEATURE_NET.value or e.evaluation.feature_net
   network = features.feature_network(name, load(d.train_split) if name == "classifier" else None)

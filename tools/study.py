@@ -25,13 +25,12 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from soft_diffusion_tf import corruptions, samplers, schedules
+from soft_diffusion_tf import corruptions, losses, priors, samplers, schedules
 from soft_diffusion_tf.bin import cli
 from soft_diffusion_tf.experiment import (
   Data,
   Experiment,
   Network,
-  PriorOptions,
   Training,
   from_file,
 )
@@ -116,7 +115,7 @@ def open_study(name, out):
 def _ve(base, stop):
   return base.replace(
     corruption=corruptions.Identity(), level=schedules.Constant(0.0),
-    sigma=schedules.Geometric(0.01, stop), prior={"kind": "zero"},
+    sigma=schedules.Geometric(0.01, stop), prior=priors.Zero(),
   )  # fmt: skip
 
 
@@ -125,7 +124,7 @@ def _sigma(start, stop):
 
 
 def _unweighted(base):
-  return base.replace(training={"weight": "one"})
+  return base.replace(loss={"weight": "one"})
 
 
 def variants(base, mse_levels, ve_stop):
@@ -136,8 +135,8 @@ def variants(base, mse_levels, ve_stop):
   last = schedules.ends(base.sigma)[1]
   return {
     MAIN: base,
-    PRINTED: base.replace(training={"look_ahead": 0.0}),
-    "unfiltered": base.replace(training={"look_ahead": 0.0, "filtered": False}),
+    PRINTED: base.replace(loss={"look_ahead": 0.0}),
+    "unfiltered": base.replace(loss={"look_ahead": 0.0, "filtered": False}),
     "mse": base.replace(level=schedules.Staged(mse_levels, 0.2, 1.0)),
     "ve": _ve(base, ve_stop),
     "sigma_005": base.replace(sigma=_sigma(0.01, last / 2)),
@@ -150,11 +149,12 @@ def _digits_base(name):
   quick = from_file(ROOT / "configs" / "digits_blur.py")
   return quick.replace(
     name=name, network={"nf": 16, "num_res_blocks": 1},
+    loss={"weight": "inverse_variance"},
     training={
-      "steps": 6000, "ema_decay": 0.999, "weight": "inverse_variance",
+      "steps": 6000, "ema_decay": 0.999,
       "sample_every": 0, "checkpoint_every": 1000, "keep": 1, "log_every": 100,
     },
-    prior={"kind": "blurred_colour"},
+    prior=priors.BlurredColour(),
   )  # fmt: skip
 
 
@@ -218,11 +218,12 @@ def cifar(models=None):
     level=schedules.Staged(schedules.Geometric(0.01, 9.0), 0.2, 1.0),
     sigma=_sigma(0.01, 0.1),
     data=Data(name="cifar10", image_shape=(16, 16, 3)),
-    prior=PriorOptions(kind="blurred_colour"),
+    prior=priors.BlurredColour(),
     network=Network(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,)),
+    loss=losses.SoftScoreMatching(look_ahead=0.1),
     training=Training(
       batch_size=64, steps=8000, learning_rate=1e-3, warmup_steps=500, ema_decay=0.999,
-      look_ahead=0.1, log_every=100, checkpoint_every=500, keep=1, keep_every=0, sample_every=0,
+      log_every=100, checkpoint_every=500, keep=1, keep_every=0, sample_every=0,
     ),
   )  # fmt: skip
   if models is None:
@@ -254,10 +255,9 @@ def cifar(models=None):
 
 
 def _images(experiment, count=2000):
-  from soft_diffusion_tf import data
 
   d = experiment.data
-  source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None, False)
+  source = d.load(progress=False)
   return source.floats(slice(0, count))
 
 
@@ -303,7 +303,7 @@ def job(study, name, seed, out):
 
 
 def _job(study, name, seed, out):
-  from soft_diffusion_tf import data, evaluation, features, plots, priors, training
+  from soft_diffusion_tf import evaluation, features, plots, priors, training
 
   path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
   records = all_records(out)
@@ -322,7 +322,7 @@ def _job(study, name, seed, out):
   d = experiment.data
 
   def load(split):
-    return data.load(d.name, split, d.image_shape, d.crop, d.data_dir or None, False)
+    return d.load(split, progress=False)
 
   source = load(d.train_split)
   network = features.feature_network(study.feature_net, source, progress=False)
@@ -346,7 +346,7 @@ def _job(study, name, seed, out):
   for draw, nfe in todo:
     begin = time.process_time()
     times = samplers.time_grid(samplers.steps_for(draw.sampler, nfe), draw.grid, own, images=clean)
-    rows = samplers.table(draw.sampler, times, own)
+    rows = samplers.plan(draw.sampler, times, own)
 
     def batches(start, rows=rows, process=processes[draw.prior]):
       for k in range(start, study.samples, study.batch):

@@ -6,6 +6,7 @@ soft-diffusion-evaluate --workdir=runs/digits --memorisation      nearest traini
 soft-diffusion-evaluate --images=FOLDER --reference=folder:REAL   images of any origin
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -57,7 +58,9 @@ _NFE = flags.DEFINE_string(
   "Evaluations of the network in place of --steps; of a sweep FIRST-LAST:STEP or A,B,C (default: "
   "200-1000:80).",
 )  # fmt: skip
-_SAMPLERS = flags.DEFINE_list("samplers", None, "Samplers of a sweep; by default the config's.")
+_SAMPLERS = flags.DEFINE_string(
+  "samplers", None, "Samplers of a sweep, A,B,C; by default the config's."
+)
 _CHECKPOINTS = flags.DEFINE_string(
   "checkpoints", "all", "Checkpoints of a sweep: all, kept, newest, or steps A,B,C."
 )
@@ -132,7 +135,7 @@ class _Job:
     d = self.experiment.data if self.experiment else None
     if d is not None and (self._stored or not _REFERENCE.value):
       data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
-      return d.name, _SPLIT.value or d.train_split, d.image_shape, d.crop, d.data_dir
+      return str(d.name), _SPLIT.value or d.train_split, d.image_shape, d.crop, d.data_dir
     name = _REFERENCE.value
     split = _SPLIT.value or ("all" if name.startswith("folder:") else "train")
     shape = d.image_shape if d else self.images.shape[1:]
@@ -226,6 +229,12 @@ def _evaluate(job):
     )
     about = {"images": _IMAGES.value, "samples": job.count, "reference": real.conditions}
     result = evaluation.with_reference(job.network, statistics, real, job.options.neighbours, about)
+    if job.options.metrics:
+      most = job.options.subset
+      found = evaluation.by_metrics(
+        job.options.metrics, images[order[:most]], job.train().images[:most]
+      )
+      result = dataclasses.replace(result, metrics=found)
     print_as = f"{_IMAGES.value}, N = {job.count}"
     if job.workdir is None:
       _print(result, print_as)
@@ -236,8 +245,9 @@ def _evaluate(job):
     run, options = _run(job)
     real = job.reference()
     result = evaluation.evaluate_run(
-      run, job.network, real, job.count, options, first_seed=_FIRST_SEED.value
-    )
+      run, job.network, real, job.count, options, first_seed=_FIRST_SEED.value,
+      real_images=job.train().images if run.experiment.evaluation.metrics else None,
+    )  # fmt: skip
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
     print_as = (
@@ -250,7 +260,7 @@ def _evaluate(job):
 
 def _effort(options):
   if options.evaluations is None:
-    return f"tolerance {options.tolerance:g}"
+    return f"tolerance {options.sampler.tolerance:g}"
   return f"{options.evaluations} NFE"
 
 
@@ -266,7 +276,7 @@ def _run(job):
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
     step, sampler = found["step"], sampler or found["sampler"]
-    if steps is None and nfe is None and sampler != samplers.ADAPTIVE:
+    if steps is None and nfe is None and not samplers.rule_of(sampler).adaptive:
       nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
     if not _CHECKPOINT.value.isdecimal():
@@ -278,11 +288,13 @@ def _run(job):
 
 
 def _sweep(job):
-  from soft_diffusion_tf import evaluation, sweeps
+  from soft_diffusion_tf import evaluation, parts, sweeps
 
   evaluation.check_count(job.count, float("inf"))
   nfes = sweeps.parse_numbers(_NFE.value or sweeps.PAPER_NFE)
-  names = _SAMPLERS.value or [_SAMPLER.value or job.experiment.sampling.sampler]
+  names = [_SAMPLER.value or str(job.experiment.sampling.sampler)]
+  if _SAMPLERS.value:
+    names = parts.split(_SAMPLERS.value, ",")
   sweeps.check_samplers(names)
   steps = sweeps.checkpoints(job.workdir, _CHECKPOINTS.value)
   cells = sweeps.sweep(
@@ -307,7 +319,7 @@ def _sweep(job):
 def _memorisation(job):
   import numpy as np
 
-  from soft_diffusion_tf import data, evaluation, memorisation
+  from soft_diffusion_tf import data, evaluation, memorisation, parts
 
   d = job.experiment.data
   if _SAMPLES.value is None:
@@ -330,8 +342,8 @@ def _memorisation(job):
     if run.remark:
       print(f"warning: {run.remark}")
     names = seeds.tolist()
-    title = f"step{run.step}_{options.sampler}_{options.evaluations or 'adaptive'}"
-    title += f"_seeds{seeds[0]}-{seeds[-1]}"
+    title = f"step{run.step}_{parts.identifier(options.sampler)}_"
+    title += f"{options.evaluations or 'adaptive'}_seeds{seeds[0]}-{seeds[-1]}"
     about = evaluation.run_conditions(
       run.experiment, run.step, options, job.count, _FIRST_SEED.value, run.averaged
     )
@@ -339,7 +351,7 @@ def _memorisation(job):
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images
   found = memorisation.report(job.network, generated, train, held_out, "nearest images")
   about |= {
-    "data": d.name, "split": d.train_split,
+    "data": str(d.name), "split": d.train_split,
     "held_out": "training images among themselves" if held_out is None else d.test_split,
     "feature_net": job.network.name, "feature_net_sha256": job.network.digest,
   }  # fmt: skip

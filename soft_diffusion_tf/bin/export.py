@@ -38,9 +38,11 @@ _FORCE = flags.DEFINE_bool("force", False, "Replace the export at --out.")
 
 def parse_samplers(text):
   """ "momentum:280,two_step:25" → [("momentum", 280), ("two_step", 25)]."""
+  from soft_diffusion_tf import parts
+
   pairs = []
-  for part in text.split(","):
-    name, colon, steps = part.partition(":")
+  for part in parts.split(text, ","):
+    name, colon, steps = part.rpartition(":")
     if not (name and colon and steps.isdecimal()):
       raise ValueError(
         f"--samplers={text}: {part!r} is not SAMPLER:STEPS; give a list such as momentum:280"

@@ -1,67 +1,141 @@
 """NCSN++, the U-Net of Song et al. 2021 (arXiv:2011.13456, section 4.1 and appendix H)."""
 
-import difflib
+import dataclasses
+from typing import Annotated
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf.networks import blocks, resampling
-
-_MOST = {"num_res_blocks": 128, "num_scales": 1_000_000}  # what can be made within minutes
-_CHOICES = {
-  "resblock_type": ("biggan", "ddpm"),
-  "progressive": ("none", "output_skip", "residual"),
-  "progressive_input": ("none", "input_skip", "residual"),
-  "progressive_combine": ("sum", "cat"),
-  "embedding_type": ("fourier", "positional"),
-}
+from soft_diffusion_tf.networks.architecture import CONDITIONINGS, Architecture
+from soft_diffusion_tf.parts import Choice, NotNegative, Positive, Range, Share, Side
 
 
-def _check(o):
-  """Raises ValueError on options that cannot be built or that would be silently meaningless."""
-  for key, choices in _CHOICES.items():
-    if o[key] not in choices:
-      near = (difflib.get_close_matches(str(o[key]).lower(), choices, 1, 0.0) or choices)[0]
+@dataclasses.dataclass(frozen=True)
+class Network(Architecture, name="NCSNpp"):
+  """NCSN++ and its options, the one place where they are listed; `NCSNpp` is the Keras model.
+
+  Attributes:
+    nf: channels of the first convolution; level i has nf · ch_mult[i].
+    ch_mult: one multiplier per resolution, from the finest.
+    num_res_blocks: residual blocks per level on the way down; one more on the way up.
+    attn_resolutions: attention at the levels whose height is listed. The middle always attends.
+    dropout: rate between the convolutions of a residual block.
+    fir, fir_kernel: FIR filter for resampling, and its taps (StyleGAN2).
+    skip_rescale: sums of residual and shortcut are divided by √2.
+    resblock_type: "biggan" (resamples inside of residual blocks) or "ddpm".
+    progressive: output pyramid: "none", "output_skip" (the sum over levels is the output) or
+      "residual".
+    progressive_input: input pyramid: "none", "input_skip" or "residual".
+    progressive_combine: "sum" or "cat", for "input_skip".
+    embedding_type: "fourier" (cond is σ > 0) or "positional" (cond is a time label).
+    fourier_scale: standard deviation of the Fourier frequencies.
+    resamp_with_conv: convolution in the resampling of "ddpm" blocks.
+    conditional: whether `cond` reaches the residual blocks.
+    init_scale: initial scale of the last layer of each branch and of the output.
+    centered: False if images are in [0, 1], which the network then maps to 2x − 1 itself.
+    remat: gradient checkpointing: residual blocks and attention are computed again in the backward
+      pass instead of keeping their activations.
+    scale_by_sigma: divides the output by σ: by cond ("fourier"), or by entry ⌊cond⌋ of a geometric
+      table of `num_scales` values from `sigma_max` down to `sigma_min` ("positional").
+    sigma_min, sigma_max: of that table.
+  """
+
+  nf: Annotated[int, Range(4, 4096)] = 128
+  ch_mult: tuple[Annotated[int, Range(1, 64)], ...] = (1, 2, 2, 2)
+  num_res_blocks: Annotated[int, Range(1, 128)] = 4
+  attn_resolutions: tuple[Side, ...] = (16,)
+  dropout: Share = 0.1
+  fir: bool = True
+  fir_kernel: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
+  skip_rescale: bool = True
+  resblock_type: Annotated[str, Choice(("biggan", "ddpm"))] = "biggan"
+  progressive: Annotated[str, Choice(("none", "output_skip", "residual"))] = "none"
+  progressive_input: Annotated[str, Choice(("none", "input_skip", "residual"))] = "residual"
+  progressive_combine: Annotated[str, Choice(("sum", "cat"))] = "sum"
+  embedding_type: Annotated[str, Choice(("fourier", "positional"))] = "fourier"
+  fourier_scale: Positive = 16.0
+  resamp_with_conv: bool = True
+  conditional: bool = True
+  init_scale: NotNegative = 0.0
+  centered: bool = False
+  remat: bool = False
+  scale_by_sigma: bool = False
+  sigma_min: Positive = 0.01
+  sigma_max: Positive = 50.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    labels = self.conditioning != "log_linear"
+    if labels and self.embedding_type == "fourier":
       raise ValueError(
-        f"{key}={o[key]!r} is not one of {', '.join(choices)}; did you mean {near!r}?"
+        f"network.conditioning = {self.conditioning!r} gives labels from 0 on, whose logarithm "
+        "embedding_type = 'fourier' takes; use 'positional', or the conditioning 'log_linear'"
       )
-  if len(o["image_shape"]) != 3 or min(o["image_shape"]) < 1:
-    raise ValueError(
-      f"image_shape={o['image_shape']} is not (height, width, channels); "
-      "give three positive integers without the batch"
-    )
-  if not o["ch_mult"] or min(o["ch_mult"]) < 1:
-    raise ValueError(f"ch_mult={o['ch_mult']} must hold one positive multiplier per resolution")
-  factor = 2 ** (len(o["ch_mult"]) - 1)
-  height, width, _ = o["image_shape"]
-  if height % factor or width % factor:
-    raise ValueError(
-      f"image_shape={o['image_shape']} is not divisible by {factor}, as the {len(o['ch_mult'])} "
-      f"levels of ch_mult={o['ch_mult']} need; pad or resize the images, or use fewer levels"
-    )
-  for key, least in {"nf": 4, "num_res_blocks": 1, "seed": 0}.items():
-    if o[key] < least:
-      raise ValueError(f"{key}={o[key]} is too small; the least is {least}")
-  for key, most in _MOST.items():
-    if (o[key] or 0) > most:
-      raise ValueError(f"{key}={o[key]} is too large; the most is {most}")
-  if not 0 <= o["dropout"] < 1:
-    raise ValueError(f"dropout={o['dropout']} is not a probability below 1; 0 switches it off")
-  if o["init_scale"] < 0:
-    raise ValueError(f"init_scale={o['init_scale']} is a variance; it must be 0 or more")
-  if o["fir"] and (len(o["fir_kernel"]) < 2 or not sum(o["fir_kernel"])):
-    raise ValueError(
-      f"fir_kernel={o['fir_kernel']} must hold at least two taps with a sum other than 0; "
-      "fir=False resamples without a filter"
-    )
-  if o["scale_by_sigma"] and o["embedding_type"] == "positional":
-    low, high, count = o["sigma_min"], o["sigma_max"], o["num_scales"]
-    if None in (low, high, count) or not 0 < low <= high or count < 1:
+    if self.scale_by_sigma and self.embedding_type == "positional" and not labels:
       raise ValueError(
-        f"sigma_min={low}, sigma_max={high}, num_scales={count}: scale_by_sigma with a positional "
-        "embedding looks sigma up by its label; give 0 < sigma_min <= sigma_max and num_scales >= 1"
+        "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
+        f"use the conditioning {' or '.join(CONDITIONINGS[1:])}, not {self.conditioning!r}"
       )
+    if not self.ch_mult:
+      raise ValueError("network.ch_mult = () must hold one positive multiplier per resolution")
+    if self.fir and (len(self.fir_kernel) < 2 or not sum(self.fir_kernel)):
+      raise ValueError(
+        f"network.fir_kernel = {self.fir_kernel} must hold at least two taps with a sum other than "
+        "0; network.fir = False resamples without a filter"
+      )
+    if not self.sigma_min <= self.sigma_max:
+      raise ValueError(
+        f"network.sigma_min = {self.sigma_min:g} and sigma_max = {self.sigma_max:g} must rise"
+      )
+
+  def build(self, image_shape, seed):
+    return NCSNpp(image_shape=image_shape, seed=seed, dtype=self.policy, **self.of_keras())
+
+  def of_keras(self):
+    """The options that the Keras model takes."""
+    return {name: getattr(self, name) for name in OPTIONS}
+
+  def apply(self, network, x, cond, **options):
+    return network(x, cond, **options)
+
+  @property
+  def least_variables(self):
+    return 2 * self.num_res_blocks
+
+  def footprint(self, image_shape):
+    """Of a residual block two tensors, one with `remat`; of its weights one convolution."""
+    height, width, _ = image_shape
+    blocks_each = 2 * self.num_res_blocks + 1
+    wide = [
+      (self.nf * mult, height >> level, width >> level) for level, mult in enumerate(self.ch_mult)
+    ]
+    weights = 4 * blocks_each * sum(9 * c * c for c, _, _ in wide)
+    once = (2 if self.dtype == "bfloat16" else 4) * sum(c * h * w for c, h, w in wide)
+    return weights, once * blocks_each * (1 if self.remat else 2), once
+
+  def check(self, image_shape):
+    """Raises the ValueError of images that this network cannot take.
+
+    But for channels that no group normalisation can split: they show when layers are made.
+    """
+    if len(image_shape) != 3 or min(image_shape) < 1:
+      raise ValueError(
+        f"image_shape={image_shape} is not (height, width, channels); "
+        "give three positive integers without the batch"
+      )
+    factor = 2 ** (len(self.ch_mult) - 1)
+    height, width, _ = image_shape
+    if height % factor or width % factor:
+      raise ValueError(
+        f"image_shape={image_shape} is not divisible by {factor}, as the {len(self.ch_mult)} "
+        f"levels of ch_mult={self.ch_mult} need; pad or resize the images, or use fewer levels"
+      )
+
+
+_OF_ALL = {field.name for field in dataclasses.fields(Architecture)} - {"num_scales"}
+OPTIONS = tuple(f.name for f in dataclasses.fields(Network) if f.name not in _OF_ALL)
 
 
 @keras.saving.register_keras_serializable("soft_diffusion_tf")
@@ -73,30 +147,8 @@ class NCSNpp(keras.Model):
 
   Args:
     image_shape: (height, width, channels); height and width divisible by 2^(levels − 1).
-    nf: channels of the first convolution; level i has nf · ch_mult[i].
-    ch_mult: one multiplier per resolution, from the finest.
-    num_res_blocks: residual blocks per level on the way down; one more on the way up.
-    attn_resolutions: attention at the levels whose height is listed. The middle always attends.
-    dropout: rate between the convolutions of a residual block.
-    resamp_with_conv: convolution in the resampling of "ddpm" blocks.
-    conditional: whether `cond` reaches the residual blocks.
-    fir, fir_kernel: FIR filter for resampling, and its taps (StyleGAN2).
-    skip_rescale: sums of residual and shortcut are divided by √2.
-    resblock_type: "biggan" (resamples inside of residual blocks) or "ddpm".
-    progressive: output pyramid: "none", "output_skip" (the sum over levels is the output) or
-      "residual".
-    progressive_input: input pyramid: "none", "input_skip" or "residual".
-    progressive_combine: "sum" or "cat", for "input_skip".
-    embedding_type: "fourier" (cond is σ > 0) or "positional" (cond is a time label).
-    fourier_scale: standard deviation of the Fourier frequencies.
-    init_scale: initial scale of the last layer of each branch and of the output.
-    centered: False if images are in [0, 1], which the network then maps to 2x − 1 itself.
-    scale_by_sigma: divides the output by σ: by cond ("fourier"), or by entry ⌊cond⌋ of a geometric
-      table of `num_scales` values from `sigma_max` down to `sigma_min` ("positional").
-    sigma_min, sigma_max, num_scales: of that table.
-    remat: gradient checkpointing: residual blocks and attention are computed again in the backward
-      pass instead of keeping their activations.
     seed: of the initial values, an integer ≥ 0.
+    options: those of `Network` that are named in `OPTIONS`, with its defaults.
 
   Raises:
     ValueError: if the options contradict each other or cannot be built.
@@ -106,89 +158,22 @@ class NCSNpp(keras.Model):
   # Keras model, and this one has two.
   _default_save_signature = None
 
-  def __init__(
-    self,
-    *,
-    image_shape,
-    nf=128,
-    ch_mult=(1, 2, 2, 2),
-    num_res_blocks=4,
-    attn_resolutions=(16,),
-    dropout=0.1,
-    resamp_with_conv=True,
-    conditional=True,
-    fir=True,
-    fir_kernel=(1, 3, 3, 1),
-    skip_rescale=True,
-    resblock_type="biggan",
-    progressive="none",
-    progressive_input="none",
-    progressive_combine="sum",
-    embedding_type="fourier",
-    fourier_scale=16.0,
-    init_scale=0.0,
-    centered=False,
-    scale_by_sigma=False,
-    sigma_min=None,
-    sigma_max=None,
-    num_scales=None,
-    remat=False,
-    seed=0,
-    name="ncsnpp",
-    **kwargs,
-  ):
-    options = {
-      "image_shape": tuple(image_shape),
-      "nf": nf,
-      "ch_mult": tuple(ch_mult),
-      "num_res_blocks": num_res_blocks,
-      "attn_resolutions": tuple(attn_resolutions),
-      "dropout": dropout,
-      "resamp_with_conv": resamp_with_conv,
-      "conditional": conditional,
-      "fir": fir,
-      "fir_kernel": tuple(fir_kernel),
-      "skip_rescale": skip_rescale,
-      "resblock_type": resblock_type,
-      "progressive": progressive,
-      "progressive_input": progressive_input,
-      "progressive_combine": progressive_combine,
-      "embedding_type": embedding_type,
-      "fourier_scale": fourier_scale,
-      "init_scale": init_scale,
-      "centered": centered,
-      "scale_by_sigma": scale_by_sigma,
-      "sigma_min": sigma_min,
-      "sigma_max": sigma_max,
-      "num_scales": num_scales,
-      "remat": remat,
-      "seed": seed,
-    }
-    _check(options)
+  def __init__(self, *, image_shape, seed=0, name="ncsnpp", **options):
+    of_keras = {k: v for k, v in options.items() if k not in OPTIONS}
+    options = {k: v for k, v in options.items() if k in OPTIONS}
+    if seed < 0:
+      raise ValueError(f"seed={seed} is too small; the least is 0")
+    labels = options.get("embedding_type") == "positional"
+    # A label of either kind does: what cond is, is the caller's choice.
+    network = Network(conditioning="vp_label" if labels else "log_linear", **options)
+    network.check(image_shape)
     # No autocast: cond must stay float32; the layers cast what they are given.
-    super().__init__(name=name, autocast=False, **kwargs)
-    self._options = options
-    for key, value in options.items():
+    super().__init__(name=name, autocast=False, **of_keras)
+    self._options = {"image_shape": tuple(image_shape), **network.of_keras(), "seed": seed}
+    for key, value in self._options.items():
       setattr(self, key, value)
     self._make_layers()
     self.built = True
-
-  @staticmethod
-  def check(*, image_shape, fir_kernel=(1, 3, 3, 1), **options):
-    """Raises the ValueError that the constructor would, and makes nothing.
-
-    But for channels that no group normalisation can split: they show when layers are made.
-    """
-    _check(options | {"image_shape": image_shape, "fir_kernel": fir_kernel})
-
-  @classmethod
-  def shapes(cls, **options):
-    """The shapes of its `variables`, in order, without making any: options as of the constructor.
-
-    For a check of sizes before memory is taken.
-    """
-    with keras.StatelessScope(initialize_variables=False):
-      return [tuple(v.shape) for v in cls(**options).variables]
 
   def _attends(self, level):
     return self.image_shape[0] // 2**level in self.attn_resolutions

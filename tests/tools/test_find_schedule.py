@@ -52,7 +52,9 @@ def test_what_is_printed_and_left(folder):
   for method in ("closed_form", "sinkhorn"):
     content = schedules.load_levels(folder / f"{method}.json")
     text = (folder / f"{method}.txt").read_text()
-    rows = [line.split() for line in text.splitlines()[1:9]]
+    lines = text.splitlines()
+    header = next(k for k, line in enumerate(lines) if line.split()[:1] == ["level"])
+    rows = [line.split() for line in lines[header + 1 : header + 9]]
     assert [float(row[0]) for row in rows] == pytest.approx(content["levels"], abs=1e-4)
     assert [float(row[1]) for row in rows[:-1]] == pytest.approx(content["steps"], abs=1e-4)
     assert "8 levels, ε =" in text

@@ -73,7 +73,7 @@ def main(argv=None):
   x, t = process.draw_prior(seeds), tf.fill([batch], 0.5)
   full = samplers.Sampler(process, denoiser)
   bare = samplers.Sampler(process, lambda x_t, t: x_t)
-  table = lambda n: samplers.table(
+  table = lambda n: samplers.plan(
     args.sampler, samplers.time_grid(samplers.steps_for(args.sampler, n)), process
   )
   rows, many = table(steps), table(200)
