@@ -346,7 +346,12 @@ class Experiment(parts.Checked):
 
   def to_config(self) -> ml_collections.ConfigDict:
     """For a config file's `get_config`: fields keep their types under flag overrides."""
-    return ml_collections.ConfigDict(self.to_dict(), convert_dict=True)
+    config = ml_collections.ConfigDict(self.to_dict(), convert_dict=True)
+    for group, names in (("training", _OF_LOSS), ("sampling", _OF_RULES)):  # flags of version 0.1
+      for name in names:
+        kind = str if name == "weight" else bool if name == "filtered" else float
+        config[group][name] = ml_collections.config_dict.placeholder(kind)
+    return config
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any], trust_code: bool = False) -> Experiment:
@@ -506,20 +511,18 @@ def _part(base: Any, name: str, value: Any) -> Any:
 def _of_now(content: dict[str, Any]) -> dict[str, Any]:
   """A config of version 0.1 as this one has it, the loss and the rules with fields of their own."""
 
-  def found(group: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+  def take(group: str, names: tuple[str, ...]) -> dict[str, Any]:
     values = content.get(group)
-    values = values if isinstance(values, Mapping) else {}
-    old = {k: values[k] for k in names if k in values}
-    return old, {k: v for k, v in values.items() if k not in old}
+    if not isinstance(values, Mapping):
+      return {}
+    content[group] = {k: v for k, v in values.items() if k not in names}
+    return {k: values[k] for k in names if values.get(k) is not None}
 
-  old, rest = found("training", _OF_LOSS)
-  if old:
+  if old := take("training", _OF_LOSS):
     loss = content.get("loss", {"kind": "SoftScoreMatching"})
     content["loss"] = {**loss, **old} if isinstance(loss, Mapping) else loss
-    content["training"] = rest
-  old, rest = found("sampling", _OF_RULES)
-  if old:
-    content["sampling"] = {**rest, "sampler": _of_rule(rest.get("sampler", "two_step"), old)}
+  if old := take("sampling", _OF_RULES):
+    content["sampling"]["sampler"] = _of_rule(content["sampling"].get("sampler", "two_step"), old)
   return content
 
 

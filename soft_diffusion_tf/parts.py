@@ -139,7 +139,7 @@ def checked(where: str, value: Any, hint: Any, like: Any = None) -> Any:
         value = float(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise ValueError(wrong)
-  if hint is float and not rules and not math.isfinite(value):
+  if hint is float and not math.isfinite(value) and all(r.high < math.inf for r in rules):
     raise ValueError(f"{where} must be a finite number, got {value}")
   for rule in rules:
     rule.check(where, value)
@@ -147,7 +147,7 @@ def checked(where: str, value: Any, hint: Any, like: Any = None) -> Any:
 
 
 def _one_of(where: str, value: Any, hints: tuple[Any, ...], like: Any) -> Any:
-  """A value as one of several types has it, or the ValueError of the last of them."""
+  """A value as one of several types has it, or the ValueError of the first of them."""
   if value is None and type(None) in hints:
     return None
   wrong = None
@@ -156,7 +156,7 @@ def _one_of(where: str, value: Any, hints: tuple[Any, ...], like: Any) -> Any:
       try:
         return checked(where, value, hint, like)
       except ValueError as error:
-        wrong = error
+        wrong = wrong or error
   assert wrong is not None
   raise wrong
 
@@ -380,10 +380,11 @@ def make(base: Any, config: Any, where: str = "", trust_code: Any = False) -> An
     elif isinstance(name, str) and name in base._members:
       kind = base._members[name]
     else:
-      raise ValueError(
-        f"unknown {base._role} {reprlib.repr(name)}; did you mean "
-        f"{nearest(name, base._members)!r}? There are {', '.join(base._members)}"
-      )
+      known = "there are none by name, so give module:Class"
+      if base._members:
+        known = f"did you mean {nearest(name, base._members)!r}? There are "
+        known += ", ".join(base._members)
+      raise ValueError(f"unknown {base._role} {reprlib.repr(name)}; {known}")
     fields = {k: v for k, v in config.items() if k != "kind"}
     if "__dataclass_fields__" in vars(kind):  # not one of its bases alone
       fields = check_fields(kind, fields, kind._group or f"{kind.__name__}.")

@@ -14,7 +14,6 @@ from soft_diffusion_tf.experiment import (
   Evaluation,
   Experiment,
   Network,
-  PriorOptions,
   Sampling,
   Training,
 )
@@ -55,7 +54,7 @@ def tiny():
     corruption=corruptions.GaussianBlur(half_size=8),
     level=schedules.Staged(schedules.Geometric(0.01, 6.0), 0.2, 1.0),
     data=Data("digits", "train", "test", (8, 8, 1), flip=False),
-    prior=PriorOptions("blurred_colour"),
+    prior=priors.BlurredColour(),
     network=Network(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.1),
     training=Training(
       batch_size=16,

@@ -3,7 +3,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import corruptions, experiment, schedules, training
+from soft_diffusion_tf import corruptions, experiment, losses, parts, schedules, training
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -23,11 +23,15 @@ def test_the_papers_hyper_parameters(name):
   t = e.training
   assert (t.learning_rate, t.beta_1, t.beta_2, t.epsilon) == (2e-4, 0.9, 0.999, 1e-8)
   assert (t.clip_norm, t.warmup_steps, t.batch_size) == (1.0, 5000, 128)
-  assert (t.weight, t.filtered, t.look_ahead) == ("inverse_variance", True, 0.0)
+  assert e.loss == losses.SoftScoreMatching("inverse_variance", True, 0.0)
   assert t.keep_every == 10_000
-  assert e.prior.kind == ("zero" if name == "cifar10_ve" else "blurred_colour")
+  assert parts.kind_of(e.prior) == ("zero" if name == "cifar10_ve" else "blurred_colour")
   steps = 1000 if name == "cifar10_ve" else 280
-  assert (e.sampling.sampler, e.sampling.steps, e.sampling.grid) == ("momentum", steps, "uniform")
+  assert (str(e.sampling.sampler), e.sampling.steps, e.sampling.grid) == (
+    "momentum",
+    steps,
+    "uniform",
+  )
   n = e.network
   assert (n.nf, n.ch_mult, n.num_res_blocks, n.attn_resolutions) == (128, (1, 2, 2, 2), 4, (16,))
   assert (n.progressive_input, n.embedding_type, n.fourier_scale) == ("residual", "fourier", 16.0)
@@ -59,7 +63,7 @@ def test_shipped_schedules_are_sound():
 @pytest.mark.parametrize(
   ("name", "changed"),
   [
-    ("celeba64_blur_unfiltered", {"training.filtered"}),
+    ("celeba64_blur_unfiltered", {"loss.filtered"}),
     ("celeba64_blur_sigma_005", {"sigma.inner.stop"}),
     ("celeba64_blur_sigma_0025", {"sigma.inner.stop"}),
     ("celeba64_blur_noise_throughout", None),

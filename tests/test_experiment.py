@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import soft_diffusion_tf
-from soft_diffusion_tf import corruptions, schedules
+from soft_diffusion_tf import corruptions, losses, priors, samplers, schedules
 from soft_diffusion_tf.experiment import (
   Data,
   Evaluation,
@@ -98,21 +98,27 @@ def _changed(tiny, group, name, value):
     ("", "seed", 10**20, "seed must be from 0 to 9,223,372,036,854,775,807, got 1000000"),
     ("", "seed", -1, "seed must be from 0"),
     ("", "name", 5, "name must be a text like 'unnamed', got 5"),
-    ("training", "weight", "snr", "training.weight = 'snr' is unknown"),
+    ("training", "weight", "snr", "loss.weight = 'snr' is unknown"),
+    ("loss", "weight", "snr", "loss.weight = 'snr' is unknown"),
     ("training", "ema_decay", 1.0, "training.ema_decay must be from 0 below 1, got 1.0"),
-    ("training", "look_ahead", 1.5, "training.look_ahead must be from 0 to 1, got 1.5"),
+    ("training", "look_ahead", 1.5, "loss.look_ahead must be from 0 to 1, got 1.5"),
     ("sampling", "sampler", "momentun", "did you mean 'momentum'"),
     ("sampling", "grid", "log", "sampling.grid"),
     ("prior", "kind", "color", "did you mean 'colour'"),
     ("", "training", 3, "training must be a group"),
     ("", "level", {"kind": "Line"}, "did you mean 'Linear'"),
     ("", "level", {"kind": "Linear", "start": 0.0}, "Linear does not take these fields"),
-    ("", "level", "Linear", "a schedule is a number or a kind with its fields, got 'Linear'"),
+    ("", "level", "Linear", "level: Linear does not take these fields"),
     ("", "corruption", {"kind": "Blur"}, "did you mean"),
-    ("", "corruption", "Blur", "give its kind and fields"),
+    ("", "corruption", "Blur", "unknown corruption 'Blur'; did you mean"),
+    ("", "corruption", 5, "give its kind and fields"),
+    ("", "loss", {"kind": "Loss"}, "did you mean 'SoftScoreMatching'"),
+    ("sampling", "sampler", "ddim(j=1)", "no field DDIM.j; did you mean DDIM.k"),
+    ("sampling", "sampler", "ddim(k=-1)", "DDIM.k must be from 0 on"),
+    ("evaluation", "metrics", ["Gap"], "unknown metric 'Gap'"),
     ("sampling", "times", [1.0, 0.5], "must descend from 1 to 0, got 1 … 0.5"),
     ("", "sampling", {"clip": True, "threshold": 99.0}, "threshold = 99 both bound x̂_0"),
-    ("prior", "rank", -1, "prior.rank must be from 1 to"),
+    ("prior", "rank", -1, "Subspace.rank must be from 1 to|BlurredColour.rank must be from 1 to"),
     ("training", "epsilon", -1.0, "training.epsilon must be positive"),
     ("network", "cond_min", 0.0, "network.cond_min must be positive and finite, got 0.0"),
     ("network", "cond_min", 50.0, "cond_min = 50 and cond_max = 50 must rise"),
@@ -124,8 +130,8 @@ def test_bad_fields_are_named(tiny, group, name, value, text):
     Experiment.from_config(_changed(tiny, group, name, value))
 
 
-GROUPS = {"data": Data, "prior": PriorOptions, "network": Network, "training": Training,
-          "sampling": Sampling, "evaluation": Evaluation, "": Experiment}  # fmt: skip
+GROUPS = {"data": Data, "prior": priors.Estimator, "network": Network, "training": Training,
+          "loss": losses.SoftScoreMatching, "sampling": Sampling, "evaluation": Evaluation, "": Experiment}  # fmt: skip
 FIELDS = [(group, field.name) for group, kind in GROUPS.items()
           for field in dataclasses.fields(kind)]  # fmt: skip
 
@@ -202,7 +208,26 @@ def test_the_sigma_of_a_label_needs_a_label(tiny):
 
 def test_a_filter_is_chosen_once(tiny):
   with pytest.raises(ValueError, match=r"look_ahead = 0\.1 chooses the filter.*set one of them"):
-    tiny.replace(training={"look_ahead": 0.1, "filtered": False})
+    tiny.replace(loss={"look_ahead": 0.1, "filtered": False})
+
+
+def test_what_version_0_1_wrote_is_what_it_was(tiny):
+  with pytest.warns(DeprecationWarning, match="loss=losses.SoftScoreMatching"):
+    old = tiny.replace(training=Training(weight="one", look_ahead=0.1, steps=7))
+  assert old.loss == losses.SoftScoreMatching("one", look_ahead=0.1)
+  assert old.replace(training={"steps": 9}).loss == old.loss
+  with pytest.warns(DeprecationWarning, match="sampler='ddim"):
+    sampling = Sampling(sampler="ddim", k=0.25, noise=3.0)
+  assert str(sampling.sampler) == "ddim(k=0.25)"
+  assert dataclasses.replace(sampling, steps=3).sampler == sampling.sampler
+  with pytest.warns(DeprecationWarning, match=r"priors\.Colour"):
+    assert PriorOptions("colour", rank=3) == priors.Colour(3)
+  config = old.to_config()  # as the flags --config.training.look_ahead and --config.sampling.k do
+  config.training.look_ahead = 0.2
+  config.sampling.sampler, config.sampling.k = "ddim", 0.5
+  new = Experiment.from_config(config)
+  assert new.loss == losses.SoftScoreMatching("one", look_ahead=0.2)
+  assert new.sampling.sampler == samplers.DDIM(0.5)
 
 
 def test_replace_refuses_unknown_fields(tiny):
@@ -224,9 +249,9 @@ def test_steps_and_times_take_each_others_place():
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    ({"k": 0.5}, "k = 0.5 is for the sampler ddim; two_step does not read it"),
-    ({"sampler": "momentum", "noise": 2.0}, "noise = 2 is for the sampler stochastic_two_step"),
-    ({"tolerance": 1e-3}, "tolerance = 0.001 is for the sampler dormand_prince"),
+    ({"k": 0.5}, "k = 0.5 is not read by the sampler two_step"),
+    ({"sampler": "momentum", "noise": 2.0}, "noise = 2.0 is not read by the sampler momentum"),
+    ({"tolerance": 1e-3}, "tolerance = 0.001 is not read by the sampler two_step"),
     ({"sampler": "dormand_prince", "steps": 9}, "by its tolerance: leave out steps = 9"),
     ({"sampler": "dormand_prince", "nfe": 9}, "by its tolerance: leave out nfe = 9"),
     ({"steps": 5, "nfe": 9}, "nfe = 9 chooses the number of steps: leave out steps"),
@@ -251,7 +276,7 @@ def test_a_workdir_without_config(tmp_path):
                   '{"corruption": {"kind": "GaussianBlur", "half_size": 1000000000}}',
                   '{"level": {"kind": "Linear", "start": "a", "stop": 1}}',
                   '{"level": {"kind": "Linear", "start": NaN, "stop": 1}}',
-                  '{"level": {"kind": "Staged", "inner": 5, "begin": 0, "end": 1}}',
+                  '{"level": {"kind": "Staged", "inner": [], "begin": 0, "end": 1}}',
                   '{"data": {"image_shape": ["8", "8", "1"]}}', '{"network": {"ch_mult": [1.5]}}',
                   '{"network": {"fourier_scale": NaN}}',
                   '{"network": {"nf": 100000000000000000000}}'):  # fmt: skip

@@ -22,7 +22,7 @@ def test_without_corruption_it_is_the_ve_loss(ve_diffusion, batch):
   x_t = x_0 + sigma * z
   score = (denoiser(x_t, t) - x_t) / sigma**2
   want = 0.5 * np.sum((sigma * score + z) ** 2, axis=(1, 2, 3))
-  got = losses.soft_score_matching(ve_diffusion, denoiser, x_0, t, z)
+  got = losses.SoftScoreMatching()(ve_diffusion, denoiser, x_0, t, z)
   # float32: x̂_0 − x_0 cancels σ z to a few units in the last place of x_t
   np.testing.assert_allclose(0.5 * got.numpy(), want, rtol=3e-4)
 
@@ -34,16 +34,16 @@ def test_equation_12_by_hand(blur_diffusion, batch):
   norm = np.sum(error**2, axis=(1, 2, 3))
   sigma = blur_diffusion.sigma(t).numpy()
   args = (blur_diffusion, denoiser, x_0, t, eta)
-  np.testing.assert_allclose(losses.soft_score_matching(*args), norm / sigma**2, rtol=1e-5)
-  np.testing.assert_allclose(losses.soft_score_matching(*args, weight="one"), norm, rtol=1e-5)
+  np.testing.assert_allclose(losses.SoftScoreMatching()(*args), norm / sigma**2, rtol=1e-5)
+  np.testing.assert_allclose(losses.SoftScoreMatching(weight="one")(*args), norm, rtol=1e-5)
 
 
 def test_the_filtered_loss_is_bounded_by_the_unfiltered(blur_diffusion, batch):
   # ‖C (x̂_0 − x_0)‖ ≤ ‖C‖ ‖x̂_0 − x_0‖ with ‖C‖ ≤ 1 for a normalised blur (P 3.1).
   x_0, t, eta = batch
   args = (blur_diffusion, denoiser, x_0, t, eta)
-  filtered = losses.soft_score_matching(*args, weight="one").numpy()
-  plain = losses.soft_score_matching(*args, weight="one", filtered=False).numpy()
+  filtered = losses.SoftScoreMatching(weight="one")(*args).numpy()
+  plain = losses.SoftScoreMatching(weight="one", filtered=False)(*args).numpy()
   assert np.all(filtered <= plain * (1 + 1e-5))
   assert plain[-1] > 2 * filtered[-1]  # at full blur they are far apart
   want = np.sum((denoiser(blur_diffusion.forward(x_0, t, eta), t) - x_0) ** 2, axis=(1, 2, 3))
@@ -57,13 +57,13 @@ def test_the_look_ahead_filter_by_hand(blur_diffusion, batch):
   norm = np.sum(blur_diffusion.corrupt(error, earlier).numpy() ** 2, axis=(1, 2, 3))
   want = norm / blur_diffusion.sigma(t).numpy() ** 2  # w(t) is still that of t
   args = (blur_diffusion, denoiser, x_0, t, eta)
-  np.testing.assert_allclose(losses.soft_score_matching(*args, look_ahead=0.1), want, rtol=1e-5)
+  np.testing.assert_allclose(losses.SoftScoreMatching(look_ahead=0.1)(*args), want, rtol=1e-5)
 
 
 def test_the_look_ahead_filter_lies_between_the_papers_and_none(blur_diffusion, batch):
   x_0, t, eta = batch
   args = (blur_diffusion, denoiser, x_0, t, eta)
-  loss = lambda **options: losses.soft_score_matching(*args, **options).numpy()
+  loss = lambda **options: losses.SoftScoreMatching(**options)(*args).numpy()
   np.testing.assert_array_equal(loss(look_ahead=0.0), loss())
   # At t = 0 the blur's standard deviation is 0.01 pixels: its neighbours weigh exp(−5000) = 0.
   np.testing.assert_allclose(loss(look_ahead=1.0), loss(filtered=False), rtol=1e-6)
@@ -86,7 +86,7 @@ def test_the_expectation_minimises_every_filter(blur_diffusion, digits, look_ahe
     def loss(h):
       estimate = lambda x_t, t: centre(x_t, t) + h * x_t
       options = {"weight": "one", "look_ahead": look_ahead}
-      return losses.soft_score_matching(blur_diffusion, estimate, x_0, t, eta, **options).numpy()
+      return losses.SoftScoreMatching(**options)(blur_diffusion, estimate, x_0, t, eta).numpy()
 
     each = loss(0.5) - loss(-0.5)
     return abs(each.mean()) / (each.std() / np.sqrt(len(each)))
@@ -97,7 +97,7 @@ def test_the_expectation_minimises_every_filter(blur_diffusion, digits, look_ahe
 
 def test_a_perfect_denoiser_has_no_loss(blur_diffusion, batch):
   x_0, t, eta = batch
-  loss = losses.soft_score_matching(blur_diffusion, lambda x_t, t: x_0, x_0, t, eta)
+  loss = losses.SoftScoreMatching()(blur_diffusion, lambda x_t, t: x_0, x_0, t, eta)
   np.testing.assert_array_equal(loss, np.zeros(5))
 
 
@@ -108,12 +108,15 @@ def test_what_the_blur_removes_costs_nothing(blur_diffusion, batch):
   t = np.ones(5, np.float32)
   wrong = lambda x_t, t: x_0 + board
   args = (blur_diffusion, wrong, x_0, t, eta)
-  soft = losses.soft_score_matching(*args, weight="one").numpy()
-  plain = losses.soft_score_matching(*args, weight="one", filtered=False).numpy()
+  soft = losses.SoftScoreMatching(weight="one")(*args).numpy()
+  plain = losses.SoftScoreMatching(weight="one", filtered=False)(*args).numpy()
   assert np.all(soft < 1e-2 * plain)
 
 
 def test_unknown_weight(blur_diffusion, batch):
-  x_0, t, eta = batch
-  with pytest.raises(ValueError, match="unknown weight 'snr'"):
-    losses.soft_score_matching(blur_diffusion, denoiser, x_0, t, eta, weight="snr")
+  with pytest.raises(ValueError, match=r"loss\.weight = 'snr' is unknown"):
+    losses.SoftScoreMatching(weight="snr")
+  with pytest.warns(DeprecationWarning, match=r"losses\.SoftScoreMatching"):
+    old = losses.soft_score_matching(blur_diffusion, denoiser, *batch, weight="one")
+  new = losses.SoftScoreMatching(weight="one")(blur_diffusion, denoiser, *batch)
+  np.testing.assert_array_equal(old, new)

@@ -39,7 +39,7 @@ def test_one_update_by_hand(model, digits):
   t = 1e-5 + (1 - 1e-5) * rng.uniform(rng.fold_in(seed, 0), 0, 16)
   eta = rng.normal(rng.fold_in(seed, 1), 0, 16, (8, 8, 1))
   with tf.GradientTape() as tape:
-    each = losses.soft_score_matching(model.diffusion, model, x_0, t, eta)
+    each = losses.SoftScoreMatching()(model.diffusion, model, x_0, t, eta)
     loss = tf.reduce_mean(each)
   gradients = tape.gradient(loss, [v.value for v in model.network.trainable_variables])
   norm = tf.linalg.global_norm(gradients)

@@ -102,7 +102,7 @@ def laboratory(digits, blur_diffusion):
   fresh = mixture.draw(1500, seed=1)
 
   def grade(name, steps):
-    rows = samplers.table(name, samplers.time_grid(steps), process)
+    rows = samplers.plan(name, samplers.time_grid(steps), process)
     return gaussians.frechet_between(sampler(rows, range(1500)), fresh)
 
   return grade, gaussians.frechet_between(mixture.draw(1500, seed=2), fresh)
@@ -137,7 +137,7 @@ def test_two_step_is_second_order_and_ddim_first(rng):
 
   def end(name, steps):
     times = 0.2 + 0.8 * samplers.time_grid(steps)  # away from t = 0, where the last step is special
-    return sampler(samplers.table(name, times, process), range(4)).numpy().astype(np.float64)
+    return sampler(samplers.plan(name, times, process), range(4)).numpy().astype(np.float64)
 
   truth = end("two_step", 1280)
   order = {}

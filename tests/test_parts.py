@@ -87,7 +87,8 @@ def test_a_text_and_a_mapping_are_the_same_part():
 
 
 @pytest.mark.parametrize("part", [
-  corruptions.GaussianBlur(3), corruptions.Mask("centre", 0.2), corruptions.Matrix([[1, 2], [3, 4]]),
+  corruptions.GaussianBlur(3), corruptions.Mask("centre", 0.2),
+  corruptions.Matrix([[1, 2], [3, 4]]),
   corruptions.Compose(corruptions.GaussianBlur(2), corruptions.Mask(), (0, 1), (0, 0.5)),
   schedules.Staged(schedules.Geometric(0.01, 6), 0.2, 1.0), samplers.StochasticTwoStep(3.0),
   seams.UNet(width=3, dtype="bfloat16"), seams.Discs(5),

@@ -81,7 +81,7 @@ MEAN, FACTORS = np.zeros([4, 4, 1]), np.zeros([2, 4, 4, 1])
 @pytest.mark.parametrize(
   ("kind", "mean", "factors", "text"),
   [
-    (5, MEAN, FACTORS, "unknown prior 5"),
+    (5, MEAN, FACTORS, "a text, not 5"),
     ("zero", MEAN, FACTORS, "up to 0 factors"),
     ("colour", MEAN, FACTORS[:, :3], r"got shapes \(4, 4, 1\) and \(2, 3, 4, 1\)"),
     ("colour", MEAN[..., 0], FACTORS[..., 0], "has a mean"),
@@ -102,7 +102,7 @@ def test_what_is_no_gaussian_over_images(kind, mean, factors, text):
 )  # fmt: skip
 def test_a_damaged_config_of_a_prior(change):
   config = priors.Prior("colour", MEAN, FACTORS).get_config()
-  with pytest.raises(ValueError, match=r"damaged|unknown prior"):
+  with pytest.raises(ValueError, match=r"damaged|kind of a prior"):
     priors.Prior.from_config(config | change)
   with pytest.raises(ValueError, match="a prior's config has"):
     priors.Prior.from_config(5)

@@ -392,7 +392,7 @@ def test_what_is_built_on_operators_loses_nothing(digits, kind):
       "denoised": denoise(x, half), "by covariances": oracles.denoiser(full, process)(x, half),
       "with an error": oracles.noisy(denoise, process, 0.1)(x, half),
       "velocity": speed(x),
-      "samples": sampler(samplers.table("two_step", samplers.time_grid(10), process), range(6)),
+      "samples": sampler(samplers.plan("two_step", samplers.time_grid(10), process), range(6)),
       "score": process.score(x, 0.9, denoise(x, np.full(6, 0.9))),
     }  # fmt: skip
 

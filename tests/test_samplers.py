@@ -51,7 +51,7 @@ def run_printed(step, diffusion, times, seeds, **options):
 @pytest.mark.parametrize("name", ["naive", "momentum", "probability_flow", "ddim"])
 def test_every_rule_is_the_printed_algorithm(rising, name):
   times = samplers.time_grid(12)
-  rows = samplers.table(name, times, rising, denoise=False)
+  rows = samplers.plan(name, times, rising, denoise=False)
   got = samplers.Sampler(rising, denoiser)(rows, SEEDS).numpy()
   want = run_printed(getattr(printed, name), rising, times, SEEDS)
   if name == "naive":  # P's σ_0 is 0; ours ends at the schedule's σ(0), which b = 0 leaves out
@@ -72,7 +72,7 @@ def cold(x, predict, blur, sigma, t, dt, eta):
 def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name):
   """They are Cold Diffusion's update there: in the paper's process for t > 0.2."""
   times = np.linspace(1.0, 0.25, 9)
-  rows = samplers.table(name, times, blur_diffusion)
+  rows = samplers.plan(name, times, blur_diffusion)
   # σ is float32: equal to 6e-8, of which b is a root.
   np.testing.assert_allclose(rows[:, 2], 1.0, atol=1e-6)
   np.testing.assert_allclose(rows[:, 3], 0.0, atol=1e-4)
@@ -80,13 +80,13 @@ def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name)
   want = run_printed(cold, blur_diffusion, times, SEEDS)
   np.testing.assert_allclose(got, want, atol=2e-4)  # of b: the square root of σ's rounding
   # Below, where the noise falls, none of them is that update.
-  falling = samplers.table(name, np.linspace(0.2, 0.0, 5), blur_diffusion, denoise=False)
+  falling = samplers.plan(name, np.linspace(0.2, 0.0, 5), blur_diffusion, denoise=False)
   assert np.all(falling[:, 2] < 0.9)
 
 
 def test_ddim_with_fresh_noise(rising):
   times = samplers.time_grid(8)[:-1]  # stops before t = 0, where σ would fall below k
-  rows = samplers.table("ddim", times, rising, k=0.008, denoise=False)
+  rows = samplers.plan("ddim(k=0.008)", times, rising, denoise=False)
   got = samplers.Sampler(rising, denoiser)(rows, SEEDS).numpy()
   want = run_printed(printed.ddim, rising, times, SEEDS, k=0.008)
   np.testing.assert_allclose(got, want, atol=2e-5)
@@ -94,7 +94,7 @@ def test_ddim_with_fresh_noise(rising):
 
 def test_momentum_without_corruption_is_the_ve_reverse_sde(ve_diffusion):
   times = samplers.time_grid(10)
-  rows = samplers.table("momentum", times, ve_diffusion, denoise=False)
+  rows = samplers.plan("momentum", times, ve_diffusion, denoise=False)
   got = samplers.Sampler(ve_diffusion, denoiser)(rows, SEEDS).numpy()
   want = run_printed(printed.ve_reverse_sde, ve_diffusion, times, SEEDS)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)  # values start at σ = 50
@@ -102,29 +102,31 @@ def test_momentum_without_corruption_is_the_ve_reverse_sde(ve_diffusion):
 
 def test_predictor_corrector_alternates(rising):
   times = samplers.time_grid(6)
-  both = samplers.table("predictor_corrector", times, rising, denoise=False).numpy()
-  ddim = samplers.table("ddim", times, rising, denoise=False).numpy()
-  flow = samplers.table("probability_flow", times, rising, denoise=False).numpy()
+  both = samplers.plan("predictor_corrector", times, rising, denoise=False).numpy()
+  ddim = samplers.plan("ddim", times, rising, denoise=False).numpy()
+  flow = samplers.plan("probability_flow", times, rising, denoise=False).numpy()
   np.testing.assert_array_equal(both[0::2], ddim[0::2])
   np.testing.assert_array_equal(both[1::2], flow[1::2])
 
 
 def test_any_rules_take_turns(rising):
-  def halfway(sigma_t, sigma_s):
-    return 0.5 * sigma_s / sigma_t, np.sqrt(0.75) * sigma_s
+  @dataclasses.dataclass(frozen=True)
+  class Halfway(samplers.Rule):
+    def coefficients(self, step):
+      return samplers.Update(0.5 * step.sigma_s / step.sigma_t, np.sqrt(0.75) * step.sigma_s)
 
-  times = samplers.time_grid(7)
-  both = samplers.table(("momentum", halfway), times, rising, denoise=False).numpy()
+  halfway, times = Halfway(), samplers.time_grid(7)
+  both = samplers.plan(("momentum", halfway), times, rising, denoise=False).numpy()
   np.testing.assert_array_equal(
-    both[0::2], samplers.table("momentum", times, rising, denoise=False)[0::2]
+    both[0::2], samplers.plan("momentum", times, rising, denoise=False)[0::2]
   )
   np.testing.assert_array_equal(
-    both[1::2], samplers.table(halfway, times, rising, denoise=False)[1::2]
+    both[1::2], samplers.plan(halfway, times, rising, denoise=False)[1::2]
   )
-  named = samplers.table("ddim+probability_flow", times, rising)
-  np.testing.assert_array_equal(named, samplers.table("predictor_corrector", times, rising))
+  named = samplers.plan("ddim+probability_flow", times, rising)
+  np.testing.assert_array_equal(named, samplers.plan("predictor_corrector", times, rising))
   # A corrector of two rows keeps its place: ddim, heun (2), ddim, heun (2), …
-  mixed = samplers.table("ddim+heun", times, rising).numpy()
+  mixed = samplers.plan("ddim+heun", times, rising).numpy()
   np.testing.assert_array_equal(mixed[:, 5], [0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
 
 
@@ -140,10 +142,10 @@ def test_vp_ancestral_sampling_is_a_ddim_row(k):
   a_t, a_s = (float(process.level(np.float32(v))) ** 2 for v in (t, s))
   sigma_t, sigma_s = np.sqrt(1 - a_t), np.sqrt(1 - a_s)
   if k is None:
-    row = samplers.table("ancestral", [t, s], process, denoise=False).numpy()[0]
+    row = samplers.plan("ancestral", [t, s], process, denoise=False).numpy()[0]
   else:
     k = sigma_s / sigma_t * np.sqrt(1 - a_t / a_s)
-    row = samplers.table("ddim", [t, s], process, k=k, denoise=False).numpy()[0]
+    row = samplers.plan(samplers.DDIM(k), [t, s], process, denoise=False).numpy()[0]
   x_0, eps = 0.3, 0.7
   x_t = np.sqrt(a_t) * x_0 + sigma_t * eps
   beta = 1 - a_t / a_s
@@ -155,7 +157,7 @@ def test_vp_ancestral_sampling_is_a_ddim_row(k):
 
 def test_ancestral_without_corruption_is_the_posterior_of_ve(ve_diffusion):
   times = samplers.time_grid(6)[:-1]
-  rows = samplers.table("ancestral", times, ve_diffusion).numpy()
+  rows = samplers.plan("ancestral", times, ve_diffusion).numpy()
   sigma = ve_diffusion.sigma(times.astype(np.float32)).numpy().astype(float)
   t, s = sigma[:-1] ** 2, sigma[1:] ** 2
   np.testing.assert_allclose(rows[:, 2], s / t, rtol=1e-5)
@@ -165,7 +167,7 @@ def test_ancestral_without_corruption_is_the_posterior_of_ve(ve_diffusion):
 def test_heun_by_hand(rising):
   """The trapezoidal rule in x̂_0, in float64 NumPy."""
   times = samplers.time_grid(4)
-  got = samplers.Sampler(rising, denoiser)(samplers.table("heun", times, rising), SEEDS).numpy()
+  got = samplers.Sampler(rising, denoiser)(samplers.plan("heun", times, rising), SEEDS).numpy()
   sigma = lambda t: float(rising.sigma(np.float32(t)))
   blur = lambda x, t: rising.corrupt(x.astype(np.float32), np.float32(t)).numpy().astype(float)
   predict = lambda x, t: denoiser(x.astype(np.float32), np.full(len(x), t)).numpy().astype(float)
@@ -181,11 +183,11 @@ def test_the_amount_of_noise_of_the_stochastic_two_step(rising):
   times = samplers.time_grid(12)[:-1]
   h = times[:-1] - times[1:]
   sigma = rising.sigma(times.astype(np.float32)).numpy().astype(float)
-  two_step = samplers.table("two_step", times, rising).numpy()
+  two_step = samplers.plan("two_step", times, rising).numpy()
   np.testing.assert_array_equal(
-    samplers.table("stochastic_two_step", times, rising, noise=0), two_step
+    samplers.plan("stochastic_two_step(noise=0)", times, rising), two_step
   )
-  rows = samplers.table("stochastic_two_step", times, rising, noise=3).numpy()
+  rows = samplers.plan("stochastic_two_step(noise=3)", times, rising).numpy()
   np.testing.assert_array_equal(rows[:, 4], two_step[:, 4])
   np.testing.assert_allclose(rows[:, 2], np.exp(-3 * h) * sigma[1:] / sigma[:-1], rtol=1e-5)
   # What is kept and what is fresh make up the noise of the new time.
@@ -197,7 +199,7 @@ def test_the_amount_of_noise_of_the_stochastic_two_step(rising):
 def test_evaluations_are_rows(rising, name):
   """`steps_for` finds the most steps that fit, and every row calls the denoiser once."""
   for nfe in (1, 2, 5, 8, 13):
-    count = lambda steps: samplers.table(name, samplers.time_grid(steps), rising).shape[0]
+    count = lambda steps: samplers.plan(name, samplers.time_grid(steps), rising).shape[0]
     steps = samplers.steps_for(name, nfe)
     assert count(steps) <= nfe < count(steps + 1)
   calls = tf.Variable(0)
@@ -206,7 +208,7 @@ def test_evaluations_are_rows(rising, name):
     with tf.control_dependencies([calls.assign_add(1)]):
       return denoiser(x_t, t)
 
-  rows = samplers.table(name, samplers.time_grid(4), rising)
+  rows = samplers.plan(name, samplers.time_grid(4), rising)
   samplers.Sampler(rising, counted)(rows, SEEDS)
   assert int(calls) == rows.shape[0]
 
@@ -215,10 +217,10 @@ def test_nothing_random_with_k_zero(rising):
   """Deterministic rules give one image from one start, whatever the seeds."""
   x = np.full([3, 8, 8, 1], 0.3, np.float32)
   for name in ("probability_flow", "ddim", "two_step", "heun", "predictor_corrector"):
-    rows = samplers.table(name, samplers.time_grid(5), rising)
+    rows = samplers.plan(name, samplers.time_grid(5), rising)
     images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
     np.testing.assert_allclose(images[0], images[2], atol=1e-6)
-  rows = samplers.table("ddim", samplers.time_grid(5), rising, k=0.005)
+  rows = samplers.plan("ddim(k=0.005)", samplers.time_grid(5), rising)
   images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
   assert np.abs(images[0] - images[2]).max() > 1e-3
 
@@ -231,9 +233,9 @@ def test_finite_from_end_to_end(rising, ve_diffusion):
     process = process if process.prior else process.with_prior(priors.zero((8, 8, 1)))
     sampler = samplers.Sampler(process, denoiser)
     for name in samplers.SAMPLERS:
-      rows = samplers.table(name, samplers.time_grid(3), process, k=0.01)
+      rows = samplers.plan(samplers.with_fields(name, {"k": 0.01}), samplers.time_grid(3), process)
       assert np.isfinite(sampler(rows, SEEDS)).all(), name
-      rows = samplers.table(name, samplers.time_grid(3), process, denoise=False)
+      rows = samplers.plan(name, samplers.time_grid(3), process, denoise=False)
       assert np.isfinite(sampler(rows, SEEDS)).all(), name
 
 
@@ -243,7 +245,7 @@ def test_rules_keep_the_noise_at_its_level(rising):
   sigma_s = rising.sigma(times[1:].astype(np.float32)).numpy()
   sigma_t = rising.sigma(times[:-1].astype(np.float32)).numpy()
   for name in ("naive", "momentum", "ddim"):
-    rows = samplers.table(name, times, rising, k=0.004).numpy()
+    rows = samplers.plan(samplers.with_fields(name, {"k": 0.004}), times, rising).numpy()
     size = np.sqrt((rows[:, 2] * sigma_t) ** 2 + rows[:, 3] ** 2)
     if name == "momentum":  # Euler-Maruyama: right to first order in the step
       np.testing.assert_allclose(size, sigma_s, rtol=0.15)
@@ -254,17 +256,17 @@ def test_rules_keep_the_noise_at_its_level(rising):
 def test_the_last_step(rising):
   times = samplers.time_grid(5)
   for name in samplers.SAMPLERS:
-    final = samplers.table(name, times, rising).numpy()[-1]
+    final = samplers.plan(name, times, rising).numpy()[-1]
     np.testing.assert_array_equal(final[1:], np.zeros(5))
-    kept = samplers.table(name, times, rising, denoise=False).numpy()[-1]
+    kept = samplers.plan(name, times, rising, denoise=False).numpy()[-1]
     assert kept[3] == 0
     assert (kept[2] > 0) == (name != "naive")
-  stopped = samplers.table("momentum", [1.0, 0.6, 0.3], rising).numpy()
+  stopped = samplers.plan("momentum", [1.0, 0.6, 0.3], rising).numpy()
   assert stopped[-1, 3] > 0  # a run that stops early keeps its noise
 
 
 def test_an_image_is_its_seeds_alone(rising):
-  rows = samplers.table("momentum", samplers.time_grid(6), rising)
+  rows = samplers.plan("momentum", samplers.time_grid(6), rising)
   sampler = samplers.Sampler(rising, denoiser)
   together = sampler(rows, SEEDS).numpy()
   np.testing.assert_array_equal(sampler(rows, SEEDS[::-1])[::-1], together)
@@ -284,7 +286,7 @@ def test_one_trace_for_every_table_and_batch(rising):
   sampler = samplers.Sampler(rising, counted)
   for name in samplers.SAMPLERS:
     for steps in (1, 7):
-      sampler(samplers.table(name, samplers.time_grid(steps), rising), range(steps))
+      sampler(samplers.plan(name, samplers.time_grid(steps), rising), range(steps))
   assert len(traces) == 1
 
 
@@ -294,12 +296,12 @@ def test_xla_gives_the_same_images(rising, name):
   compiled = samplers.Sampler(rising, denoiser, jit_compile=True)
   plain = samplers.Sampler(rising, denoiser)
   for steps in (4, 7):
-    rows = samplers.table(name, samplers.time_grid(steps), rising)
+    rows = samplers.plan(name, samplers.time_grid(steps), rising)
     np.testing.assert_allclose(compiled(rows, SEEDS), plain(rows, SEEDS), atol=2e-5)
 
 
 def test_rows_at_time_zero_are_filling(rising):
-  rows = samplers.table("momentum", samplers.time_grid(4), rising)
+  rows = samplers.plan("momentum", samplers.time_grid(4), rising)
   sampler = samplers.Sampler(rising, denoiser)
   filled = tf.concat([rows, tf.zeros([3, samplers.COLUMNS])], axis=0)
   np.testing.assert_array_equal(sampler(filled, SEEDS), sampler(rows, SEEDS))
@@ -308,7 +310,7 @@ def test_rows_at_time_zero_are_filling(rising):
 def test_the_trajectory_ends_where_the_sampler_does(rising):
   sampler = samplers.Sampler(rising, denoiser)
   for name in ("momentum", "two_step", "heun"):
-    rows = samplers.table(name, samplers.time_grid(7), rising)
+    rows = samplers.plan(name, samplers.time_grid(7), rising)
     times, states, predictions = sampler.trajectory(rows, SEEDS, 4)
     assert times[0] == 1
     assert times[-1] == 0
@@ -320,14 +322,14 @@ def test_sampling_from_any_time(rising):
   """Two halves of a run are the run; and a table that starts below 1 asks for its start."""
   sampler = samplers.Sampler(rising, denoiser)
   times = samplers.time_grid(8)
-  whole = samplers.table("ddim", times, rising)
-  half = samplers.table("ddim", times[:5], rising)
-  rest = samplers.table("ddim", times[4:], rising)
+  whole = samplers.plan("ddim", times, rising)
+  half = samplers.plan("ddim", times[:5], rising)
+  rest = samplers.plan("ddim", times[4:], rising)
   np.testing.assert_allclose(
     sampler(rest, SEEDS, sampler(half, SEEDS)), sampler(whole, SEEDS), atol=1e-6
   )
   with pytest.raises(ValueError, match=r"starts at t = 0\.5, and the prior is that of t = 1"):
-    sampler(samplers.table("ddim", samplers.time_grid(4, start=0.5), rising), SEEDS)
+    sampler(samplers.plan("ddim", samplers.time_grid(4, start=0.5), rising), SEEDS)
 
 
 # --- The adaptive sampler -------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def test_the_velocity_is_the_rate_of_a_ddim_step(rising):
   sampler = samplers.Sampler(rising, denoiser)
 
   def rate_over(h):
-    rows = samplers.table("ddim", [0.6, 0.6 - h], rising)
+    rows = samplers.plan("ddim", [0.6, 0.6 - h], rising)
     return (x - sampler(rows, SEEDS, x)) / h
 
   rate = samplers.velocity(rising, denoiser, x, tf.constant(0.6))
@@ -351,7 +353,7 @@ def test_the_adaptive_sampler_agrees_with_small_steps(rising):
   sampler = samplers.Sampler(rising, denoiser)
   images, evaluations = sampler.adaptive(SEEDS, rtol=1e-5, atol=1e-5)
   times = np.append(1.0 - 0.999 * np.linspace(0, 1, 401), 0.0)
-  want = sampler(samplers.table("heun", times, rising), SEEDS)
+  want = sampler(samplers.plan("heun", times, rising), SEEDS)
   np.testing.assert_allclose(images, want, atol=2e-3)  # of second-order steps of 1/400
   _, fewer = sampler.adaptive(SEEDS, rtol=1e-2, atol=1e-2)
   assert fewer < evaluations
@@ -425,30 +427,47 @@ def test_the_level_grid_takes_even_steps_of_level(rising):
 
 
 def test_a_users_rule(rising):
+  @dataclasses.dataclass(frozen=True)
+  class Halfway(samplers.Rule):
+    share: float = 0.5
+
+    def coefficients(self, step):
+      assert step.diffusion is rising
+      np.testing.assert_array_equal(step.level_t[1:], step.level_s[:-1])
+      a = self.share * (step.sigma_s / step.sigma_t)
+      return samplers.Update(a, np.sqrt(step.sigma_s**2 - (a * step.sigma_t) ** 2))
+
   def halfway(sigma_t, sigma_s):
     a = 0.5 * (sigma_s / sigma_t)
     return a, np.sqrt(sigma_s**2 - (a * sigma_t) ** 2)
 
-  rows = samplers.table(halfway, samplers.time_grid(5), rising)
+  times = samplers.time_grid(5)
+  rows = samplers.plan(Halfway(), times, rising)
+  with pytest.warns(DeprecationWarning, match=r"derive a class from samplers\.Rule"):
+    np.testing.assert_array_equal(samplers.plan(halfway, times, rising), rows)
+  with pytest.warns(DeprecationWarning, match=r"samplers\.plan"):
+    old = samplers.table("ddim", times, rising, k=0.01)
+  np.testing.assert_array_equal(old, samplers.plan("ddim(k=0.01)", times, rising))
+  assert not np.array_equal(rows, samplers.plan(Halfway(0.25), times, rising))
   assert np.isfinite(samplers.Sampler(rising, denoiser)(rows, SEEDS)).all()
 
 
 @pytest.mark.parametrize(
   ("make", "text"),
   [
-    (lambda d: samplers.table("momentun", [1, 0], d), "did you mean 'momentum'"),
-    (lambda d: samplers.table("ddim", [0.0, 0.5, 1.0], d), "are they ascending"),
-    (lambda d: samplers.table("ddim", [1.2, 0.5], d), r"within \[0, 1\]"),
-    (lambda d: samplers.table("ddim", [1.0], d), "at least two"),
+    (lambda d: samplers.plan("momentun", [1, 0], d), "did you mean 'momentum'"),
+    (lambda d: samplers.plan("ddim", [0.0, 0.5, 1.0], d), "are they ascending"),
+    (lambda d: samplers.plan("ddim", [1.2, 0.5], d), r"within \[0, 1\]"),
+    (lambda d: samplers.plan("ddim", [1.0], d), "at least two"),
     (lambda d: samplers.time_grid(0), "at least 1 step, got 0"),
-    (lambda d: samplers.time_grid(3, "linear"), "unknown time grid"),
+    (lambda d: samplers.time_grid(3, "linear"), "time grid 'linear' is unknown"),
     (lambda d: samplers.time_grid(3, start=0.0), "start time"),
     (lambda d: samplers.time_grid(3, "transport", d), "give some clean ones"),
     (lambda d: samplers.time_grid(3, "level"), "needs the diffusion"),
-    (lambda d: samplers.table("ddim+momentm", [1, 0], d), "did you mean 'momentum'"),
-    (lambda d: samplers.table("dormand_prince", [1, 0], d), "Sampler.adaptive"),
-    (lambda d: samplers.table("ddim", [1, np.nan, 0], d), "must descend"),
-    (lambda d: samplers.table("ddim", [1, 0], d, k=-1), "must not be negative"),
+    (lambda d: samplers.plan("ddim+momentm", [1, 0], d), "did you mean 'momentum'"),
+    (lambda d: samplers.plan("dormand_prince", [1, 0], d), "Sampler.adaptive"),
+    (lambda d: samplers.plan("ddim", [1, np.nan, 0], d), "must descend"),
+    (lambda d: samplers.plan("ddim(k=-1)", [1, 0], d), "must be from 0 on"),
     (lambda d: samplers.steps_for("heun", 0), "at least 1 evaluation"),
   ],
 )
@@ -459,7 +478,7 @@ def test_bad_requests(rising, make, text):
 
 def test_a_reverse_step_must_not_raise_the_noise(rising):
   class Falling:
-    sigma = staticmethod(lambda t: tf.constant(1.0 - 0.5 * np.asarray(t)))
+    sigma = level = staticmethod(lambda t: tf.constant(1.0 - 0.5 * np.asarray(t)))
 
   with pytest.raises(ValueError, match=r"raises the noise from 0\.5 to 0\.75"):
-    samplers.table("momentum", [1.0, 0.5, 0.0], Falling())
+    samplers.plan("momentum", [1.0, 0.5, 0.0], Falling())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import schedules as s
+from soft_diffusion_tf import trust
 
 EXAMPLES = [
   s.Constant(0.3),
@@ -42,14 +44,18 @@ def test_shape_dtype_finite_gradient_and_config(schedule):
   np.testing.assert_array_equal(tf.function(schedule)(t), value)
 
 
+@dataclasses.dataclass(frozen=True)
 class Elsewhere(s.Constant):
-  pass
+  """A schedule of one's own."""
 
 
 def test_what_travels_in_a_config():
   assert s.from_config(0.5) == s.Constant(0.5)
-  with pytest.raises(ValueError, match=r"Elsewhere cannot travel.*give its values.*piecewise"):
-    Elsewhere(0.5).get_config()
+  config = Elsewhere(0.5).get_config()
+  assert config == {"kind": f"{__name__}:Elsewhere", "number": 0.5}
+  assert s.from_config(config, trust_code=True) == Elsewhere(0.5)
+  with pytest.raises(trust.UntrustedCode):
+    s.from_config(config)
 
 
 def test_values():
@@ -80,7 +86,7 @@ def test_vp_preserves_variance_and_sub_vp_is_its_square():
       lambda: s.from_config({"kind": "Geometrik", "start": 1, "stop": 2}),
       "did you mean 'Geometric'",
     ),
-    (lambda: s.from_config({"kind": "Linear", "start": 1, "end": 2}), "no field 'end'"),
+    (lambda: s.from_config({"kind": "Linear", "start": 1, "end": 2}), "no field Linear.end"),
     (lambda: s.Unfound(0.0, 1.0, "x.json")(T), "find_schedule.py"),
   ],
 )

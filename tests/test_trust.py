@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import artefact, corruptions, data, features, priors, training, trust
+from soft_diffusion_tf import artefact, corruptions, data, features, parts, priors, training, trust
 from soft_diffusion_tf.diffusion import Diffusion
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
@@ -204,9 +204,9 @@ def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran
     training._changes(tmp_path, e)
   assert not ran.exists()
   nested = corruptions.Compose(corruptions.GaussianBlur(), fade)
-  assert corruptions.code_of(nested.get_config()) == {"foreign_module:Fade"}
-  assert corruptions.code_of(FUNCTION) == {"foreign_module:family"}
-  assert corruptions.code_of(corruptions.GaussianBlur().get_config()) == set()
+  assert parts.code_of(nested.get_config()) == {"foreign_module:Fade"}
+  assert parts.code_of(FUNCTION) == {"foreign_module:family"}
+  assert parts.code_of(corruptions.GaussianBlur().get_config()) == set()
 
 
 def test_a_config_may_name_a_data_set_that_runs_code_only_by_consent(tmp_path):

@@ -345,12 +345,13 @@ def test_scale_by_sigma_divides():
     ({"resblock_type": "bigan"}, "did you mean 'biggan'"),
     ({"progressive": "skip"}, "did you mean 'output_skip'"),
     ({"embedding_type": "fourrier"}, "did you mean 'fourier'"),
-    ({"dropout": 1.0}, "dropout=1.0"),
-    ({"nf": 2}, "nf=2 is too small"),
+    ({"dropout": 1.0}, "network.dropout must be from 0 below 1, got 1.0"),
+    ({"nf": 2}, "network.nf must be from 4 to 4,096, got 2"),
     ({"nf": 36, "ch_mult": (4, 1)}, "144 channels"),
     ({"fir_kernel": (1,)}, "at least two taps"),
     ({"init_scale": -1.0}, "init_scale"),
-    ({"scale_by_sigma": True, "embedding_type": "positional"}, "sigma_min=None.*num_scales"),
+    ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min = 2 and sigma_max = 1 must rise"),
+    ({"nff": 8}, "nff"),
   ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):

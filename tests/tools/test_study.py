@@ -130,7 +130,7 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
   assert set(digits.sweeps) == set(digits.models)
   assert len(digits.seeds) >= 3
   for name, groups in {
-    "printed_loss": {"training"}, "unfiltered": {"training"}, "mse": {"level"},
+    "printed_loss": {"loss"}, "unfiltered": {"loss"}, "mse": {"level"},
     "sigma_005": {"sigma"}, "sigma_0025": {"sigma"}, "noise_throughout": {"sigma"},
     "mask": {"corruption", "level"},
     "ve": {"corruption", "level", "sigma", "prior"},
@@ -138,10 +138,10 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
     differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
     assert differs == groups, name
   for name in ("printed_loss", "unfiltered"):
-    training = digits.models[name].training
-    assert training.look_ahead == 0.0
-    assert training.filtered == (name == "printed_loss")
-    assert dataclasses.replace(training, look_ahead=0.1, filtered=True) == base.training
+    loss = digits.models[name].loss
+    assert loss.look_ahead == 0.0
+    assert loss.filtered == (name == "printed_loss")
+    assert dataclasses.replace(loss, look_ahead=0.1, filtered=True) == base.loss
   again = study.open_study("digits", tmp_path)  # read, not worked out again
   assert again.models == digits.models
   with pytest.raises(ValueError, match="holds the study 'digits'"):
