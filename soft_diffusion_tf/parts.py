@@ -384,7 +384,8 @@ def make(base: Any, config: Any, where: str = "", trust_code: Any = False) -> An
       if base._members:
         known = f"did you mean {nearest(name, base._members)!r}? There are "
         known += ", ".join(base._members)
-      raise ValueError(f"unknown {base._role} {reprlib.repr(name)}; {known}")
+      at = f"{where}: " if where else ""
+      raise ValueError(f"{at}unknown {base._role} {reprlib.repr(name)}; {known}")
     fields = {k: v for k, v in config.items() if k != "kind"}
     if "__dataclass_fields__" in vars(kind):  # not one of its bases alone
       fields = check_fields(kind, fields, kind._group or f"{kind.__name__}.")

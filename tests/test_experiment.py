@@ -131,7 +131,8 @@ def test_bad_fields_are_named(tiny, group, name, value, text):
 
 
 GROUPS = {"data": Data, "prior": priors.Estimator, "network": Network, "training": Training,
-          "loss": losses.SoftScoreMatching, "sampling": Sampling, "evaluation": Evaluation, "": Experiment}  # fmt: skip
+          "loss": losses.SoftScoreMatching, "sampling": Sampling, "evaluation": Evaluation,
+          "": Experiment}  # fmt: skip
 FIELDS = [(group, field.name) for group, kind in GROUPS.items()
           for field in dataclasses.fields(kind)]  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_a_config_makes_the_part_again(part):
   ({"kind": "GaussianBlur", "half": 3}, "did you mean GaussianBlur.half_size"),
   ({"kind": "GaussianBlur", "half_size": True}, "half_size must be a whole number"),
   ({"kind": "GaussianBlur", "half_size": -1}, "half_size must be from 0 to 65,536"),
-  ({"kind": "Mask", "edge": float("nan")}, "edge must be from 0 to 1, got nan"),
+  ({"kind": "Mask", "edge": float("nan")}, "edge must be a finite number, got nan"),
   ({"kind": "Family"}, "does not take these fields"),
   ({"kind": ["Mask"]}, "unknown corruption"),
   (5, "give its kind and fields"),
