@@ -41,8 +41,10 @@ DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # what Keras call
 
 def _choice(field: str, value: str, choices: Iterable[str]) -> None:
   if value not in choices:
-    near = difflib.get_close_matches(str(value), list(choices), 1, cutoff=0)[0]
-    raise ValueError(f"{field} = {value!r} is unknown; did you mean {near!r}?")
+    near = difflib.get_close_matches(str(value).lower(), list(choices), 1, cutoff=0)[0]
+    raise ValueError(
+      f"{field} = {value!r} is unknown; did you mean {near!r}? There are {', '.join(choices)}"
+    )
 
 
 # --- What a field may be --------------------------------------------------------------------------
@@ -275,12 +277,17 @@ class Sampling(_Options):
       )
     if self.times and not (
       len(self.times) > 1 and self.times[0] == 1 and self.times[-1] == 0
-      and all(s < t for t, s in itertools.pairwise(self.times))
     ):  # fmt: skip
       raise ValueError(
         f"sampling.times must descend from 1 to 0, got {self.times[0]:g} … {self.times[-1]:g}; "
-        "are they ascending?"
+        "give them from 1 to 0, both included"
       )
+    for t, s in itertools.pairwise(self.times):
+      if not s < t:
+        raise ValueError(
+          f"sampling.times must descend from 1 to 0, and {s:g} comes after {t:g}; give each time "
+          "once, the largest first"
+        )
 
   @property
   def evaluations(self) -> int | None:

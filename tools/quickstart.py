@@ -17,14 +17,13 @@ def main():
   import numpy as np
 
   from soft_diffusion_tf import data, evaluation, features, plots, schedules, scheduling, training
-  from soft_diffusion_tf.experiment import Experiment
 
   started = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value)
   cli.check_folder(workdir, "workdir")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
-  experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
+  experiment = cli.experiment_of(_CONFIG.value)
   d = experiment.data
   source = data.load(d.name, d.train_split, d.image_shape, d.crop, d.data_dir or None)
   if _FRESH.value and workdir.exists():
