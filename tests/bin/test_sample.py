@@ -86,7 +86,7 @@ def test_options_are_refused_before_the_weights_are_read(tiny, tmp_path):
     ("sample", ("--steps=0",), "sampling.steps must be from 1"),
     ("sample", ("--sampler=momentun",), "did you mean 'momentum'"),
     ("sample", (f"--out={tmp_path}/mine",), "holds other files than samples"),
-    ("evaluate", ("--steps=0", "--samples=9"), "sampling.steps must be from 1"),
+    ("evaluate", ("--steps=0", "--samples=9", "--feature_net=pixels"), "steps must be from 1"),
     ("export", ("--samplers=momentun:3",), "did you mean 'momentum'"),
   ):
     out = () if name == "evaluate" else (f"--out={tmp_path / 'x'}",)
