@@ -156,9 +156,10 @@ def test_what_a_config_file_raises_is_one_line(code, text, tmp_path):
 
 
 def test_a_fault_of_the_config_names_its_file_and_one_of_an_override_the_field(tmp_path):
-  text = (ROOT / "configs" / "cifar10_mask.py").read_text() + (
-    "\nwhole = get_config\n\ndef get_config():\n  config = whole()\n"
-    "  config.corruption.kind = 'Msk'\n  return config\n"
+  text = (
+    "import runpy\n\n"
+    f"whole = runpy.run_path({str(ROOT / 'configs' / 'digits_blur.py')!r})['get_config']\n\n"
+    "def get_config():\n  config = whole()\n  config.corruption.kind = 'Msk'\n  return config\n"
   )
   (tmp_path / "mine.py").write_text(text)
   flags = (f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w")
