@@ -315,7 +315,7 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
   out = pathlib.Path(out)
   refuse_to_overwrite(out, force, MARK)
   if options is None:
-    options = usual_options(run)
+    options = usual_options(run.experiment.sampling)
   by_name = {}
   for o in options:
     if o.sampler.adaptive:
@@ -344,9 +344,9 @@ def export(run, out, options=None, *, dtype="float32", restoring=restoration.DEF
   return manifest
 
 
-def usual_options(run, **changes):
+def usual_options(sampling, **changes):
   """The samplers of an export that names none: the run's own and a fast one."""
-  return [run.options(**changes), run.options(sampler="two_step", steps=25, **changes)]
+  return [sampling.changed(**changes), sampling.changed(sampler="two_step", steps=25, **changes)]
 
 
 def keep_apart(out, source, inside=False):

@@ -270,19 +270,30 @@ def settings_of(experiment, step, options, nfe):
   }  # fmt: skip
 
 
+def check_out(out):
+  """Raises the ValueError of a folder that holds other files than samples."""
+  # What begins with a dot is another shard's half file, or what a kill left of one.
+  if (
+    out.exists()
+    and not (out / SETTINGS_FILE).exists()
+    and any(f.name[0] != "." for f in out.iterdir())
+  ):
+    raise ValueError(f"{out} holds other files than samples; give a new folder as --out")
+
+
 def _claim(out, settings, force):
   """Makes a folder of samples of these settings, or checks that it is one."""
   path = out / SETTINGS_FILE
   mine = json.loads(json.dumps(settings))
   theirs = None
+  check_out(out)
   if path.exists():
     try:
       theirs = json.loads(path.read_text())
     except ValueError:
       theirs = {}
-  # What begins with a dot is another shard's half file, or what a kill left of one.
-  elif out.exists() and any(f.name[0] != "." for f in out.iterdir()):
-    raise ValueError(f"{out} holds other files than samples; give a new folder as --out")
+    if not isinstance(theirs, dict):
+      theirs = {}
   if theirs not in (None, mine) and not force:
     changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     raise ValueError(

@@ -253,6 +253,8 @@ def read_image(path):
         image = _decode(pixels)
   except Exception as error:  # Pillow's decoders raise many kinds, errors of their own among them
     text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "UnidentifiedImageError":  # whose text is an object's address
+      text = f"it is none of {', '.join(_FORMATS)}"
     large = isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError"
     remedy = "make it smaller" if large else "remove or replace the file"
     raise ValueError(f"{path}: cannot be read as an image ({text}); {remedy}") from None

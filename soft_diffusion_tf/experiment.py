@@ -198,12 +198,17 @@ class Sampling(Group):
       )
     if self.times and not (
       len(self.times) > 1 and self.times[0] == 1 and self.times[-1] == 0
-      and all(s < t for t, s in itertools.pairwise(self.times))
     ):  # fmt: skip
       raise ValueError(
         f"sampling.times must descend from 1 to 0, got {self.times[0]:g} … {self.times[-1]:g}; "
-        "are they ascending?"
+        "give them from 1 to 0, both included"
       )
+    for t, s in itertools.pairwise(self.times):
+      if not s < t:
+        raise ValueError(
+          f"sampling.times must descend from 1 to 0, and {s:g} comes after {t:g}; give each time "
+          "once, the largest first"
+        )
 
   @property
   def evaluations(self) -> int | None:

@@ -68,9 +68,11 @@ class Monitor:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
       found = json.loads(line)
       if found["step"] == step:
-        self._window = {key: np.asarray(value, np.float64) for key, value in found["sums"].items()}
-        self._window_step = found["since"]
-        self._window["wait"] *= 0  # the clock is this process's
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged: anew
+          sums, since = found["sums"], int(found["since"])
+          window = {key: np.asarray(value, np.float64) for key, value in sums.items()}
+          window["wait"] *= 0  # the clock is this process's
+          self._window, self._window_step = window, since
 
   def flush(self, step):
     """To disk with all records: before a checkpoint, which must never be ahead of them."""

@@ -37,13 +37,17 @@ _PACKAGE = __name__.partition(".")[0]
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
   """The choice whose spelling is closest to a value, for messages."""
-  return difflib.get_close_matches(str(value), list(choices), 1, cutoff=0)[0]
+  names = {choice.lower(): choice for choice in choices}
+  return names[difflib.get_close_matches(str(value).lower(), list(names), 1, cutoff=0)[0]]
 
 
 def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
   """Raises the ValueError of a value that is not among the choices, with the nearest one."""
   if value not in choices:
-    raise ValueError(f"{what} {value!r} is unknown; did you mean {nearest(value, choices)!r}?")
+    raise ValueError(
+      f"{what} {value!r} is unknown; did you mean {nearest(value, choices)!r}? "
+      f"There are {', '.join(choices)}"
+    )
 
 
 def first_line(error: BaseException) -> str:

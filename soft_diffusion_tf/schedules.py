@@ -259,7 +259,7 @@ def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{path}: no such schedule file; {remedy}")
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
   missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
   if missing:

@@ -33,8 +33,10 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
       that cannot be had.
   """
   if name not in STRATEGIES:
-    near = difflib.get_close_matches(str(name), STRATEGIES, 1, cutoff=0)[0]
-    raise ValueError(f"strategy = {name!r} is unknown; did you mean {near!r}?")
+    near = difflib.get_close_matches(str(name).lower(), STRATEGIES, 1, cutoff=0)[0]
+    raise ValueError(
+      f"strategy = {name!r} is unknown; did you mean {near!r}? There are {', '.join(STRATEGIES)}"
+    )
   if name == "auto":
     name = "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
     if os.environ.get("TF_CONFIG") and not alone:
@@ -71,7 +73,7 @@ def _cluster(text: str) -> tuple[list[str], int]:
     workers, task = content["cluster"]["worker"], content["task"]
     index = task["index"]
     assert content["cluster"].keys() == {"worker"}  # the first of them is the chief
-    assert task.get("type", "worker") == "worker"
+    assert task["type"] == "worker"  # TensorFlow takes no default
     assert content.get("rpc_layer", "grpc") == "grpc"
     assert isinstance(workers, list)
     assert all(isinstance(worker, str) for worker in workers)

@@ -173,9 +173,13 @@ def best(workdir):
   """The content of a workdir's best.json."""
   path = pathlib.Path(workdir) / BEST_FILE
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    raise ValueError(f"{workdir}: no {BEST_FILE} in it; make one by evaluate --sweep") from None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["step"], found["sampler"], found["nfe"]
+  except (OSError, ValueError, TypeError, KeyError):
+    raise ValueError(
+      f"{workdir}: no {BEST_FILE} in it, or a damaged one; make one by evaluate --sweep"
+    ) from None
+  return found
 
 
 def last_sweep(workdir):

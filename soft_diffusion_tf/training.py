@@ -258,9 +258,11 @@ def _check_size(workdir, experiment):
   Before the network is made: a config of unknown origin may ask for more memory than there is.
   """
   files = [f for f in (workdir / CHECKPOINTS).rglob("ckpt-*.data*") if f.is_file()]
+  if not files:
+    raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
   experiment.check_network()
   weights = sum(math.prod(shape) for shape in experiment.network_shapes())
-  if files and 4 * weights > max(f.stat().st_size for f in files):
+  if 4 * weights > max(f.stat().st_size for f in files):
     raise ValueError(
       f"{workdir}: its config.json describes a network of {weights:,} weights, and no checkpoint "
       "in it has so many; restore the config.json that it was trained with"

@@ -204,6 +204,10 @@ def test_other_samples_are_not_overwritten(drawer, tmp_path):
     bulk.write(drawer, [1], folder, SETTINGS | {"checkpoint": 8}, progress=False)
   bulk.write(drawer, [2], folder, SETTINGS | {"checkpoint": 8}, force=True, progress=False)
   assert list(contents(folder)) == [2]
+  for odd in ("[]", "5", "null"):  # JSON, but no settings: not taken for none
+    (folder / bulk.SETTINGS_FILE).write_text(odd)
+    with pytest.raises(ValueError, match="holds samples that differ in"):
+      bulk.write(drawer, [1], folder, SETTINGS, progress=False)
   (tmp_path / "b").mkdir()
   (tmp_path / "b" / "note.txt").write_text("mine")
   (tmp_path / "b" / "000001.png").write_text("mine")

@@ -19,7 +19,8 @@ def test_strategies_by_name(monkeypatch):
     "",
     "{",
     '{"cluster": {}}',
-    '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"index": 0}}',  # TensorFlow takes no default type
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 3}}',
     '{"cluster": {"worker": ["a:1"], "chief": ["b:1"]}, "task": {"type": "chief", "index": 0}}',
     '{"cluster": {"worker": ["a:1"]}, "task": {"type": "evaluator", "index": 0}}',
   ):

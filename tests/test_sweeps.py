@@ -175,8 +175,12 @@ def test_a_cell_that_fails_does_not_stop_the_others(workdir, real, forget, monke
 def test_refusals(workdir, real, tmp_path):
   with pytest.raises(ValueError, match="did you mean 'momentum'"):
     sweeps.sweep(workdir, PIXELS, real, 40, steps=[6], **GRID | {"names": ["momentun"]})
-  with pytest.raises(ValueError, match=r"no best\.json in it; make one by evaluate --sweep"):
+  with pytest.raises(ValueError, match=r"no best\.json in it.* make one by evaluate --sweep"):
     sweeps.best(tmp_path)
+  for damaged in ("{", "5", "[]", '{"step": 6}'):
+    (tmp_path / "best.json").write_text(damaged)
+    with pytest.raises(ValueError, match="or a damaged one; make one by evaluate --sweep"):
+      sweeps.best(tmp_path)
   with (
     training.lock(workdir / "sweep"),
     pytest.raises(ValueError, match="another sweep is at work in it"),

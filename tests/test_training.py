@@ -199,9 +199,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
   assert training.load(tmp_path).step == 2
 
 
-def test_a_workdir_without_checkpoints(tiny, tmp_path):
+def test_a_workdir_without_checkpoints(tiny, tmp_path, monkeypatch):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   shutil.rmtree(tmp_path / "checkpoints")
+  monkeypatch.setattr(training, "build", None)  # said before the network is made
   with pytest.raises(ValueError, match="no readable checkpoint"):
     training.load(tmp_path)
   (tmp_path / "prior.npz").unlink()
@@ -458,6 +459,7 @@ def test_a_torn_line_of_metrics_does_not_block_a_resume(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   with open(tmp_path / "metrics.jsonl", "a") as file:
     file.write('{"step": 3, "lo')
+  (tmp_path / "windows.jsonl").write_text('5\n{"step": 2}\n{"step": 2, "sums": 5, "since": []}\n{"')
   training.train(tiny, tmp_path, progress=False)
   assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
 

@@ -159,7 +159,6 @@ def main():
   import numpy as np
 
   from soft_diffusion_tf import plots, schedules, scheduling
-  from soft_diffusion_tf.experiment import Experiment
 
   _refuse_ignored()
   if _COMPARE.value:
@@ -177,7 +176,7 @@ def main():
   joint = _is_joint()
   if joint and _METHOD.value == "mse":
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
-  e = Experiment.from_config(_CONFIG.value, trust_code=True)
+  e = cli.experiment_of(_CONFIG.value)
   cli.say(f"reading {e.data.name}")
   source = e.data.load()
   if not 0 < _SLICE.value <= 1:

@@ -252,7 +252,12 @@ class Book:
 
   def __init__(self, path, facts):
     self.path = path
-    self.pages = json.loads(path.read_text()) if path.exists() else {}
+    try:
+      self.pages = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+      self.pages = None
+    if not isinstance(self.pages, dict):
+      raise ValueError(f"{path}: not a record of this report; delete it to measure anew")
     if self.pages.get("facts") != facts:  # numbers of other conditions
       self.pages = {"facts": facts}
 

@@ -17,14 +17,13 @@ def main():
   import numpy as np
 
   from soft_diffusion_tf import evaluation, features, plots, schedules, scheduling, training
-  from soft_diffusion_tf.experiment import Experiment
 
   started = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value)
   cli.check_folder(workdir, "workdir")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
-  experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
+  experiment = cli.experiment_of(_CONFIG.value)
   d = experiment.data
   source = d.load()
   if _FRESH.value and workdir.exists():

@@ -34,7 +34,6 @@ _FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
 
 def main():
   from soft_diffusion_tf import evaluation, features
-  from soft_diffusion_tf.experiment import Experiment
 
   out = pathlib.Path(_OUT.value)
   if out.suffix != ".npz":
@@ -42,7 +41,7 @@ def main():
   cli.refuse_to_overwrite(out, _FORCE.value)
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE")
-  e = Experiment.from_config(_CONFIG.value, trust_code=True)
+  e = cli.experiment_of(_CONFIG.value)
   d, split = e.data, _SPLIT.value or e.data.train_split
   count = e.evaluation.samples if _SAMPLES.value is None else _SAMPLES.value
 

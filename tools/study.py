@@ -98,10 +98,16 @@ def open_study(name, out):
     raise ValueError(f"unknown study {name!r}; choose one of {', '.join(STUDIES)}")
   path = out / MODELS_FILE
   if path.exists():
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["study"] != name:
-      raise ValueError(f"{out} holds the study {content['study']!r}; give another --out")
-    models = {k: Experiment.from_config(v) for k, v in content["models"].items()}
+    try:
+      content = json.loads(path.read_text(encoding="utf-8"))
+      theirs, models = content["study"], dict(content["models"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+      raise ValueError(
+        f"{path}: not a record of a study; delete it or give another --out"
+      ) from None
+    if theirs != name:
+      raise ValueError(f"{out} holds the study {theirs!r}; give another --out")
+    models = {k: Experiment.from_config(v) for k, v in models.items()}
     return STUDIES[name](models)
   study = STUDIES[name]()
   content = {"study": name, "models": {k: e.to_dict() for k, e in study.models.items()}}

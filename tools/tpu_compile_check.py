@@ -249,8 +249,6 @@ def check(experiment, what, batch, topology, replicas, dtype, python, device):
 def main():
   import tensorflow as tf
 
-  from soft_diffusion_tf.experiment import Experiment
-
   if _TABLE.value:
     lines = pathlib.Path(_TABLE.value).read_text(encoding="utf-8").splitlines()
     print(table(map(json.loads, lines)))
@@ -262,7 +260,7 @@ def main():
       return
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/cifar10_blur.py")
-  experiment, stand_in = with_levels(Experiment.from_config(_CONFIG.value, trust_code=True))
+  experiment, stand_in = with_levels(cli.experiment_of(_CONFIG.value))
   experiment.check_network()
   python = env_python(_ENV.value)
   device = _ask(python, _TOPOLOGY.value)

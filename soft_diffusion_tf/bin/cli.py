@@ -16,6 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from soft_diffusion_tf import bin as _start
+
 BAD_INPUT = 2
 FAULT = 1  # the program's own
 AGAIN = 75  # what schedulers take for a run to be started once more
@@ -87,7 +89,7 @@ class _ConfigFile(flags.ArgumentParser):
       if isinstance(error, KeyboardInterrupt):
         raise
       # ml_collections puts the whole traceback into the text of an error of its own.
-      wrapped = str(error).startswith("Error whilst parsing config file")
+      wrapped = _text_of(error).startswith("Error whilst parsing config file")
       raise _BadConfig(_fault_of(argument, error.__context__ if wrapped else error)) from error
     if not isinstance(config, ConfigDict):
       error = vars(config).get("_error") if hasattr(config, "__dict__") else None
@@ -101,8 +103,16 @@ class _ConfigFile(flags.ArgumentParser):
     return config
 
 
+def _text_of(error):
+  """The text of an error in one line; "" of one that has none, or that fails to give it."""
+  try:
+    return " ".join(str(error).split())
+  except Exception:
+    return ""
+
+
 def _fault_of(path, error):
-  text = " ".join(str(error).split())
+  text = _text_of(error)
   if isinstance(error, SystemExit):
     return f"{path}: it ends the program by sys.exit({text}); a config file returns a config"
   if isinstance(error, AttributeError) and "'get_config'" in text:
@@ -125,6 +135,21 @@ def define_config():
   flag = flags.FLAGS["config"]
   flag.parser = _ConfigFile(flag.parser)
   return holder
+
+
+def experiment_of(config):
+  """The `Experiment` of the --config flag's value; a fault that no override made names the file."""
+  from soft_diffusion_tf.experiment import Experiment
+
+  try:
+    return Experiment.from_config(config, trust_code=True)
+  except ValueError as error:
+    overrides = [a[len("--config.") :] for a in sys.argv if a.startswith("--config.")]
+    said = {part for override in overrides for part in override.split("=", 1) if part}
+    path = _config_path(sys.argv)
+    if path is None or any(part in str(error) for part in said):
+      raise
+    raise ValueError(f"{path}: {error}") from error
 
 
 def define_trust_code():
@@ -243,6 +268,13 @@ def _config_path(argv):
   return None
 
 
+def _last_overrides(argv):
+  """The arguments with the last value of each field alone; a tuple's values would be joined."""
+  names = [a.partition("=")[0] if a.startswith("--config.") and "=" in a else None for a in argv]
+  last = {name: k for k, name in enumerate(names)}
+  return [a for k, (a, name) in enumerate(zip(argv, names)) if name is None or last[name] == k]
+
+
 def _print_help(main):
   """The program's text and its own flags: absl would leave out those that this module defines."""
   print((sys.modules[main.__module__].__doc__ or "").strip())
@@ -314,7 +346,7 @@ def _parse(argv):
       f"--config={path}: no such config file; give --config=FILE, such as configs/digits_blur.py"
     )
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_last_overrides(argv))
     _check_values()
     return rest
   except Exception as error:
@@ -335,14 +367,9 @@ def _wants_debug(argv):
 # --- Running --------------------------------------------------------------------------------------
 
 
-def _end_while_loading(number, frame):
-  os.write(2, b"asked to end before anything was done; start again to go on\n")
-  os._exit(AGAIN)  # an exception would be caught by one of the modules that are being imported
-
-
 def _line_of(error):
   """The line of an error; one of a file that was not named says where the program writes."""
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = _text_of(error) or type(error).__name__
   if isinstance(error, OSError) and error.filename is None:
     places = [f"--{p}={flags.FLAGS[p].value}" for p in _PLACES
               if p in flags.FLAGS and flags.FLAGS[p].value]  # fmt: skip
@@ -362,8 +389,7 @@ def _guarded(main, goes_on):
 
     from soft_diffusion_tf import training
 
-    if not goes_on and signal.getsignal(signal.SIGTERM) is _end_while_loading:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _start.loaded(signal.SIGINT, *(() if goes_on else (signal.SIGTERM,)))
     bad_input = (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError)
     try:
       main()
@@ -382,8 +408,8 @@ def _guarded(main, goes_on):
         raise
       if isinstance(error, bad_input):
         _fail(_line_of(error))
-      _fail(f"{type(error).__name__}: {error} (a fault of the program, not of its user: --debug "
-            "shows where; please report it)", FAULT)  # fmt: skip
+      _fail(f"{type(error).__name__}: {_text_of(error)} (a fault of the program, not of its user: "
+            "--debug shows where; please report it)", FAULT)  # fmt: skip
 
   return run
 
@@ -400,8 +426,7 @@ def run(main, goes_on=False):
   if _HELP & {argument.split("=")[0] for argument in sys.argv[1:]}:
     _print_help(main)
     return
-  if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-    signal.signal(signal.SIGTERM, _end_while_loading)
+  _start.loading()
   if not _wants_debug(sys.argv):
     logging.set_verbosity(logging.ERROR)
     if not sys.warnoptions:
@@ -411,3 +436,6 @@ def run(main, goes_on=False):
   except KeyboardInterrupt:
     print("interrupted; start again with the same command to go on", file=sys.stderr)
     sys.exit(130)
+
+
+_start.loaded()  # what imported this module may be no program

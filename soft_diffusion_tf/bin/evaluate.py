@@ -282,9 +282,9 @@ def _run(job):
     if not _CHECKPOINT.value.isdecimal():
       raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
+  options = job.experiment.sampling.changed(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
   cli.say(f"loading the run in {job.workdir}")
-  run = training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value)
-  return run, run.options(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
+  return training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value), options
 
 
 def _sweep(job):

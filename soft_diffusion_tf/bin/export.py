@@ -69,6 +69,12 @@ def main():
     cli.check_folder(out)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
+  together = _BATCH_SIZE.value
+  sampling = experiment.Experiment.load(_WORKDIR.value, _TRUST_CODE.value).sampling
+  if pairs is None:
+    asked = artefact.usual_options(sampling, batch_size=together)
+  else:
+    asked = [sampling.changed(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   cli.say(f"loading the run in {_WORKDIR.value}")
   run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
   options = {
@@ -82,11 +88,6 @@ def main():
     print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
     print(f'next: artefact.from_pretrained("{out}").images(range(16))')
     return
-  together = _BATCH_SIZE.value
-  if pairs is None:
-    asked = artefact.usual_options(run, batch_size=together)
-  else:
-    asked = [run.options(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   cli.say(f"tracing {len(asked)} samplers and writing the SavedModel")
   manifest = artefact.export(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6

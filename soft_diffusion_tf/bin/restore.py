@@ -45,14 +45,21 @@ _REFERENCE = 512  # samples of the model that t is estimated by
 _SHOWN = 8  # images in the picture
 
 
+def list_files(path):
+  """The file, or the images of the folder; a ValueError names a path that is neither."""
+  from soft_diffusion_tf import data
+
+  path = pathlib.Path(path)
+  return [path] if path.is_file() else data.list_images(path)
+
+
 def read(path, channels):
   """Images below a path as float32 [H, W, C], by name; a ValueError names one that does not fit."""
   from soft_diffusion_tf import data
 
   path = pathlib.Path(path)
-  files = [path] if path.is_file() else data.list_images(path)
   images = {}
-  for file in files:
+  for file in list_files(path):
     image = data.read_image(file)
     if image.shape[2] != channels:
       kinds = {1: "grey", 3: "RGB"}
@@ -75,23 +82,25 @@ def main():
     raise ValueError(
       f"--{given[0].name} and --{given[1].name} both say how corrupted the images are; give one"
     )
+  if _T.value is not None and not 0 < _T.value <= 1:
+    raise ValueError(f"--t={_T.value:g} is outside of (0, 1], the times of the process")
   out = pathlib.Path(_OUT.value)
   cli.check_folder(out)
   artefact.keep_apart(out, _IMAGES.value)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
+  options = restoration.DEFAULT.changed(
+    sampler=_SAMPLER.value, steps=_STEPS.value, noise=_NOISE.value
+  )
+  rng.check_seeds(_SEED.value, len(list_files(_IMAGES.value)) * _SAMPLES.value)
   cli.say(f"loading the model {_WORKDIR.value}")
   model = artefact.from_pretrained(_WORKDIR.value, _TRUST_CODE.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
-  options = restoration.DEFAULT.changed(
-    sampler=_SAMPLER.value, steps=_STEPS.value, noise=_NOISE.value
-  )
   restorer = restoration.Restorer(
     diffusion, model.model.denoiser(), options, explain=_EXPLAIN.value
   )
   names = list(images)
-  rng.check_seeds(_SEED.value, len(names) * _SAMPLES.value)
   for name in names:  # before anything is computed
     restorer.check_shape(images[name].shape, name)
   if _CORRUPT_LEVEL.value is not None or _LEVEL.value is not None:

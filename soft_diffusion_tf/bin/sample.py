@@ -103,6 +103,7 @@ def parse_times(text):
 
 def main():
   from soft_diffusion_tf import bulk, plots, strategies, training
+  from soft_diffusion_tf.experiment import Experiment
 
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
@@ -114,21 +115,23 @@ def main():
     cli.refuse_to_overwrite(out, _FORCE.value)
   else:
     cli.check_folder(out)
+    bulk.check_out(out)
   _check_count(seeds, picture)
+  sampling = Experiment.load(_WORKDIR.value, _TRUST_CODE.value).sampling
+  options = sampling.changed(
+    sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
+    k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
+    tolerance=_TOLERANCE.value,
+  )  # fmt: skip
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(
       _WORKDIR.value, _STEP.value, _TRUST_CODE.value, averaged=not _RAW_WEIGHTS.value
     )
+  drawer = run.drawer(options, strategy)
   if run.remark:
     print(f"warning: {run.remark}", file=sys.stderr)
-  options = run.options(
-    sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
-    k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
-    tolerance=_TOLERANCE.value,
-  )  # fmt: skip
-  drawer = run.drawer(options, strategy)
   if picture:
     images = drawer.images(seeds, "sampling")
     plots.save_png(out, plots.grid(images, zoom=plots.zoom_for(images)))

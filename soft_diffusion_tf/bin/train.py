@@ -28,12 +28,11 @@ _START_ANEW = flags.DEFINE_bool(
 
 def main():
   from soft_diffusion_tf import training
-  from soft_diffusion_tf.experiment import Experiment
   from soft_diffusion_tf.strategies import make_strategy
 
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
-  experiment = Experiment.from_config(_CONFIG.value, trust_code=True)
+  experiment = cli.experiment_of(_CONFIG.value)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
   cli.check_folder(_WORKDIR.value, "workdir")

@@ -5,6 +5,7 @@ Most of them run as forks (`tests.forks`), those from the start to whom the star
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -144,6 +145,7 @@ def test_an_ill_typed_value_names_the_field(tmp_path):
     ("raise ValueError('a good message\\nof two lines')", "mine.py: a good message of two lines"),
     ("\0", "null bytes"),
     ("assert False", "AssertionError"),  # an error without a text
+    ("class E(Exception):\n  __str__ = None\nraise E", "mine.py: E; mend"),  # whose text fails
   ],
 )
 def test_what_a_config_file_raises_is_one_line(code, text, tmp_path):
@@ -151,6 +153,27 @@ def test_what_a_config_file_raises_is_one_line(code, text, tmp_path):
   error = error_of(program("train", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w"))
   assert "mine.py" in error
   assert text in error
+
+
+def test_a_fault_of_the_config_names_its_file_and_one_of_an_override_the_field(tmp_path):
+  text = (
+    "import runpy\n\n"
+    f"whole = runpy.run_path({str(ROOT / 'configs' / 'digits_blur.py')!r})['get_config']\n\n"
+    "def get_config():\n  config = whole()\n  config.corruption.kind = 'Msk'\n  return config\n"
+  )
+  (tmp_path / "mine.py").write_text(text)
+  flags = (f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w")
+  assert "mine.py: unknown corruption 'Msk'; did you mean" in error_of(program("train", *flags))
+  error = error_of(program("train", *flags, "--config.corruption.kind=Blr"))
+  assert "mine.py" not in error
+  assert "unknown corruption 'Blr'" in error
+
+
+def test_the_last_of_several_overrides_of_a_field_holds(tmp_path):
+  """Also of a tuple, whose values ml_collections would join: (1, 2) and (0,) to (1, 2, 0)."""
+  flags = ("--config.network.ch_mult=(1,2)", "--config.network.ch_mult=(0,)")
+  error = error_of(program("train", *TINY, *flags, f"--workdir={tmp_path}/w"))
+  assert "network.ch_mult[0] must be from 1" in error
 
 
 def test_other_mistakes_on_the_command_line(workdir, tmp_path):
@@ -251,6 +274,37 @@ def test_a_run_says_its_stages_and_where_it_goes_on(workdir, tmp_path):
   assert "going on from step 4 of 6\n" in more.stdout
   again = program("train", *TINY, "--config.training.steps=6", f"--workdir={folder}")
   assert "at step 6 of 6: nothing is left to do" in again.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_signals_from_the_first_line_of_a_program_on(number, code):
+  raised = f"import signal\nsignal.raise_signal(signal.{number})"
+  run = lambda text: subprocess.run(
+    [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  done = run(f"import soft_diffusion_tf.bin\n{raised}")  # before absl is imported
+  assert done.returncode == code
+  assert len(done.stderr.splitlines()) == 1
+  # What imports a program without running it keeps its own handlers.
+  done = run(f"import soft_diffusion_tf.bin.train\n{raised}")
+  assert done.returncode in (-15, -2)
+
+
+def test_ctrl_c_while_tensorflow_loads(tmp_path):
+  """One of the modules that are imported would swallow a KeyboardInterrupt, and the run go on."""
+  command = [sys.executable, "-m", "soft_diffusion_tf.bin.train", *TINY, f"--workdir={tmp_path}/w"]
+  usual = lambda: signal.signal(
+    signal.SIGINT, signal.default_int_handler
+  )  # not of a background job
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=usual
+  )
+  assert process.stdout.readline() == "loading TensorFlow\n"
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=300)
+  assert process.returncode == 130
+  assert stderr == "interrupted; start again with the same command to go on\n"
+  assert not (tmp_path / "w").exists()
 
 
 def test_sigterm_while_tensorflow_loads(tmp_path):

@@ -69,6 +69,21 @@ def test_mistakes_end_with_one_line(text, flags, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("text", "flag"),
+  [
+    ("no such folder of images", "--images=no/such"),
+    ("did you mean 'momentum'", "--sampler=momentun"),
+    ("--t=2 is outside of (0, 1]", "--t=2"),
+    ("image seeds from 9223372036854775807 to", "--seed=9223372036854775807"),
+  ],
+)
+def test_what_needs_no_model_is_refused_before_it_is_loaded(text, flag, photos, tmp_path):
+  result = restore("--workdir=digits", f"--images={photos}", f"--out={tmp_path / 'x'}", flag)
+  assert text in error_of(result)
+  assert "loading the model" not in result.stdout
+
+
+@pytest.mark.parametrize(
   ("text", "mode", "shape"),
   [
     ("mode RGBA is not taken", "RGBA", (8, 8, 4)),

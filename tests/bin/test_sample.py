@@ -60,7 +60,8 @@ def test_flags_reach_the_sampler(workdir, tmp_path):
   ("flags", "text"),
   [
     (("--sampler=momentun",), "did you mean 'momentum'"),
-    (("--times=0,0.5,1",), "are they ascending"),
+    (("--times=0,0.5,1",), "give them from 1 to 0"),
+    (("--times=1,0.5,0.5,0",), "0.5 comes after 0.5; give each time once"),
     (("--nfe=0",), "at least 1 evaluation"),
     (("--nfe=5", "--steps=5"), "leave out steps"),
     (("--shard=3/2",), "give k/n"),
@@ -72,6 +73,29 @@ def test_mistakes_end_with_one_line(workdir, tmp_path, flags, text):
   assert result.returncode == 2, result.stderr
   assert text in next(x for x in result.stderr.splitlines() if x.startswith("error: "))
   assert not (tmp_path / "x").exists()
+
+
+def test_options_are_refused_before_the_weights_are_read(tiny, tmp_path):
+  """A workdir of a config alone is enough to say that a flag is wrong."""
+  run = tmp_path / "run"
+  run.mkdir()
+  tiny.save(run)
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "note.txt").write_text("mine")
+  for name, flags, text in (
+    ("sample", ("--steps=0",), "sampling.steps must be from 1"),
+    ("sample", ("--sampler=momentun",), "did you mean 'momentum'"),
+    ("sample", (f"--out={tmp_path}/mine",), "holds other files than samples"),
+    ("evaluate", ("--steps=0", "--samples=9", "--feature_net=pixels"), "steps must be from 1"),
+    ("export", ("--samplers=momentun:3",), "did you mean 'momentum'"),
+  ):
+    out = () if name == "evaluate" else (f"--out={tmp_path / 'x'}",)
+    program = f"soft_diffusion_tf.bin.{name}"
+    result = forks.shared().run(program, f"--workdir={run}", *out, *flags, limit=600)
+    assert result.returncode == 2, result.stderr
+    assert text in result.stderr
+    assert "loading the run" not in result.stdout
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

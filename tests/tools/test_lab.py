@@ -195,3 +195,11 @@ def test_mistakes_end_with_one_line(flags, text, tmp_path):
   assert result.returncode == 2
   assert text in result.stderr
   assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_record_of_the_report_is_refused(tmp_path):
+  (tmp_path / "samplers.json").write_text("[]")
+  result = run("--report=.", cwd=tmp_path)
+  assert result.returncode == 2
+  assert "samplers.json: not a record of this report; delete it to measure anew" in result.stderr
+  assert [f.name for f in tmp_path.iterdir()] == ["samplers.json"]

@@ -150,6 +150,13 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
     study.open_study("x", tmp_path)
 
 
+def test_a_damaged_record_of_a_study_is_refused(tmp_path):
+  for damaged in ("{", "5", "[]", "{}", '{"study": "digits", "models": 5}'):
+    (tmp_path / study.MODELS_FILE).write_text(damaged)
+    with pytest.raises(ValueError, match="not a record of a study; delete it"):
+      study.open_study("digits", tmp_path)
+
+
 def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
   defaults = study.open_study("defaults", tmp_path)
   base = defaults.models["blur"]
