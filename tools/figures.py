@@ -33,7 +33,7 @@ _FEATURE_NET = flags.DEFINE_string(
   "feature_net", None, "Feature network of Figure 12, instead of the config's."
 )
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
-_TRUST_CODE = cli.define_trust_code()
+cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite figures that are there.")
 
 
@@ -50,7 +50,7 @@ class _Runs:
         raise ValueError(
           f"--workdir: {names.count(name)} of the folders are called {name!r}; rename one of them"
         )
-    self.all = {w.name: training.load(w, trust_code=_TRUST_CODE.value) for w in self.workdirs}
+    self.all = {w.name: training.load(w) for w in self.workdirs}
     self.first = next(iter(self.all.values()))
     self._samples = {}
 
@@ -66,11 +66,10 @@ class _Runs:
     return self._samples[key], options
 
   def source(self, split):
-    from soft_diffusion_tf import data, trust
+    from soft_diffusion_tf import data
 
     d = self.first.experiment.data
-    with trust.trust_code(_TRUST_CODE.value):
-      data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
+    data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
     return d.load(split, _DATA_DIR.value)
 
 
@@ -147,7 +146,7 @@ def figure_9(runs, path):
 def figure_12(runs, path):
   import numpy as np
 
-  from soft_diffusion_tf import features, memorisation, plots, trust
+  from soft_diffusion_tf import features, memorisation, plots
 
   e = runs.first.experiment
   train = runs.source(e.data.train_split)
@@ -155,8 +154,7 @@ def figure_12(runs, path):
   if e.data.test_split != e.data.train_split:
     held_out = runs.source(e.data.test_split).images
   if not _FEATURE_NET.value:
-    with trust.trust_code(_TRUST_CODE.value):
-      features.check_consent(e.evaluation.feature_net)
+    features.check_consent(e.evaluation.feature_net)
   network = features.feature_network(_FEATURE_NET.value or e.evaluation.feature_net, train)
   options = runs.first.options(steps=_STEPS.value)
   images = runs.first.images(np.arange(_NEIGHBOURS.value), options, "figure 12")

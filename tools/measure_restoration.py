@@ -27,7 +27,7 @@ if __name__ == "__main__":  # tests import this file, and a flag can be defined 
   _REFERENCE = flags.DEFINE_integer(
     "reference", 10_000, "Training images to compare with, at most.", 2
   )
-  _TRUST_CODE = cli.define_trust_code()
+  cli.define_trust_code()
   _OUT = cli.define_path("out", None, "A new folder for the results.", required=True)
 
 _TUNING = 40  # training images by which the baselines' strengths are chosen
@@ -94,7 +94,6 @@ def main():
     plots,
     restoration,
     training,
-    trust,
   )
 
   times = parse_times(_TIMES.value)
@@ -102,10 +101,9 @@ def main():
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out")
   cli.check_folder(out)
-  run = training.load(_WORKDIR.value, trust_code=_TRUST_CODE.value)
+  run = training.load(_WORKDIR.value)
   e, diffusion = run.experiment, run.diffusion
-  with trust.trust_code(_TRUST_CODE.value):
-    data.check_consent(e.data.name, e.data.data_dir)
+  data.check_consent(e.data.name, e.data.data_dir)
   part = e.data.load
   clean = part(e.data.test_split).floats(slice(0, _IMAGES.value))
   training_set = part(e.data.train_split)

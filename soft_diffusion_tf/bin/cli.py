@@ -387,12 +387,13 @@ def _guarded(main, goes_on):
     _load_tensorflow()  # after the flags, so that --help is quick
     import tensorflow as tf
 
-    from soft_diffusion_tf import training
+    from soft_diffusion_tf import training, trust
 
     _start.loaded(signal.SIGINT, *(() if goes_on else (signal.SIGTERM,)))
     bad_input = (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError)
     try:
-      main()
+      with trust.trust_code("trust_code" in flags.FLAGS and flags.FLAGS.trust_code):
+        main()
     except training.Preempted as end:
       print(end, file=sys.stderr)
       sys.exit(AGAIN)

@@ -67,7 +67,7 @@ _CHECKPOINTS = flags.DEFINE_string(
 _MEMORISATION = flags.DEFINE_bool(
   "memorisation", False, "Find the nearest training images of the samples, or of --images."
 )
-_TRUST_CODE = cli.define_trust_code()
+cli.define_trust_code()
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 
 # A flag, why others would be ignored beside it, and which.
@@ -368,13 +368,6 @@ def _memorisation(job):
 
 
 def main():
-  from soft_diffusion_tf import trust
-
-  with trust.trust_code(_TRUST_CODE.value):
-    _main()
-
-
-def _main():
   if not _WORKDIR.value and not (_IMAGES.value and _REFERENCE.value):
     raise ValueError("give --workdir=FOLDER, or --images=FOLDER with --reference=REAL_IMAGES")
   for flag, what in ((_SWEEP, "sweep"), (_MEMORISATION, "memorisation")):

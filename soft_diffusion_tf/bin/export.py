@@ -32,7 +32,7 @@ _DTYPE = flags.DEFINE_enum(
   "float32); by default float32 and float16.",
 )  # fmt: skip
 _LICENCE = flags.DEFINE_string("licence", None, "Licence of the weights, for the model card.")
-_TRUST_CODE = cli.define_trust_code()
+cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the export at --out.")
 
 
@@ -70,13 +70,13 @@ def main():
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
   together = _BATCH_SIZE.value
-  sampling = experiment.Experiment.load(_WORKDIR.value, _TRUST_CODE.value).sampling
+  sampling = experiment.Experiment.load(_WORKDIR.value).sampling
   if pairs is None:
     asked = artefact.usual_options(sampling, batch_size=together)
   else:
     asked = [sampling.changed(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   cli.say(f"loading the run in {_WORKDIR.value}")
-  run = training.load(_WORKDIR.value, _STEP.value, _TRUST_CODE.value)
+  run = training.load(_WORKDIR.value, _STEP.value)
   options = {
     "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
     "force": _FORCE.value,

@@ -37,7 +37,7 @@ _NOISE = flags.DEFINE_float("noise", None, "How much noise stochastic_two_step e
 _EXPLAIN = flags.DEFINE_bool(
   "explain", False, "Hold the samples to the image given: ‖C x − y‖ ≲ σ √n."
 )
-_TRUST_CODE = cli.define_trust_code()
+cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the results at --out.")
 
 _ARRAYS = "restored.npz"  # every folder of results has it
@@ -94,7 +94,7 @@ def main():
   )
   rng.check_seeds(_SEED.value, len(list_files(_IMAGES.value)) * _SAMPLES.value)
   cli.say(f"loading the model {_WORKDIR.value}")
-  model = artefact.from_pretrained(_WORKDIR.value, _TRUST_CODE.value)
+  model = artefact.from_pretrained(_WORKDIR.value)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
   restorer = restoration.Restorer(

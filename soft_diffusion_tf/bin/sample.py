@@ -42,7 +42,7 @@ _SHARD = flags.DEFINE_string("shard", "1/1", "k/n: this is the k-th of n process
 _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
 )
-_TRUST_CODE = cli.define_trust_code()
+cli.define_trust_code()
 _RAW_WEIGHTS = flags.DEFINE_bool(
   "raw_weights", False, "Draw by the weights under training, not by their averages."
 )
@@ -117,7 +117,7 @@ def main():
     cli.check_folder(out)
     bulk.check_out(out)
   _check_count(seeds, picture)
-  sampling = Experiment.load(_WORKDIR.value, _TRUST_CODE.value).sampling
+  sampling = Experiment.load(_WORKDIR.value).sampling
   options = sampling.changed(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
     k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
@@ -126,9 +126,7 @@ def main():
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
-    run = training.load(
-      _WORKDIR.value, _STEP.value, _TRUST_CODE.value, averaged=not _RAW_WEIGHTS.value
-    )
+    run = training.load(_WORKDIR.value, _STEP.value, averaged=not _RAW_WEIGHTS.value)
   drawer = run.drawer(options, strategy)
   if run.remark:
     print(f"warning: {run.remark}", file=sys.stderr)
