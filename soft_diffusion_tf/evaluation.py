@@ -158,8 +158,12 @@ class Statistics:
     return content
 
   @classmethod
-  def from_state(cls, content):
-    """The statistics that `state` gave; a ValueError of arrays that do not belong together."""
+  def from_state(cls, content, whole=False):
+    """The statistics that `state` gave, of all their images if `whole`.
+
+    Raises:
+      ValueError: arrays that do not belong together.
+    """
     count, subset, seen = (int(v) for v in content["sizes"])
     rows, waiting = content.get("rows"), content.get("waiting")
     parts = [k for k in range(PARTS) if f"count_{k}" in content]
@@ -171,7 +175,7 @@ class Statistics:
       shapes += [rows.shape[1:] * 2, waiting.shape[1:] * 2]
     if len(set(shapes)) > 1:
       raise ValueError(f"its moments and features differ in size: {sorted(set(shapes))}")
-    inside = 0 <= seen <= count and 0 <= subset <= count
+    inside = (seen == count if whole else 0 <= seen <= count) and 0 <= subset <= count
     counted = sum(int(content[f"count_{k}"]) for k in parts)
     have = (0, 0) if rows is None else (len(rows), len(waiting))
     if not inside or have[0] != min(seen, subset) or counted + have[1] != seen:
@@ -241,8 +245,8 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
   return statistics
 
 
-def _read(path):
-  """`Statistics` in an npz, and the text "about" beside them or None.
+def _read(path, whole=False):
+  """`Statistics` in an npz, of all their images if `whole`, and the text "about" there or None.
 
   Raises:
     ValueError: one line; the file is missing, torn, or something else.
@@ -252,7 +256,8 @@ def _read(path):
     kinds = ("float32", "float64", "int64")
     about = content.text("about") if "about" in content.names else None
     names = [name for name in content.names if name != "about"]
-    return Statistics.from_state({n: content.array(n, dtypes=kinds) for n in names}), about
+    state = {name: content.array(name, dtypes=kinds) for name in names}
+    return Statistics.from_state(state, whole), about
 
 
 def _write_npz(path, content):
@@ -320,7 +325,7 @@ class Reference:
   @classmethod
   def load(cls, path):
     """A stored reference; a ValueError for a file that is none."""
-    statistics, about = _read(path)
+    statistics, about = _read(path, whole=True)
     try:
       fields = json.loads(about or "")
       if not isinstance(fields["conditions"], dict):
@@ -448,7 +453,7 @@ def frechet(label, one, two):
   s_1, s_2 = one.covariance, two.covariance
   root = float(_classifier_metrics().trace_sqrt_product(tf.constant(s_1), tf.constant(s_2)))
   gap = one.mean - two.mean
-  value = float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root)
+  value = max(float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root), 0.0)
   exact = gaussians.frechet_distance(one.mean, s_1, two.mean, s_2)
   if abs(value - exact) <= 1e-12 * (np.trace(s_1) + np.trace(s_2)):  # rounding of what is equal
     value = exact

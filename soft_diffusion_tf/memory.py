@@ -22,6 +22,21 @@ def available():
   return total
 
 
+def of_weights(nf, ch_mult, num_res_blocks, channels):
+  """Bytes of a network's weights, at the least: one convolution a residual block, and two ends."""
+  blocks = 2 * num_res_blocks + 1
+  return 4 * 9 * (blocks * sum((nf * mult) ** 2 for mult in ch_mult) + 2 * nf * channels)
+
+
+def check_network(nf, ch_mult, num_res_blocks, channels, limit=None):
+  """Raises the ValueError of a network whose weights alone do not fit, before they are made."""
+  limit = available() if limit is None else limit
+  needed = of_weights(nf, ch_mult, num_res_blocks, channels)
+  if needed > limit:
+    widest = f"nf = {nf}, ch_mult = {ch_mult}, {num_res_blocks} blocks and {channels} channels"
+    raise ValueError(f"a network of {widest} {_too_much(needed, limit)}; take a smaller one")
+
+
 def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   """Raises a ValueError for sizes that cannot fit, which names the field and what would fit.
 
@@ -43,7 +58,7 @@ def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   image = 4 * height * width * channels
   blocks = 2 * n.num_res_blocks + 1
   wide = [(n.nf * mult, height >> level, width >> level) for level, mult in enumerate(n.ch_mult)]
-  weights = 4 * blocks * sum(9 * c * c for c, _, _ in wide)
+  weights = of_weights(n.nf, n.ch_mult, n.num_res_blocks, channels)
   features = (2 if n.dtype == "bfloat16" else 4) * blocks * sum(c * h * w for c, h, w in wide)
   states = weights * (_STATES if apart else 2 * _STATES + 1)
   if states > limit:
@@ -64,7 +79,11 @@ def _check_batch(field, size, each, states, limit):
 
 
 def _refuse(field, value, needed, limit, remedy):
-  raise ValueError(
-    f"{field} = {value} takes at least {needed / 2**30:,.1f} GiB of memory, and there are "
-    f"{limit / 2**30:,.1f} GiB here; {remedy}"
+  raise ValueError(f"{field} = {value} {_too_much(needed, limit)}; {remedy}")
+
+
+def _too_much(needed, limit):
+  return (
+    f"takes at least {needed / 2**30:,.1f} GiB of memory, and there are "
+    f"{limit / 2**30:,.1f} GiB here"
   )

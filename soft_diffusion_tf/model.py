@@ -135,6 +135,12 @@ class SoftDiffusionModel(keras.Model):
     # No autocast: under mixed_bfloat16 Keras would round x_t and t before `call` sees them, and
     # with them the noise, σ_t and the conditioning. The network casts what it may.
     super().__init__(name="soft_diffusion", autocast=False)
+    made_for = tuple(getattr(network, "image_shape", diffusion.image_shape))
+    if made_for != tuple(diffusion.image_shape):
+      raise ValueError(
+        f"the network is made for images of {made_for}, and the process for "
+        f"{tuple(diffusion.image_shape)}; make both for one size"
+      )
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
     self.ema_network.set_weights(network.get_weights())
@@ -263,6 +269,9 @@ class SoftDiffusionModel(keras.Model):
     return self._predict(self.network, x_t, t, training=training, seed=seed, first=first)
 
   def _predict(self, network, x_t, t, **options):
+    x_t = tf.convert_to_tensor(x_t)
+    if not x_t.dtype.is_floating:
+      images.check_floats(x_t.dtype.as_numpy_dtype, "the corrupted images")
     x_t = tf.cast(x_t, tf.float32)
     self._check_shape(x_t)
     sigma, level = (

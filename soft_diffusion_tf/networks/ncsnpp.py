@@ -1,11 +1,14 @@
 """NCSN++, the U-Net of Song et al. 2021 (arXiv:2011.13456, section 4.1 and appendix H)."""
 
 import difflib
+import numbers
+from collections.abc import Iterable, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from soft_diffusion_tf import memory
 from soft_diffusion_tf.networks import blocks, resampling
 
 _MOST = {"num_res_blocks": 128, "num_scales": 1_000_000}  # what can be made within minutes
@@ -18,8 +21,20 @@ _CHOICES = {
 }
 
 
+def _tuple(value):
+  """A list as a tuple; anything else is left for `_check` to refuse."""
+  return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
 def _check(o):
   """Raises ValueError on options that cannot be built or that would be silently meaningless."""
+  whole = lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)
+  for key in ("nf", "num_res_blocks", "seed"):
+    if not whole(o[key]):
+      raise ValueError(f"{key}={o[key]!r} is not a whole number")
+  for key in ("image_shape", "ch_mult", "attn_resolutions"):
+    if not (isinstance(o[key], Sequence) and all(map(whole, o[key]))):
+      raise ValueError(f"{key}={o[key]!r} is not a tuple of whole numbers")
   for key, choices in _CHOICES.items():
     if o[key] not in choices:
       near = (difflib.get_close_matches(str(o[key]).lower(), choices, 1, 0.0) or choices)[0]
@@ -46,6 +61,7 @@ def _check(o):
   for key, most in _MOST.items():
     if (o[key] or 0) > most:
       raise ValueError(f"{key}={o[key]} is too large; the most is {most}")
+  memory.check_network(o["nf"], o["ch_mult"], o["num_res_blocks"], o["image_shape"][2])
   if not 0 <= o["dropout"] < 1:
     raise ValueError(f"dropout={o['dropout']} is not a probability below 1; 0 switches it off")
   if o["init_scale"] < 0:
@@ -138,11 +154,11 @@ class NCSNpp(keras.Model):
     **kwargs,
   ):
     options = {
-      "image_shape": tuple(image_shape),
+      "image_shape": _tuple(image_shape),
       "nf": nf,
-      "ch_mult": tuple(ch_mult),
+      "ch_mult": _tuple(ch_mult),
       "num_res_blocks": num_res_blocks,
-      "attn_resolutions": tuple(attn_resolutions),
+      "attn_resolutions": _tuple(attn_resolutions),
       "dropout": dropout,
       "resamp_with_conv": resamp_with_conv,
       "conditional": conditional,

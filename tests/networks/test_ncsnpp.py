@@ -351,6 +351,17 @@ def test_scale_by_sigma_divides():
     ({"fir_kernel": (1,)}, "at least two taps"),
     ({"init_scale": -1.0}, "init_scale"),
     ({"scale_by_sigma": True, "embedding_type": "positional"}, "sigma_min=None.*num_scales"),
+    ({"nf": 10**6}, r"nf = 1000000, .*takes at least .* GiB of memory"),
+    ({"nf": 10**30}, "GiB of memory"),
+    ({"ch_mult": (10**6,)}, "GiB of memory"),
+    ({"image_shape": (8, 8, 10**10)}, "GiB of memory"),
+    ({"nf": "8"}, "nf='8' is not a whole number"),
+    ({"nf": 8.5}, "nf=8.5 is not a whole number"),
+    ({"num_res_blocks": None}, "num_res_blocks=None"),
+    ({"ch_mult": 2}, "ch_mult=2 is not a tuple"),
+    ({"ch_mult": (1.5,)}, "ch_mult="),
+    ({"attn_resolutions": None}, "attn_resolutions=None"),
+    ({"image_shape": "8x8"}, "image_shape='8x8'"),
   ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
