@@ -20,6 +20,7 @@ import difflib
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -59,8 +60,16 @@ def as_channels(images):
 
 
 def _is_of_this_process(name):
-  """Whether no other process could import what "module:name" names."""
-  return name.startswith("__main__:") or "<" in name
+  """Whether no other process could import what "module:name" names.
+
+  It is in a script, a notebook or a function, or in a file that was loaded without being on the
+  path, as config files are.
+  """
+  root = name.partition(":")[0].partition(".")[0]
+  if root == "__main__" or "<" in name:
+    return True
+  finders = [f for f in sys.meta_path if hasattr(f, "find_spec")]
+  return root in sys.modules and not any(f.find_spec(root, None) for f in finders)
 
 
 def _verified(corruption, svd, level, image_shape):
@@ -605,15 +614,12 @@ def code_of(config):
 
 def check_importable(config):
   """Raises the ValueError of a corruption, or a part of it, that only this process knows."""
-  for value in config.values():
-    if isinstance(value, Mapping):
-      check_importable(value)
-  kind = str(config.get("kind", ""))
-  if _is_of_this_process(kind):
-    raise ValueError(
-      f"corruption {kind} cannot be imported again, so that no other program could open what is "
-      "trained with it; put the class into a module"
-    )
+  for name in sorted(code_of(config)):
+    if _is_of_this_process(name):
+      raise ValueError(
+        f"corruption {name} cannot be imported again, so that no other program could open what is "
+        "trained with it; put it into a module of its own, and its folder on PYTHONPATH"
+      )
 
 
 # --- The contract -------------------------------------------------------------------------------

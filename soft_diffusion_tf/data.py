@@ -1,7 +1,8 @@
 """Images: the built-in digits, any TFDS image set, or a folder; and the pipeline over them.
 
-Every source is decoded once into uint8 [N, H, W, C]; batches are float32 in [0, 1]. Which image
-stands where is a function of (seed, step, position), so a run can go on from any step.
+Every source is decoded once into uint8 [N, H, W, C], upright by its EXIF orientation; batches are
+float32 in [0, 1]. Which image stands where is a function of (seed, step, position), so a run can go
+on from any step.
 
 A data set's name is "digits", "folder:PATH" or a TFDS name. "all", "train" and "test" are splits of
 each: of the digits the first 1,500 and the last 297; of a folder every tenth image, in the order of

@@ -521,9 +521,14 @@ class _Pictures:
     drawer = self._run.drawer()
     drawer.refresh()
     images = drawer.images(np.arange(GRID_IMAGES))
-    if not np.isfinite(images).all():  # of a network that has hardly learnt: no reason to end
-      return
-    self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
+    self._show("samples", images)
+
+  def _show(self, name, images, columns=None):
+    """A grid of images, but of none that are not finite: a network that has hardly learnt may give
+    them, which is no reason to end.
+    """
+    if np.isfinite(images).all():
+      self._monitor.image(name, plots.grid(images, columns, zoom=4), self._run.step)
 
   def predictions(self):
     """Fixed images, and at fixed times their corruptions above what is predicted from them."""
@@ -534,8 +539,7 @@ class _Pictures:
       t = tf.fill([len(clean)], t)
       x_t = self._run.diffusion.forward(clean, t, eta)
       rows += [x_t.numpy(), self._denoise(x_t, t).numpy()]
-    picture = plots.grid(np.concatenate(rows), columns=len(clean), zoom=4)
-    self._monitor.image("predictions", picture, self._run.step)
+    self._show("predictions", np.concatenate(rows), len(clean))
 
 
 def _make_total(strategy):

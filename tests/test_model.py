@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import losses, priors, rng
-from soft_diffusion_tf.model import NonFiniteLoss, PreReducedAdam, WarmUp
+from soft_diffusion_tf.model import NonFiniteLoss, PreReducedAdam, SoftDiffusionModel, WarmUp
 from soft_diffusion_tf.training import build
 
 
