@@ -182,12 +182,27 @@ class SoftDiffusionModel(keras.Model):
     lost = {"network", "diffusion", "training", "options", "seed"} - config.keys()
     if lost:
       raise ValueError(f"the config of this model lacks {min(lost)}; save the model again")
+    seed = config["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+      raise ValueError(f"the seed of this model is {seed!r}, no number from 0 on of 63 bits")
+    try:
+      network = keras.saving.deserialize_keras_object(
+        config["network"], custom_objects=custom_objects
+      )
+    except (TypeError, AttributeError, KeyError, ImportError) as error:  # Keras: many lines
+      text = " ".join(str(error).split())[:200] or type(error).__name__
+      raise ValueError(
+        f"the network of this model cannot be made ({text}); of a class of your own, import its "
+        "module and give custom_objects"
+      ) from None
+    if not isinstance(network, keras.Layer):
+      raise ValueError(f"the network of this model is a {type(network).__name__}, no Keras model")
     return cls(
-      keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
+      network,
       diffusions.Diffusion.from_config(config["diffusion"], trust_code),
       training=experiment.options_from_config(experiment.Training, config["training"]),
       options=experiment.options_from_config(experiment.Network, config["options"]),
-      seed=config["seed"],
+      seed=seed,
     )
 
   def compile(self, optimizer=None, loss=None, *, jit_compile=False, **kwargs):

@@ -194,7 +194,8 @@ def table(rule: str | Rule | Sequence[str | Rule], times: Sequence[float] | Arra
       keeps the rule's a. Either way the step into t = 0 adds no fresh noise.
 
   Raises:
-    ValueError: times that do not descend in [0, 1], σ that rises in a reverse step, unknown rule.
+    ValueError: times that do not descend in [0, 1], σ that rises in a reverse step, unknown rule,
+      coefficients that are not finite.
   """
   times = np.asarray(times, np.float64)
   if times.ndim != 1 or len(times) < 2:
@@ -247,7 +248,15 @@ def table(rule: str | Rule | Sequence[str | Rule], times: Sequence[float] | Arra
     rows.append((t[n], s[n], a, b, gamma, 0.0))
     if turns[turn] in ("heun", heun) and not final:
       rows.append((t[n], s[n], a, b, -0.5, 1.0))
-  return tf.constant(np.array(rows), tf.float32)
+  with np.errstate(over="ignore"):
+    content = np.array(rows, np.float32)
+  if not (finite := np.isfinite(content).all(axis=1)).all():  # a rule's, or beyond float32
+    worst = rows[int(np.argmin(finite))]
+    raise ValueError(
+      f"the step from t = {worst[0]:g} to {worst[1]:g} has a = {worst[2]:g} and b = {worst[3]:g}, "
+      "which are not finite numbers of float32; correct the sampler or its options"
+    )
+  return tf.constant(content)
 
 
 def parts(rule: str | Rule | Sequence[str | Rule]) -> tuple[str | Rule, ...]:

@@ -463,3 +463,17 @@ def test_a_reverse_step_must_not_raise_the_noise(rising):
 
   with pytest.raises(ValueError, match=r"raises the noise from 0\.5 to 0\.75"):
     samplers.table("momentum", [1.0, 0.5, 0.0], Falling())
+
+
+@pytest.mark.parametrize(("a", "b"), [(np.nan, 0.0), (0.5, np.inf), (1e300, 0.0)])
+def test_coefficients_that_are_not_finite_are_refused(a, b, blur_diffusion):
+  rule = lambda sigma_t, sigma_s: (a, b)
+  with pytest.raises(ValueError, match=r"the step from t = 1 to 0.75 has a = .* not finite"):
+    samplers.table(rule, samplers.time_grid(4), blur_diffusion)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("most", [1e38, 1e300])
+def test_options_without_end_give_finite_coefficients(name, most, blur_diffusion):
+  rows = samplers.table(name, samplers.time_grid(4), blur_diffusion, k=most, noise=most)
+  assert np.isfinite(rows).all()

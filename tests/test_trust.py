@@ -210,6 +210,20 @@ def test_a_keras_file_that_asks_for_another_network_is_refused_before_it_is_made
     SoftDiffusionModel.from_config(json.loads(json.dumps(config)))
 
 
+@pytest.mark.parametrize("network", [None, "x", [], 5, {}, {"class_name": "Fade"}])
+def test_nor_is_a_network_of_another_kind(network, run, ran):
+  config = run.model.get_config()
+  with pytest.raises(ValueError, match="network of this model"):
+    SoftDiffusionModel.from_config(config | {"network": network})
+  of_another = config["network"] | {"module": "foreign_module", "class_name": "Fade"}
+  for name in (None, "Fade", "foreign_module>Fade"):
+    with pytest.raises(ValueError, match="network of this model cannot be made"):
+      SoftDiffusionModel.from_config(config | {"network": of_another | {"registered_name": name}})
+  assert not ran.exists()
+  with pytest.raises(ValueError, match="the seed of this model is -1"):
+    SoftDiffusionModel.from_config(config | {"seed": -1})
+
+
 def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran, tmp_path):
   e = run.experiment
   fade = corruptions.from_config(CLASS, trust_code=True)
