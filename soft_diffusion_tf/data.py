@@ -343,7 +343,8 @@ def _tfds(name, split, shape, crop, data_dir, progress):
 
   def decode(content):
     """A file as TFDS decodes it, but upright, which TFDS leaves out."""
-    image = tf.image.decode_image(content, channels=feature.shape[-1] or 0, expand_animations=False)
+    channels = builder.info.features["image"].shape[-1] or 0
+    image = tf.image.decode_image(content, channels, expand_animations=False)
     return _upright(image.numpy(), content)
 
   remedy = "give TFDS its folder (data.data_dir), or check the name and the network"
@@ -356,8 +357,9 @@ def _tfds(name, split, shape, crop, data_dir, progress):
         builder.download_and_prepare()
     read = tfds.ReadConfig(interleave_cycle_length=1)  # one file after the other: a fixed order
     split = "+".join(builder.info.splits) if split == "all" else split
-    feature = builder.info.features.get("image")
-    files = type(feature) is tfds.features.Image and feature.np_dtype == np.uint8
+    features = builder.info.features
+    files = "image" in features and type(features["image"]) is tfds.features.Image
+    files = files and features["image"].np_dtype == np.uint8
     dataset = builder.as_dataset(
       split=split, shuffle_files=False, read_config=read,
       decoders={"image": tfds.decode.SkipDecoding()} if files else None,

@@ -245,7 +245,7 @@ def test_images_of_tfds_are_upright_too(kind, tmp_path):
   tfds.dataset_builders.store_as_tfds_dataset(
     name="photos", version="1.0.0", data_dir=tmp_path, disable_shuffling=True,
     features=tfds.features.FeaturesDict({"image": feature}),
-    split_datasets={"train": [{"image": io.BytesIO(encoded(k))} for k in STORED]},
+    split_datasets={"train": [(k, {"image": io.BytesIO(encoded(k))}) for k in STORED]},
   )  # fmt: skip
   images = data.load("photos", "train", data_dir=str(tmp_path), progress=False).images
   assert images.shape == (8, 16, 24, 1)

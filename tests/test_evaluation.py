@@ -364,7 +364,7 @@ REFERENCE_DAMAGES = {  # name → (what becomes of the entries, what the error s
   "other features": (lambda c: c | {"rows": c["rows"][:, :3]}, "differ in size"),
   "a scatter of another size": (lambda c: c | {"scatter_0": np.zeros([2, 2])}, "differ in size"),
   "moments of no images": (lambda c: c | {"count_0": np.array(3)}, "it counts 50"),
-  "about a list": (lambda c: c | {"about": np.array("[]")}, "no reference statistics"),
+  "about a list": (lambda c: c | {"about": np.array("[]")}, "list indices"),
   "about a field more": (lambda c: c | {"about": np.array('{"conditions": {}, "x": 1}')}, "'x'"),
   "no sizes": (lambda c: {k: v for k, v in c.items() if k != "sizes"}, "sizes"),
 }  # fmt: skip
