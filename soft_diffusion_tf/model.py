@@ -231,7 +231,8 @@ class SoftDiffusionModel(keras.Model):
       )
     super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
     for name in ("loss", "gradient_norm", "ema_loss"):
-      self._means.setdefault(name, keras.metrics.Mean(name=name))
+      if name not in self._means:  # Keras resets what is put in so; it does not see `setdefault`
+        self._means[name] = keras.metrics.Mean(name=name)
 
   @staticmethod
   def _settable(optimizer):
@@ -519,6 +520,13 @@ class SoftDiffusionModel(keras.Model):
   def _checked(self, function, what):
     def checked(iterator):
       logs = dict(function(iterator))
+      try:
+        return check(logs)
+      except (ValueError, NonFiniteLoss):
+        self.reset_metrics()  # or the means would stay NaN
+        raise
+
+    def check(logs):
       images.check_range(logs.pop("range"), f"the {what} images")
       if not all(np.isfinite(float(value)) for value in logs.values()):
         of = "loss" if not np.isfinite(float(logs["loss"])) else "gradient"
