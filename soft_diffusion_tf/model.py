@@ -231,8 +231,7 @@ class SoftDiffusionModel(keras.Model):
       )
     super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
     for name in ("loss", "gradient_norm", "ema_loss"):
-      if name not in self._means:  # Keras resets what is put in so; it does not see `setdefault`
-        self._means[name] = keras.metrics.Mean(name=name)
+      self._means.setdefault(name, keras.metrics.Mean(name=name))
 
   @staticmethod
   def _settable(optimizer):
@@ -459,6 +458,11 @@ class SoftDiffusionModel(keras.Model):
     return each, t
 
   # --- What Keras calls ---------------------------------------------------------------------------
+
+  @property
+  def metrics(self):
+    """What Keras resets before every epoch."""
+    return [*super().metrics, *self._means.values()]
 
   def _batch(self, data):
     """The images of a Keras batch, and the ends of their range; NaN if that is not [0, 1].
