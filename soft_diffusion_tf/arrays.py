@@ -82,11 +82,13 @@ class _File:
       stream.read(1)  # to its end, where the checksum is compared
     return np.frombuffer(bytes(data), dtype).reshape(shape, order="F" if fortran else "C")
 
-  def array(self, name, shape, dtypes=FLOATS, finite=True):
-    """An array of this shape and of one of these dtypes; NaN and infinite values are refused."""
+  def array(self, name, shape=None, dtypes=FLOATS, finite=True):
+    """An array of this shape (of any without one) and of one of these dtypes; NaN and infinite
+    values are refused.
+    """
 
     def check(given, dtype):
-      if given != tuple(shape):
+      if shape is not None and given != tuple(shape):
         raise ValueError(f"{name} has the shape {reprlib.repr(given)}, not {tuple(shape)}")
       if dtype.name not in dtypes:
         raise ValueError(f"{name} holds {dtype}, not {' or '.join(dtypes)}")

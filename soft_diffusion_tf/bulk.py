@@ -16,7 +16,6 @@ import os
 import pathlib
 import queue
 import threading
-import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +23,7 @@ import tqdm
 from PIL import Image, PngImagePlugin
 
 import soft_diffusion_tf
-from soft_diffusion_tf import plots, rng, samplers
+from soft_diffusion_tf import arrays, plots, rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 
 SETTINGS_FILE = "samples.json"
@@ -241,9 +240,13 @@ def _save_npz(path, images, seeds, settings):
 def _read_npz(path):
   """Images and seeds of a file of samples; None when there is none, or none that can be read."""
   try:
-    with np.load(path, allow_pickle=False) as content:
-      return content["images"], content["seeds"]
-  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    with arrays.opened(path, "not a file of samples", "remove it") as content:
+      seeds = content.array("seeds", dtypes=("int64",))
+      images = content.array("images", dtypes=("uint8",))
+      if seeds.ndim != 1 or images.ndim != 4 or len(seeds) != len(images):
+        raise ValueError(f"{len(images)} images for {seeds.shape} seeds")
+      return images, seeds
+  except ValueError:
     return None
 
 

@@ -9,14 +9,13 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import zipfile
 
 import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import data
+from soft_diffusion_tf import arrays, data
 
 RECIPE = 1  # raise it when the network or its training changes: it is part of the cache's key
 STEPS, BATCH, RATE = 1000, 64, 2e-3
@@ -132,14 +131,14 @@ def get(source, seed=0, folder=None, progress=True):
   path = (
     pathlib.Path(folder) if folder else cache_folder()
   ) / f"classifier-{_key(source, seed)}.npz"
-  network = None
+  network = build(source.images.shape[1:], count, seed)
   try:
-    with np.load(path) as content:
-      weights = [content[f"w{k}"] for k in range(len(content.files) - 1)]
-      accuracy = float(content["accuracy"])
-    network = build(source.images.shape[1:], count, seed)
+    with arrays.opened(path, "not a kept classifier", "remove it") as content:
+      accuracy = float(content.array("accuracy", []))
+      shapes = [w.shape for w in network.get_weights()]
+      weights = [content.array(f"w{k}", shape) for k, shape in enumerate(shapes)]
     network.set_weights(weights)
-  except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or a torn file
+  except ValueError:  # none yet, or a torn file
     network, accuracy = _train(source, seed, progress)
     weights = network.get_weights()
     try:

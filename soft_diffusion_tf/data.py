@@ -1,7 +1,8 @@
 """Images: the built-in digits, any TFDS image set, or a folder; and the pipeline over them.
 
-Every source is decoded once into uint8 [N, H, W, C]; batches are float32 in [0, 1]. Which image
-stands where is a function of (seed, step, position), so a run can go on from any step.
+Every source is decoded once into uint8 [N, H, W, C], upright by its EXIF orientation; batches are
+float32 in [0, 1]. Which image stands where is a function of (seed, step, position), so a run can go
+on from any step.
 
 A data set's name is "digits", "folder:PATH" or a TFDS name. "all", "train" and "test" are splits of
 each: of the digits the first 1,500 and the last 297; of a folder every tenth image, in the order of
@@ -38,6 +39,7 @@ FOLDER = "folder:"  # before the path of a folder of images
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 _PNG_MARK, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTED = re.compile(rb"(?i)exif|orientation")  # in a file that may have one
 _CONNECT, _ANSWER, _RETRIES = 5, 60, 2  # seconds for a server of TFDS, and further tries
 
 
@@ -273,8 +275,7 @@ def _decode(file):
   """
   from PIL import Image
 
-  formats = [name for name in _FORMATS if name in _known_formats()]
-  with Image.open(file, formats=formats) as image:
+  with Image.open(file, formats=_formats()) as image:
     image.load()
     turn = _turns().get(_orientation(image))
     if image.mode == "P":
@@ -285,12 +286,12 @@ def _decode(file):
 
 
 @functools.cache
-def _known_formats():
-  """The formats of this build of Pillow."""
+def _formats():
+  """Those of `_FORMATS` that this build of Pillow knows."""
   from PIL import Image
 
   Image.init()
-  return frozenset(Image.OPEN)
+  return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @functools.cache
@@ -303,6 +304,25 @@ def _turns():
     5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
   }  # fmt: skip
+
+
+def _upright(pixels, content):
+  """Decoded pixels [h, w, c], turned as the EXIF orientation in their file's bytes says."""
+  from PIL import Image
+
+  if not _ORIENTED.search(content):  # most files: no second look at them
+    return pixels
+  try:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+      turn = _turns().get(_orientation(image))
+  except Exception:  # damaged for Pillow, not for TFDS
+    return pixels
+  if turn is None:
+    return pixels
+  turned = np.asarray(
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).transpose(turn)
+  )
+  return turned.reshape(*turned.shape[:2], -1)
 
 
 def _orientation(image):
@@ -360,6 +380,12 @@ def _folder(folder, split, shape, crop):
 def _tfds(name, split, shape, crop, data_dir, progress):
   import tensorflow_datasets as tfds
 
+  def decode(content):
+    """A file as TFDS decodes it, but upright, which TFDS leaves out."""
+    channels = builder.info.features["image"].shape[-1] or 0
+    image = tf.image.decode_image(content, channels, expand_animations=False)
+    return _upright(image.numpy(), content)
+
   remedy = "give TFDS its folder (data.data_dir), or check the name and the network"
   if os.path.isdir(name):
     remedy = f"of a folder of images write {FOLDER}{name}"
@@ -370,7 +396,13 @@ def _tfds(name, split, shape, crop, data_dir, progress):
         builder.download_and_prepare()
     read = tfds.ReadConfig(interleave_cycle_length=1)  # one file after the other: a fixed order
     split = "+".join(builder.info.splits) if split == "all" else split
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=read)
+    features = builder.info.features
+    files = "image" in features and type(features["image"]) is tfds.features.Image
+    files = files and features["image"].np_dtype == np.uint8
+    dataset = builder.as_dataset(
+      split=split, shuffle_files=False, read_config=read,
+      decoders={"image": tfds.decode.SkipDecoding()} if files else None,
+    )  # fmt: skip
     total = builder.info.splits[split].num_examples
   except Exception as error:  # TFDS raises of its own, of requests' and of TensorFlow's kinds
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -382,7 +414,7 @@ def _tfds(name, split, shape, crop, data_dir, progress):
 
   def one(record):  # TFDS decodes in parallel; so are the images prepared
     k, record = record
-    image = record["image"]
+    image = decode(record["image"]) if files else record["image"]
     if (shape is not None and tuple(shape) != image.shape) or crop.startswith("celeb_a"):
       image = prepare(image, f"{name} example {k}", shape, crop)
     return image, record["label"] if labelled else 0

@@ -20,13 +20,12 @@ import pathlib
 import sys
 import time
 import types
-import zipfile
 
 import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import gaussians, neighbours, plots
+from soft_diffusion_tf import arrays, gaussians, neighbours, plots
 from soft_diffusion_tf.images import check_range
 
 PARTS = 3  # disjoint parts of one side, for the spread
@@ -159,21 +158,41 @@ class Statistics:
     return content
 
   @classmethod
-  def from_state(cls, content):
+  def from_state(cls, content, whole=False):
+    """The statistics that `state` gave, of all their images if `whole`.
+
+    Raises:
+      ValueError: arrays that do not belong together.
+    """
     count, subset, seen = (int(v) for v in content["sizes"])
+    rows, waiting = content.get("rows"), content.get("waiting")
+    parts = [k for k in range(PARTS) if f"count_{k}" in content]
+    shapes = [np.shape(content[f"scatter_{k}"]) for k in parts]
+    shapes += [np.shape(content[f"mean_{k}"]) * 2 for k in parts]
+    if rows is not None:  # before room is made for what a file claims
+      if np.ndim(rows) != 2 or np.ndim(waiting) != 2:
+        raise ValueError("its features are no table")
+      shapes += [rows.shape[1:] * 2, waiting.shape[1:] * 2]
+    if len(set(shapes)) > 1:
+      raise ValueError(f"its moments and features differ in size: {sorted(set(shapes))}")
+    inside = (seen == count if whole else 0 <= seen <= count) and 0 <= subset <= count
+    counted = sum(int(content[f"count_{k}"]) for k in parts)
+    have = (0, 0) if rows is None else (len(rows), len(waiting))
+    if not inside or have[0] != min(seen, subset) or counted + have[1] != seen:
+      raise ValueError(f"it counts {seen} of {count} images and has {counted} and {have}")
     result = cls(count, subset)
     result.seen = seen
-    if "rows" in content:
-      result._rows = np.empty([result.subset, content["rows"].shape[1]], np.float32)
-      result._rows[: len(content["rows"])] = content["rows"]
-      if len(content["waiting"]):
-        result._waiting = [np.float32(content["waiting"])]
+    if rows is not None:
+      result._rows = np.empty([result.subset, rows.shape[1]], np.float32)
+      result._rows[: len(rows)] = rows
+      if len(waiting):
+        result._waiting = [np.float32(waiting)]
     if "score" in content:
       result.score = content["score"]
-    for k, part in enumerate(result.parts):
-      if f"count_{k}" in content:
-        part.count = int(content[f"count_{k}"])
-        part.mean, part.scatter = content[f"mean_{k}"], content[f"scatter_{k}"]
+    for k in parts:
+      part = result.parts[k]
+      part.count = int(content[f"count_{k}"])
+      part.mean, part.scatter = content[f"mean_{k}"], content[f"scatter_{k}"]
     return result
 
 
@@ -191,10 +210,11 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
     ValueError: images that are not finite (named), or fewer than `count`.
   """
   statistics = Statistics(count, subset)
-  if partial is not None and (before := _read_npz(partial)) is not None:
-    statistics = Statistics.from_state(before)
-    if (statistics.count, statistics.subset) != (count, min(subset, count)):
-      statistics = Statistics(count, subset)
+  if partial is not None:
+    with contextlib.suppress(ValueError):  # none yet, or a torn one
+      before, _ = _read(partial)
+      if (before.count, before.subset) == (count, min(subset, count)):
+        statistics = before
   saved = time.monotonic()
   bar = tqdm.tqdm(
     total=count, initial=statistics.seen, desc=progress or "", unit="image",
@@ -225,13 +245,19 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
   return statistics
 
 
-def _read_npz(path):
-  """The arrays of an npz, or None if it is not there or torn."""
-  try:
-    with np.load(path) as content:
-      return {name: content[name] for name in content.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-    return None
+def _read(path, whole=False):
+  """`Statistics` in an npz, of all their images if `whole`, and the text "about" there or None.
+
+  Raises:
+    ValueError: one line; the file is missing, torn, or something else.
+  """
+  remedy = "make them with tools/reference_stats.py"
+  with arrays.opened(path, "no reference statistics in it", remedy) as content:
+    kinds = ("float32", "float64", "int64")
+    about = content.text("about") if "about" in content.names else None
+    names = [name for name in content.names if name != "about"]
+    state = {name: content.array(name, dtypes=kinds) for name in names}
+    return Statistics.from_state(state, whole), about
 
 
 def _write_npz(path, content):
@@ -299,13 +325,16 @@ class Reference:
   @classmethod
   def load(cls, path):
     """A stored reference; a ValueError for a file that is none."""
-    content = _read_npz(path)
-    if content is None or "about" not in content:
+    statistics, about = _read(path, whole=True)
+    try:
+      fields = json.loads(about or "")
+      if not isinstance(fields["conditions"], dict):
+        raise ValueError("its conditions are no object")
+      return cls(statistics, **fields)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
       raise ValueError(
-        f"{path}: no reference statistics in it; make them with tools/reference_stats.py"
-      )
-    about = json.loads(str(content.pop("about")))
-    return cls(Statistics.from_state(content), **about)
+        f"{path}: no reference statistics in it ({error}); make them with tools/reference_stats.py"
+      ) from None
 
   def check(self, path, **expected):
     """Raises a ValueError naming the first condition that is not the expected one."""
@@ -424,7 +453,7 @@ def frechet(label, one, two):
   s_1, s_2 = one.covariance, two.covariance
   root = float(_classifier_metrics().trace_sqrt_product(tf.constant(s_1), tf.constant(s_2)))
   gap = one.mean - two.mean
-  value = float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root)
+  value = max(float(gap @ gap + np.trace(s_1) + np.trace(s_2) - 2.0 * root), 0.0)
   exact = gaussians.frechet_distance(one.mean, s_1, two.mean, s_2)
   if abs(value - exact) <= 1e-12 * (np.trace(s_1) + np.trace(s_2)):  # rounding of what is equal
     value = exact

@@ -76,8 +76,13 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
 def _root(covariance):
   """A with A Aᵀ = S, [d, rank]: directions that only rounding gives a variance are left out."""
   values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
-  kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+  kept = _large(values)
   return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _large(values):
+  """Which of rising eigenvalues are more than rounding, whose root would be 1e-8."""
+  return values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
 
 
 def frechet_of_rows(rows, mean, covariance):
@@ -94,7 +99,7 @@ def frechet_of_rows(rows, mean, covariance):
   values = np.linalg.eigvalsh(root @ covariance @ root.T)
   gap = rows.mean(0) - mean
   trace = np.sum(root**2) + np.trace(covariance)
-  return float(gap @ gap + trace - 2 * np.sum(np.sqrt(np.maximum(values, 0))))
+  return float(gap @ gap + max(trace - 2 * np.sum(np.sqrt(values[_large(values)])), 0.0))
 
 
 def frechet_between(rows_1, rows_2):

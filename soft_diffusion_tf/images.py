@@ -5,6 +5,15 @@ import numpy as np
 SLACK = 0.01  # beyond [0, 1]: what resizing and added noise of a grey level may give
 
 
+def check_floats(dtype, what):
+  """Raises a ValueError for images of a dtype of whole numbers, such as uint8 from 0 to 255."""
+  if not np.issubdtype(dtype, np.integer) and dtype != np.bool_:
+    return
+  raise ValueError(
+    f"{what} are {np.dtype(dtype).name}, and images here are floats in [0, 1]: divide by 255, say"
+  )
+
+
 def check_range(images, what):
   """Raises a ValueError for images that hold NaN or values beyond [0, 1].
 

@@ -24,6 +24,17 @@ def available():
   return total
 
 
+def check_network(architecture, image_shape, limit=None):
+  """Raises the ValueError of a network whose weights alone do not fit, before they are made."""
+  limit = available() if limit is None else limit
+  needed = architecture.footprint(image_shape)[0]
+  if needed > limit:
+    raise ValueError(
+      f"{parts.spell(architecture)} for images of {tuple(image_shape)} {_too_much(needed, limit)}; "
+      "take a smaller network"
+    )
+
+
 def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   """Raises a ValueError for sizes that cannot fit, which names the field and what would fit.
 
@@ -63,7 +74,11 @@ def _check_batch(field, size, each, states, limit):
 
 
 def _refuse(field, value, needed, limit, remedy):
-  raise ValueError(
-    f"{field} = {value} takes at least {needed / 2**30:,.1f} GiB of memory, and there are "
-    f"{limit / 2**30:,.1f} GiB here; {remedy}"
+  raise ValueError(f"{field} = {value} {_too_much(needed, limit)}; {remedy}")
+
+
+def _too_much(needed, limit):
+  return (
+    f"takes at least {needed / 2**30:,.1f} GiB of memory, and there are "
+    f"{limit / 2**30:,.1f} GiB here"
   )

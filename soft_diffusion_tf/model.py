@@ -136,6 +136,75 @@ class SoftDiffusionModel(keras.Model):
     # No autocast: under mixed_bfloat16 Keras would round x_t and t before `call` sees them, and
     # with them the noise, σ_t and the conditioning. The network casts what it may.
     super().__init__(name="soft_diffusion", autocast=False)
+    made_for = tuple(getattr(network, "image_shape", diffusion.image_shape))
+    if made_for != tuple(diffusion.image_shape):
+      raise ValueError(
+        f"the network is made for images of {made_for}, and the process for "
+        f"{tuple(diffusion.image_shape)}; make both for one size"
+      )
+    self.network = network
+    self.ema_network = type(network).from_config(network.get_config())
+    self.ema_network.set_weights(network.get_weights())
+    self._averaged = [
+      (average, value)
+      for average, value in zip(self.ema_network.variables, network.variables)
+      if value.trainable  # frozen ones stay as they are, to the bit
+    ]
+    self.ema_network.trainable = False
+    self.diffusion = diffusion
+    self.training_options = training
+    self.network_options = options
+    self.loss_function = loss or losses.SoftScoreMatching(**training._of_loss)
+    self.seed = seed
+    self.built = True
+    self._means = {}  # what `fit` and `evaluate` show, by name: made by `compile`
+
+  def build(self, input_shape=None):
+    self.built = True
+
+  def get_config(self):
+    return {"rate": float(self.rate), "steps": self.steps}
+
+
+@keras.saving.register_keras_serializable(package="soft_diffusion_tf")
+class SoftDiffusionModel(keras.Model):
+  """Soft Score Matching around a network φ: x̂_0 = φ(x_t, cond(t)) + x_t (P Eq. 10).
+
+  `update` is one training step, for any strategy; `train_step` gives it to `fit`, on one device,
+  `test_step` the loss of held-out images to `evaluate`, by the weights under training ("loss") and
+  by the averaged ones ("ema_loss"), and `predict` takes pairs [x_t, t]. The averaged weights live
+  in a second network, so exactly what is sampled from can be saved and called. `save` and
+  `keras.models.load_model` carry all of it, the optimizer's state included.
+
+  Args:
+    network: (x_t [B, H, W, C], cond [B]) → [B, H, W, C], as `options.build` makes it.
+    diffusion: the forward process.
+    training: `experiment.Training`: options of the update.
+    options: a `networks.Architecture`: what the network gives and is told. `prediction`:
+      "residual" (P Eq. 10);
+      "score" of a VE network (C = I): x̂_0 = x_t + σ_t² s;
+      "noise" of a VP or sub-VP network (C = α I) made for images in [−1, 1]: it sees 2 x_t − α_t,
+      and x̂_0 = (x_t − σ_t ε) / α_t, with σ half of the published one as [0, 1] is half as wide.
+      `conditioning`: "log_linear" in t from `cond_min` to `cond_max`, which for a VE network is σ;
+      "vp_label", 999 t; "ve_label", round((1 − t)(num_scales − 1)).
+    loss: a `losses.Loss`; by default that of the paper.
+    seed: of t, noise and dropout; everything drawn in step k is a function of (seed, k, position
+      in the global batch).
+  """
+
+  # Keras would trace a call with one argument when this model is inside a SavedModel.
+  _default_save_signature = None
+
+  def __init__(self, network, diffusion, *, training, options, loss=None, seed=0):
+    # No autocast: under mixed_bfloat16 Keras would round x_t and t before `call` sees them, and
+    # with them the noise, σ_t and the conditioning. The network casts what it may.
+    super().__init__(name="soft_diffusion", autocast=False)
+    made_for = tuple(getattr(network, "image_shape", diffusion.image_shape))
+    if made_for != tuple(diffusion.image_shape):
+      raise ValueError(
+        f"the network is made for images of {made_for}, and the process for "
+        f"{tuple(diffusion.image_shape)}; make both for one size"
+      )
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
     self.ema_network.set_weights(network.get_weights())
@@ -184,15 +253,29 @@ class SoftDiffusionModel(keras.Model):
     lost = {"network", "diffusion", "training", "options", "seed"} - config.keys()
     if lost:
       raise ValueError(f"the config of this model lacks {min(lost)}; save the model again")
-    training = config["training"]
+    seed, training = config["seed"], config["training"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+      raise ValueError(f"the seed of this model is {seed!r}, no number from 0 on of 63 bits")
+    try:
+      network = keras.saving.deserialize_keras_object(
+        config["network"], custom_objects=custom_objects
+      )
+    except (TypeError, AttributeError, KeyError, ImportError) as error:  # Keras: many lines
+      text = " ".join(str(error).split())[:200] or type(error).__name__
+      raise ValueError(
+        f"the network of this model cannot be made ({text}); of a class of your own, import its "
+        "module and give custom_objects"
+      ) from None
+    if not isinstance(network, keras.Layer):
+      raise ValueError(f"the network of this model is a {type(network).__name__}, no Keras model")
     with trust.trust_code(trust_code):
       return cls(
-        keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects),
+        network,
         diffusions.Diffusion.from_config(config["diffusion"]),
         training=experiment.options_from_config(experiment.Training, training),
         options=parts.make(Architecture, config["options"], "options"),
         loss=parts.make(losses.Loss, config.get("loss") or experiment.loss_of(training), "loss"),
-        seed=config["seed"],
+        seed=seed,
       )
 
   def compile(self, optimizer=None, loss=None, *, jit_compile=False, **kwargs):
@@ -290,6 +373,9 @@ class SoftDiffusionModel(keras.Model):
     return self._predict(self.network, x_t, t, training=training, seed=seed, first=first)
 
   def _predict(self, network, x_t, t, **options):
+    x_t = tf.convert_to_tensor(x_t)
+    if not x_t.dtype.is_floating:
+      images.check_floats(x_t.dtype.as_numpy_dtype, "the corrupted images")
     x_t = tf.cast(x_t, tf.float32)
     self._check_shape(x_t)
     sigma, level = (
@@ -456,6 +542,11 @@ class SoftDiffusionModel(keras.Model):
 
   # --- What Keras calls ---------------------------------------------------------------------------
 
+  @property
+  def metrics(self):
+    """What Keras resets before every epoch."""
+    return [*super().metrics, *self._means.values()]
+
   def _batch(self, data):
     """The images of a Keras batch, and the ends of their range; NaN if that is not [0, 1].
 
@@ -516,6 +607,13 @@ class SoftDiffusionModel(keras.Model):
   def _checked(self, function, what):
     def checked(iterator):
       logs = dict(function(iterator))
+      try:
+        return check(logs)
+      except (ValueError, NonFiniteLoss):
+        self.reset_metrics()  # or the means would stay NaN
+        raise
+
+    def check(logs):
       images.check_range(logs.pop("range"), f"the {what} images")
       if not all(np.isfinite(float(value)) for value in logs.values()):
         of = "loss" if not np.isfinite(float(logs["loss"])) else "gradient"

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import products, rng
+from soft_diffusion_tf.images import check_floats
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +24,11 @@ class GaussianMixture:
   std: float = 0.05
   covariances: np.ndarray | None = None
   weights: np.ndarray | None = None
+
+  def __post_init__(self):
+    check_floats(np.asarray(self.means).dtype, "the means of a mixture")
+    if not np.isfinite(self.means).all():
+      raise ValueError("the means of a mixture hold NaN or infinity; leave such images out")
 
   @classmethod
   def per_class(cls, images, labels, ridge=1e-4):

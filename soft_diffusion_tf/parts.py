@@ -25,6 +25,7 @@ import math
 import numbers
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -417,9 +418,22 @@ def code_of(config: Any) -> set[str]:
 
 def check_importable(config: Any) -> None:
   """Raises the ValueError of a part, or a part of it, that only this process knows."""
-  for name in code_of(config):
-    if name.startswith("__main__:") or "<" in name:
+  for name in sorted(code_of(config)):
+    if _is_of_this_process(name):
       raise ValueError(
         f"{name} cannot be imported again, so that no other program could open what is trained "
-        "with it; put the class into a module"
+        "with it; put it into a module of its own, and its folder on PYTHONPATH"
       )
+
+
+def _is_of_this_process(name: str) -> bool:
+  """Whether no other process could import what "module:name" names.
+
+  It is in a script, a notebook or a function, or in a file that was loaded without being on the
+  path, as config files are.
+  """
+  root = name.partition(":")[0].partition(".")[0]
+  if root == "__main__" or "<" in name:
+    return True
+  finders = [f for f in sys.meta_path if hasattr(f, "find_spec")]
+  return root in sys.modules and not any(f.find_spec(root, None) for f in finders)

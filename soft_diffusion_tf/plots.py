@@ -11,7 +11,7 @@ _METADATA = {"Software": None}  # keeps Matplotlib's version out of the file
 
 
 def to_uint8(images):
-  """Float images in [0, 1] (others are clipped) → uint8, rounded to nearest.
+  """Float images in [0, 1] (others are clipped) → uint8, rounded to nearest; uint8 stays as it is.
 
   Raises:
     ValueError: NaN or infinite values, which no picture shows.
@@ -21,6 +21,8 @@ def to_uint8(images):
       "an image holds NaN or infinite values, and no picture is made of it; try more steps, "
       "another sampler or another checkpoint"
     )
+  if np.asarray(images).dtype == np.uint8:
+    return np.asarray(images)
   return np.rint(np.clip(np.asarray(images, np.float64), 0, 1) * 255).astype(np.uint8)
 
 

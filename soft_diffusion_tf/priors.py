@@ -277,6 +277,7 @@ def grade(diffusion, images, seed=0, count=1000):
     difference of the two means).
   """
   images = np.asarray(images, np.float32)
+  check_range(images, "the images to grade a prior by")
   n = min(count, len(images) // 2)
   if n < 2:
     raise ValueError(f"grading a prior takes at least 4 images, got {len(images)}")

@@ -21,6 +21,7 @@ import tqdm
 
 from soft_diffusion_tf import rng, samplers
 from soft_diffusion_tf.experiment import Sampling
+from soft_diffusion_tf.images import check_floats, check_range
 
 DEFAULT = Sampling(sampler="stochastic_two_step(noise=5.0)", steps=30)
 
@@ -300,6 +301,7 @@ class Restorer:
 
   def corrupt(self, x_0, t, seed=0):
     """x_t of clean images [B, H, W, C] of any size; image b's noise has the seed seed + b."""
+    check_range(x_0, "the images to corrupt")
     process = self._process(np.shape(x_0)[1:])
     return corrupt(process, x_0, np.float32(t), seed + np.arange(len(x_0))).numpy()
 
@@ -334,6 +336,7 @@ class Restorer:
     Returns:
       `Restored`.
     """
+    check_floats(np.asarray(y).dtype, "the corrupted images")
     y = np.asarray(y, np.float32)
     if y.ndim != 4 or not len(y):
       raise ValueError(f"images must be [B, H, W, C] with B > 0, got shape {y.shape}")

@@ -397,7 +397,8 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
       keeps the rule's a. Either way the step into t = 0 adds no fresh noise.
 
   Raises:
-    ValueError: times that do not descend in [0, 1], σ that rises in a reverse step, unknown rule.
+    ValueError: times that do not descend in [0, 1], σ that rises in a reverse step, unknown rule,
+      coefficients that are not finite.
   """
   rule = rule_of(rule)
   if rule.adaptive:
@@ -428,8 +429,6 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
     if (update.corrector is not None) != (each.evaluations > 1):
       raise ValueError(f"{each}: a rule with a corrector, and no other, has evaluations = 2")
     columns = [np.broadcast_to(v, t.shape) for v in (update.a, update.b, update.gamma)]
-    if not all(np.all(np.isfinite(column)) for column in columns):
-      raise ValueError(f"the sampler {each} gives coefficients that are not finite")
     updates.append((*columns, update.corrector))
   rows = []
   for n in range(len(t)):
@@ -443,7 +442,15 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
     rows.append((t[n], s[n], a, b, gamma, 0.0))
     if corrector is not None and not final:
       rows.append((t[n], s[n], a, b, corrector, 1.0))
-  return tf.constant(np.array(rows), tf.float32)
+  with np.errstate(over="ignore"):
+    content = np.array(rows, np.float32)
+  if not (finite := np.isfinite(content).all(axis=1)).all():  # a rule's, or beyond float32
+    worst = rows[int(np.argmin(finite))]
+    raise ValueError(
+      f"the step from t = {worst[0]:g} to {worst[1]:g} has a = {worst[2]:g} and b = {worst[3]:g}, "
+      f"which are not finite numbers of float32; correct the sampler {rule}"
+    )
+  return tf.constant(content)
 
 
 def table(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *, k: float = 0.0,

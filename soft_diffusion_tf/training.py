@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from soft_diffusion_tf import (
 from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import INCIDENTAL, Experiment
 from soft_diffusion_tf.model import NonFiniteLoss, SoftDiffusionModel
-from soft_diffusion_tf.monitoring import Monitor
+from soft_diffusion_tf.monitoring import METRICS_FILE, WINDOWS_FILE, Monitor
 
 BUCKETS = 10  # of t, for the loss by time
 PRIOR_FILE = "prior.npz"
@@ -45,7 +46,9 @@ GRID_IMAGES = 64
 SHOWN_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of E[x_0|x_t], as in P Figure 7
 PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
 HELD_OUT_IMAGES = 512  # of the test split, for the held-out loss
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "sweep/results.jsonl")  # of steps that were taken
+RECORDS = (  # of steps that were taken
+  METRICS_FILE, WINDOWS_FILE, "evaluations.jsonl", "sweep/results.jsonl",
+)  # fmt: skip
 
 # What may change when a run goes on in its workdir; all else would make it another run. The rate is
 # not incidental, but who is told to lower it has to be able to.
@@ -138,6 +141,9 @@ def _check_records(workdir, restored, anew):
   found = [
     name for name in RECORDS if (workdir / name).exists() and (workdir / name).stat().st_size
   ]
+  history = workdir / HISTORY_FILE
+  if history.exists() and any(map(int, re.findall(r'"step": (\d+)', history.read_text()))):
+    found.append(HISTORY_FILE)
   if restored is None and found and not anew:
     raise ValueError(
       f"{workdir} has records ({', '.join(found)}) and no checkpoint: was {CHECKPOINTS}/ moved or "
@@ -525,9 +531,14 @@ class _Pictures:
     drawer = self._run.drawer()
     drawer.refresh()
     images = drawer.images(np.arange(GRID_IMAGES))
-    if not np.isfinite(images).all():  # of a network that has hardly learnt: no reason to end
-      return
-    self._monitor.image("samples", plots.grid(images, zoom=4), self._run.step)
+    self._show("samples", images)
+
+  def _show(self, name, images, columns=None):
+    """A grid of images, but of none that are not finite: a network that has hardly learnt may give
+    them, which is no reason to end.
+    """
+    if np.isfinite(images).all():
+      self._monitor.image(name, plots.grid(images, columns, zoom=4), self._run.step)
 
   def predictions(self):
     """Fixed images, and at fixed times their corruptions above what is predicted from them."""
@@ -538,8 +549,7 @@ class _Pictures:
       t = tf.fill([len(clean)], t)
       x_t = self._run.diffusion.forward(clean, t, eta)
       rows += [x_t.numpy(), self._denoise(x_t, t).numpy()]
-    picture = plots.grid(np.concatenate(rows), columns=len(clean), zoom=4)
-    self._monitor.image("predictions", picture, self._run.step)
+    self._show("predictions", np.concatenate(rows), len(clean))
 
 
 def _make_total(strategy):

@@ -12,10 +12,11 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
   "trust", "parts", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
+  "memory", "metrics",
   "schedules", "sinkhorn", "corruptions",
-  "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
+  "networks.architecture", "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
-  "strategies", "experiment", "memory", "model", "checkpoints", "plots", "monitoring", "bulk",
+  "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk",
   "training",
   "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
   "artefact", "serving",

@@ -533,6 +533,7 @@ def test_models_that_come_with_the_package(name, digits):
     about = json.loads(str(content["about"]))
   assert about["config"] in card
   assert about["weights_sha256"] in card
+  assert "sha256" in about  # of all arrays: `unpack` refuses a copy of it that was changed
   stored = [w.astype(np.float16) for w in run.model.ema_network.get_weights()]
   for one, other in zip(stored, run.model.ema_network.get_weights()):
     np.testing.assert_array_equal(one, other)  # nothing but float16 is in it

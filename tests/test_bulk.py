@@ -162,6 +162,21 @@ def test_folders_hold_the_images_whatever_the_shards(drawer, tmp_path, form):
   assert not list((tmp_path / "a").glob(".*"))
 
 
+def test_a_file_of_samples_that_is_none_is_drawn_again(drawer, tmp_path):
+  bulk.write(drawer, [3, 5], tmp_path / "a", SETTINGS, progress=False)
+  want = contents(tmp_path / "a")
+  (file,) = (tmp_path / "a").glob("*.npz")
+  for images, seeds in (
+    (np.zeros([2, 8, 8, 1]), np.array([3, 5])), (np.zeros([2], np.uint8), np.array([3, 5])),
+    (np.array([{}, {}]), np.array([3, 5])), (np.zeros([1, 8, 8, 1], np.uint8), np.array([3, 5])),
+  ):  # fmt: skip
+    np.savez(file, images=images, seeds=seeds)
+    bulk.write(drawer, [3, 5], tmp_path / "a", SETTINGS, progress=False)
+    found = contents(tmp_path / "a")
+    assert found.keys() == want.keys()
+    assert all(np.array_equal(found[k], want[k]) for k in want)
+
+
 def test_every_file_says_what_it_is(drawer, tmp_path):
   bulk.write(drawer, [3, 5], tmp_path / "a", SETTINGS, progress=False)
   bulk.write(drawer, [3, 5], tmp_path / "b", SETTINGS, form="png", progress=False)

@@ -185,6 +185,23 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_images(model, digits):
   assert history["loss"][0] == pytest.approx(np.mean(np.concatenate(each)), rel=1e-4)
 
 
+def test_every_epoch_has_losses_of_its_own(model, digits):
+  other = SoftDiffusionModel.from_config(model.get_config())
+  other.compile()
+  held_out = digits[32:48]
+  history = model.fit(
+    digits[:32], batch_size=16, shuffle=False, epochs=2, validation_data=(held_out,), verbose=0
+  ).history
+  parts = 2 * [digits[:16], digits[16:32]]
+  each = [np.mean(other.update(tf.constant(part))["losses"]) for part in parts]
+  assert history["loss"] == pytest.approx([np.mean(each[:2]), np.mean(each[2:])], rel=1e-4)
+  last = np.mean(other.held_out(held_out, averaged=False)[0])
+  assert history["val_loss"][1] == pytest.approx(last, rel=1e-4)
+  with pytest.raises(ValueError, match="divide by 255"):
+    model.train_on_batch(255 * held_out)
+  assert np.isfinite(model.train_on_batch(held_out)).all()  # nothing of the bad batch is left
+
+
 def test_predict_takes_pairs(model, digits):
   t = np.full(20, 0.3, np.float32)
   got = model.predict([digits[:20], t], batch_size=8, verbose=0)

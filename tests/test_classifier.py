@@ -50,6 +50,22 @@ def test_other_data_is_another_classifier_and_a_torn_file_is_made_anew(tmp_path,
   assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_kept_file_of_unknown_origin_is_made_anew(tmp_path, monkeypatch):
+  monkeypatch.setattr(classifier, "STEPS", 3)
+  source = data.load("digits", "test")
+  first = classifier.get(source, folder=tmp_path, progress=False)
+  (file,) = tmp_path.iterdir()
+  with np.load(file) as content:
+    kept = dict(content)
+  for change in (
+    {"w0": kept["w0"] * np.nan}, {"w0": kept["w0"].astype(object)}, {"w1": kept["w1"][:3]},
+    {"accuracy": np.array([0.5, 0.5])}, {"accuracy": np.array("1")},
+  ):  # fmt: skip
+    np.savez(file, **(kept | change))
+    again = classifier.get(source, folder=tmp_path, progress=False)
+    assert (again.digest, again.accuracy) == (first.digest, first.accuracy)
+
+
 def test_a_cache_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(classifier, "STEPS", 3)
   (tmp_path / "file").touch()

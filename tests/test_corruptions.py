@@ -1,6 +1,8 @@
 import dataclasses
+import importlib.util
 import itertools
 import json
+import sys
 
 import keras
 import numpy as np
@@ -420,16 +422,41 @@ def test_configs_survive_json():
     (lambda: Kernel().get_config(), "Kernel.kernel is a ndarray, which JSON does not hold"),
     (lambda: c.from_config({"kind": f"{__name__}:fade_family"}, True), "not a class derived from"),
     (lambda: c.from_config({"kind": f"{__name__}:A_BLUR"}, True), "not a class derived from"),
-    (lambda: parts.check_importable({"kind": "__main__:Fade"}), "put the class into a module"),
+    (lambda: parts.check_importable({"kind": "__main__:Fade"}), "put it into a module"),
     (
       lambda: parts.check_importable({"kind": "Compose", "inner": {"kind": "m:f.<locals>.Fade"}}),
-      "put the class into a module",
+      "put it into a module",
     ),
+    (lambda: c.check_importable(c.Family("__main__:f").get_config()), "put it into a module"),
   ],
 )
 def test_bad_input_says_what_is_wrong(make, text):
   with pytest.raises(ValueError, match=text):
     make()
+
+
+def test_a_class_in_a_file_that_is_not_on_the_path_could_not_be_opened_again(tmp_path, monkeypatch):
+  """A config file is loaded so, and what is trained with its class would be lost."""
+  file = tmp_path / "some_config.py"
+  file.write_text(
+    "from soft_diffusion_tf import corruptions\n"
+    "class Fade(corruptions.Scale):\n  pass\n"
+    "def family(level):\n  return level\n"
+  )
+  spec = importlib.util.spec_from_file_location("some_config", file)
+  module = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, "some_config", module)
+  spec.loader.exec_module(module)
+  blur = c.GaussianBlur()
+  both = c.Compose(blur, module.Fade(), outer_level=(1.0, 0.0))
+  for corruption in (module.Fade(), both, c.Family("some_config:family")):
+    with pytest.raises(ValueError, match=r"corruption some_config:\w+ cannot be imported again"):
+      c.check_importable(corruption.get_config())
+  with pytest.raises(ValueError, match="cannot travel in a config"):
+    c.Family(module.family).get_config()
+  monkeypatch.syspath_prepend(tmp_path)
+  c.check_importable(module.Fade().get_config())
+  assert c.Family(module.family).get_config()["family"] == "some_config:family"
 
 
 @pytest.mark.parametrize("level", [3.0, 7.5, 31.0, 1e9, 1e30, 3e38])

@@ -1,3 +1,4 @@
+import io
 import os
 import pathlib
 import struct
@@ -226,6 +227,29 @@ def test_a_damaged_tfds_data_set_ends_with_one_line(monkeypatch):
   monkeypatch.setattr(tfds, "builder", lambda name, data_dir=None: Builder())
   with pytest.raises(ValueError, match=r"'mine', split 'train': .*copy or prepare it again"):
     data.load("mine", "train", (8, 8, 1), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_of_tfds_are_upright_too(kind, tmp_path):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  upright = np.kron([[10, 60, 110], [160, 200, 240]], np.ones([8, 8])).astype(np.uint8)
+
+  def encoded(orientation):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    options = {"quality": 100} if kind == "JPEG" else {}
+    Image.fromarray(STORED[orientation](upright)).save(content, kind, exif=exif, **options)
+    return content.getvalue()
+
+  feature = tfds.features.Image(shape=(None, None, 1), encoding_format=kind.lower())
+  tfds.dataset_builders.store_as_tfds_dataset(
+    name="photos", version="1.0.0", data_dir=tmp_path, disable_shuffling=True,
+    features=tfds.features.FeaturesDict({"image": feature}),
+    split_datasets={"train": [(k, {"image": io.BytesIO(encoded(k))}) for k in STORED]},
+  )  # fmt: skip
+  images = data.load("photos", "train", data_dir=str(tmp_path), progress=False).images
+  assert images.shape == (8, 16, 24, 1)
+  assert np.abs(images[..., 0].astype(int) - upright).max() <= 2  # JPEG rounds
 
 
 def test_cifar10_from_tfds():

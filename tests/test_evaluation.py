@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -354,6 +355,44 @@ def test_a_file_that_is_no_reference(tmp_path):
       evaluation.Reference.load(tmp_path / name)
 
 
+REFERENCE_DAMAGES = {  # name → (what becomes of the entries, what the error says)
+  "a NaN": (lambda c: c | {"mean_0": c["mean_0"] * np.nan}, "mean_0 holds NaN"),
+  "texts": (lambda c: c | {"rows": c["rows"].astype("U8")}, "rows holds <U8"),
+  "objects": (lambda c: c | {"rows": c["rows"].astype(object)}, "rows holds object"),
+  "a subset without end": (lambda c: c | {"sizes": np.array([10**12, 10**12, 50])}, "it counts 50"),
+  "a count below 0": (lambda c: c | {"sizes": np.array([50, 50, -1])}, "it counts -1"),
+  "other features": (lambda c: c | {"rows": c["rows"][:, :3]}, "differ in size"),
+  "a scatter of another size": (lambda c: c | {"scatter_0": np.zeros([2, 2])}, "differ in size"),
+  "moments of no images": (lambda c: c | {"count_0": np.array(3)}, "it counts 50"),
+  "about a list": (lambda c: c | {"about": np.array("[]")}, "list indices"),
+  "about a field more": (lambda c: c | {"about": np.array('{"conditions": {}, "x": 1}')}, "'x'"),
+  "no sizes": (lambda c: {k: v for k, v in c.items() if k != "sizes"}, "sizes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", REFERENCE_DAMAGES)
+def test_a_reference_of_unknown_origin_is_checked(damage, images, tmp_path):
+  evaluation.reference(PIXELS, images, conditions(50), progress=False).save(tmp_path / "r.npz")
+  with np.load(tmp_path / "r.npz") as file:
+    content = dict(file)
+  change, text = REFERENCE_DAMAGES[damage]
+  np.savez(tmp_path / "bad.npz", **change(content))
+  with pytest.raises(ValueError, match=rf"bad\.npz: no reference statistics in it \(.*{text}") as e:
+    evaluation.Reference.load(tmp_path / "bad.npz")
+  assert "\n" not in str(e.value)
+
+
+def test_a_reference_that_unpacks_without_end_costs_no_memory(tmp_path):
+  pack = zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED)
+  with pack as archive, archive.open("rows.npy", "w") as entry:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (75 << 20,)}
+    np.lib.format.write_array_header_1_0(entry, header)
+    for _ in range(300):
+      entry.write(bytes(1 << 20))
+  with pytest.raises(ValueError, match=r"bomb\.npz: .*would unpack to 314,5"):
+    evaluation.Reference.load(tmp_path / "bomb.npz")
+
+
 # --- A run --------------------------------------------------------------------------------------
 
 
@@ -452,7 +491,10 @@ def test_real_images_in_a_real_network(rng):
 @pytest.mark.parametrize("count", [3, 40, 64, 640])
 def test_equal_sides_have_no_negative_distance_and_no_worse_advice(count, rng):
   """At 64 rows of 64 values TF-GAN's cut-off leaves 1e-5 of a distance that is 0."""
-  moments = gaussians.Moments().update(rng.random((count, 64)))
+  rows = rng.random((count, 64))
+  moments, other = (gaussians.Moments().update(r) for r in (rows, rng.permutation(rows)))
+  shuffled = evaluation.frechet("FD[x]", moments, other)
+  assert min(shuffled.value, shuffled.exact) >= 0
   distance = evaluation.frechet("FD[x]", moments, moments)
   assert 0 <= distance.exact < 1e-12
   assert distance.value >= 0

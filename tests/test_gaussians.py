@@ -69,3 +69,13 @@ def test_where_a_covariance_loses_rank(count, scale, rng):
   # Rows times a are a Gaussian's with a root times a: the distance is (1 − a)² of the trace.
   centred = rows - rows.mean(0)
   assert gaussians.frechet_between(centred, 0.9 * centred) == pytest.approx(0.01 * trace, rel=1e-10)
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 64, 100])
+def test_rows_against_their_own_moments_have_no_distance(count, rng):
+  rows = rng.random((count, 192))
+  own = gaussians.Moments().update(rows)
+  trace = np.trace(own.covariance)
+  assert 0 <= gaussians.frechet_of_rows(rows, own.mean, own.covariance) <= 1e-14 * trace
+  got = gaussians.frechet_of_rows(rows + 0.1, own.mean, own.covariance)
+  assert got == pytest.approx(1.92, rel=1e-12)

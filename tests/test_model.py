@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import losses, priors, rng
-from soft_diffusion_tf.model import NonFiniteLoss, PreReducedAdam, WarmUp
+from soft_diffusion_tf.model import NonFiniteLoss, PreReducedAdam, SoftDiffusionModel, WarmUp
 from soft_diffusion_tf.training import build
 
 
@@ -297,3 +297,18 @@ def test_the_rate_of_a_fixed_optimizer_is_not_set_in_vain(model):
   with pytest.raises(ValueError, match="fixed when it is made"):
     model.optimizer.learning_rate = 0.1
   assert issubclass(NonFiniteLoss, RuntimeError)
+
+
+def test_corrupted_images_of_whole_numbers_are_refused(model, digits):
+  times = np.full(4, 0.5, np.float32)
+  for dtype in (np.uint8, np.int64, bool):
+    x_t = (255 * digits[:4]).astype(dtype)
+    for denoise in (model, model.denoiser(), lambda x, t: model.predict([x, t], verbose=0)):
+      with pytest.raises(ValueError, match=r"the corrupted images are \w+, and .* divide by 255"):
+        denoise(x_t, times)
+
+
+def test_network_and_process_are_of_one_size(tiny, blur_diffusion):
+  network = tiny.replace(data={"image_shape": (16, 16, 1)}).build_network()
+  with pytest.raises(ValueError, match=r"\(16, 16, 1\), and the process for \(8, 8, 1\)"):
+    SoftDiffusionModel(network, blur_diffusion, training=tiny.training, options=tiny.network)

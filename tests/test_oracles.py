@@ -166,3 +166,10 @@ def test_per_class(digits):
   assert mixture.covariances.shape == (3, 64, 64)
   np.testing.assert_allclose(np.exp(mixture.log_weights).sum(), 1, rtol=1e-5)
   assert dataclasses.replace(mixture).draw(3).shape == (3, 8, 8, 1)
+
+
+def test_means_that_are_no_images_are_refused(digits):
+  with pytest.raises(ValueError, match=r"means of a mixture are uint8.*divide by 255"):
+    oracles.GaussianMixture(np.uint8(255 * digits[:4]))
+  with pytest.raises(ValueError, match="means of a mixture hold NaN"):
+    oracles.GaussianMixture(digits[:4] * np.nan)

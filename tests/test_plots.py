@@ -64,3 +64,9 @@ def test_no_picture_is_made_of_what_is_not_finite(value):
   for make in (plots.to_uint8, plots.grid):
     with pytest.raises(ValueError, match="an image holds NaN or infinite values"):
       make(images)
+
+
+def test_what_is_uint8_already_stays_as_it_is():
+  picture = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+  np.testing.assert_array_equal(plots.to_uint8(picture), picture)
+  np.testing.assert_array_equal(plots.grid(picture, padding=0)[..., 0], picture[0, ..., 0])

@@ -482,3 +482,23 @@ def test_a_reverse_step_must_not_raise_the_noise(rising):
 
   with pytest.raises(ValueError, match=r"raises the noise from 0\.5 to 0\.75"):
     samplers.plan("momentum", [1.0, 0.5, 0.0], Falling())
+
+
+@pytest.mark.parametrize(("a", "b"), [(np.nan, 0.0), (0.5, np.inf), (1e300, 0.0)])
+def test_coefficients_that_are_not_finite_are_refused(a, b, blur_diffusion):
+  @dataclasses.dataclass(frozen=True)
+  class Endless(samplers.Rule):
+    def coefficients(self, step):
+      return samplers.Update(a, b)
+
+  with pytest.raises(ValueError, match=r"the step from t = 1 to 0.75 has a = .* not finite"):
+    samplers.plan(Endless(), samplers.time_grid(4), blur_diffusion)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("most", [1e38, 1e300])
+def test_options_without_end_give_finite_coefficients(name, most, blur_diffusion):
+  rows = samplers.plan(
+    samplers.with_fields(name, {"k": most, "noise": most}), samplers.time_grid(4), blur_diffusion
+  )
+  assert np.isfinite(rows).all()

@@ -538,6 +538,18 @@ def test_records_without_a_checkpoint_are_not_written_over(tiny, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["history.jsonl", "windows.jsonl", "sweep/results.jsonl"])
+def test_every_file_that_tells_of_steps_is_a_record(name, tmp_path):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / "history.jsonl").write_text('{"step": 0, "changed": {}}\n')
+  training._check_records(tmp_path, None, False)  # of no step
+  (tmp_path / name).write_text('{"step": 0}\n{"step": 20}\n')
+  with pytest.raises(ValueError, match=rf"has records \({re.escape(name)}\) and no checkpoint"):
+    training._check_records(tmp_path, None, False)
+  training._check_records(tmp_path, None, True)
+  training._check_records(tmp_path, 20, False)
+
+
 def test_a_workdir_that_was_killed_before_its_first_checkpoint_just_begins(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   shutil.rmtree(tmp_path / "checkpoints")

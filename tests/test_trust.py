@@ -192,6 +192,38 @@ def test_a_keras_file(run, ran, tmp_path):
   assert type(back.diffusion.corruption).__name__ == "Fade"
 
 
+KERAS_DAMAGES = {  # what becomes of a field of the network's config → what the error says
+  "nf": (10**6, "GiB of memory"), "ch_mult": ([10**6], "GiB of memory"),
+  "num_res_blocks": (10**7, "too large"), "image_shape": ([16, 16, 1], "make both for one size"),
+  "attn_resolutions": (None, "attn_resolutions=None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", KERAS_DAMAGES)
+def test_a_keras_file_that_asks_for_another_network_is_refused_before_it_is_made(
+  field, run, tmp_path
+):
+  value, text = KERAS_DAMAGES[field]
+  config = run.model.get_config()
+  config["network"]["config"][field] = value
+  with pytest.raises(ValueError, match=text):
+    SoftDiffusionModel.from_config(json.loads(json.dumps(config)))
+
+
+@pytest.mark.parametrize("network", [None, "x", [], 5, {}, {"class_name": "Fade"}])
+def test_nor_is_a_network_of_another_kind(network, run, ran):
+  config = run.model.get_config()
+  with pytest.raises(ValueError, match="network of this model"):
+    SoftDiffusionModel.from_config(config | {"network": network})
+  of_another = config["network"] | {"module": "foreign_module", "class_name": "Fade"}
+  for name in (None, "Fade", "foreign_module>Fade"):
+    with pytest.raises(ValueError, match="network of this model cannot be made"):
+      SoftDiffusionModel.from_config(config | {"network": of_another | {"registered_name": name}})
+  assert not ran.exists()
+  with pytest.raises(ValueError, match="the seed of this model is -1"):
+    SoftDiffusionModel.from_config(config | {"seed": -1})
+
+
 def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran, tmp_path):
   e = run.experiment
   fade = corruptions.from_config(CLASS, trust_code=True)

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
 RUNNER = pathlib.Path(__file__).with_name("portable_runner.py")
 VERBS = ("export", "run", "import")
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 # --- Export ---------------------------------------------------------------------------------------
@@ -155,7 +156,13 @@ def jpeg_files(experiment, split):
   files = [record["image"] for record in tfds.as_numpy(dataset)]
   if not all(f.startswith(b"\xff\xd8") for f in files):
     raise ValueError(f"--jpeg: {d.name} is not stored as JPEG files; leave the flag out")
-  images = np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
+  decoded = [Image.open(io.BytesIO(f)) for f in files]
+  if any(image.getexif().get(_ORIENTATION, 1) != 1 for image in decoded):
+    raise ValueError(
+      "--jpeg: files of it lie on their side and say so (EXIF orientation); leave the flag out, so "
+      "that they are turned here"
+    )
+  images = np.stack([np.asarray(image.convert("RGB")) for image in decoded])
   if images.shape[1:] != tuple(d.image_shape):
     raise ValueError(
       f"--jpeg: the files are {images.shape[1:]}, and data.image_shape {tuple(d.image_shape)}; "

@@ -12,6 +12,7 @@ NAME-uncertainty.png, and all in restored.npz; picture.png shows the first ones.
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 from absl import flags
@@ -95,6 +96,8 @@ def main():
   rng.check_seeds(_SEED.value, len(list_files(_IMAGES.value)) * _SAMPLES.value)
   cli.say(f"loading the model {_WORKDIR.value}")
   model = artefact.from_pretrained(_WORKDIR.value)
+  if remark := model.remark.partition(";")[0]:
+    print(f"warning: {remark}", file=sys.stderr)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
   restorer = restoration.Restorer(

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from soft_diffusion_tf import memory
 from soft_diffusion_tf.networks import blocks, resampling
 from soft_diffusion_tf.networks.architecture import CONDITIONINGS, Architecture
 from soft_diffusion_tf.parts import Choice, NotNegative, Positive, Range, Share, Side
@@ -105,13 +106,16 @@ class Network(Architecture, name="NCSNpp"):
     return 2 * self.num_res_blocks
 
   def footprint(self, image_shape):
-    """Of a residual block two tensors, one with `remat`; of its weights one convolution."""
-    height, width, _ = image_shape
+    """Of a residual block two tensors, one with `remat`; of weights a convolution in each of them
+    and at both ends.
+    """
+    height, width, channels = image_shape
     blocks_each = 2 * self.num_res_blocks + 1
     wide = [
       (self.nf * mult, height >> level, width >> level) for level, mult in enumerate(self.ch_mult)
     ]
-    weights = 4 * blocks_each * sum(9 * c * c for c, _, _ in wide)
+    ends = 2 * self.nf * channels
+    weights = 4 * 9 * (blocks_each * sum(c * c for c, _, _ in wide) + ends)
     once = (2 if self.dtype == "bfloat16" else 4) * sum(c * h * w for c, h, w in wide)
     return weights, once * blocks_each * (1 if self.remat else 2), once
 
@@ -120,9 +124,10 @@ class Network(Architecture, name="NCSNpp"):
 
     But for channels that no group normalisation can split: they show when layers are made.
     """
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in image_shape)
+    if not whole or len(image_shape) != 3 or min(image_shape) < 1:
       raise ValueError(
-        f"image_shape={image_shape} is not (height, width, channels); "
+        f"image_shape={image_shape!r} is not (height, width, channels); "
         "give three positive integers without the batch"
       )
     factor = 2 ** (len(self.ch_mult) - 1)
@@ -132,6 +137,7 @@ class Network(Architecture, name="NCSNpp"):
         f"image_shape={image_shape} is not divisible by {factor}, as the {len(self.ch_mult)} "
         f"levels of ch_mult={self.ch_mult} need; pad or resize the images, or use fewer levels"
       )
+    memory.check_network(self, image_shape)
 
 
 _OF_ALL = {field.name for field in dataclasses.fields(Architecture)} - {"num_scales"}
@@ -161,8 +167,8 @@ class NCSNpp(keras.Model):
   def __init__(self, *, image_shape, seed=0, name="ncsnpp", **options):
     of_keras = {k: v for k, v in options.items() if k not in OPTIONS}
     options = {k: v for k, v in options.items() if k in OPTIONS}
-    if seed < 0:
-      raise ValueError(f"seed={seed} is too small; the least is 0")
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+      raise ValueError(f"seed={seed!r} is not a whole number from 0 on")
     labels = options.get("embedding_type") == "positional"
     # A label of either kind does: what cond is, is the caller's choice.
     network = Network(conditioning="vp_label" if labels else "log_linear", **options)

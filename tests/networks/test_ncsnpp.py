@@ -352,6 +352,16 @@ def test_scale_by_sigma_divides():
     ({"init_scale": -1.0}, "init_scale"),
     ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_min = 2 and sigma_max = 1 must rise"),
     ({"nff": 8}, "nff"),
+    ({"nf": 10**6}, "network.nf must be from 4 to 4,096, got 1000000"),
+    ({"nf": 4096, "ch_mult": (64, 64)}, "GiB of memory"),
+    ({"image_shape": (8, 8, 10**10)}, "GiB of memory"),
+    ({"nf": "8"}, "network.nf must be a whole number"),
+    ({"nf": 8.5}, "network.nf must be a whole number"),
+    ({"num_res_blocks": None}, "network.num_res_blocks must be a whole number"),
+    ({"ch_mult": 2}, "network.ch_mult must be a tuple"),
+    ({"ch_mult": (1.5,)}, "network.ch_mult.0. must be a whole number"),
+    ({"attn_resolutions": None}, "network.attn_resolutions must be a tuple"),
+    ({"image_shape": "8x8"}, "image_shape='8x8'"),
   ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
