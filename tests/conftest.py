@@ -1,10 +1,12 @@
 """Shared pieces: small diffusions, a tiny experiment, images."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import keras
 import numpy as np
 import pytest
 
@@ -17,6 +19,14 @@ from soft_diffusion_tf.experiment import (
   Sampling,
   Training,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+  """Gives back what a module's models and graphs hold, or a worker would keep it to the end."""
+  yield
+  keras.utils.clear_session()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -285,7 +285,7 @@ bulk.write(drawer, range(1000), sys.argv[1], {"version": "x"}, form=sys.argv[2],
 """
 
 
-@pytest.mark.parametrize("form", bulk.FORMATS)
+@pytest.mark.parametrize("form", [pytest.param("npz", marks=pytest.mark.slow), "png"])
 def test_kill_9_costs_at_most_what_was_in_hand(tmp_path, form):
   """Killed at random moments until done: every seed is there once, and what was written stayed."""
   log = tmp_path / "log"

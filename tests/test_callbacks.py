@@ -131,8 +131,12 @@ def _state(model):
   [
     (lambda x: np.uint8(255 * x), r"from 0 to 255, .* divide by 255"),
     (lambda x: 2 * x - 1, r"from -1 to 1, .*take \(x \+ 1\) / 2"),
-    (lambda x: 1.05 * x, r"from 0 to 1\.05, .*clip"),
-    (lambda x: np.where(np.arange(8) == 5, np.nan, x.T).T, "hold NaN or infinity"),
+    pytest.param(lambda x: 1.05 * x, r"from 0 to 1\.05, .*clip", marks=pytest.mark.slow),
+    pytest.param(
+      lambda x: np.where(np.arange(8) == 5, np.nan, x.T).T,
+      "hold NaN or infinity",
+      marks=pytest.mark.slow,
+    ),
     (lambda x: np.tile(x, (1, 2, 2, 1)), r"\(8, 16, 16, 1\), but this model is made for \[N, 8, 8"),
     (lambda x: x[..., 0], r"\(8, 8, 8\), but this model"),
     (lambda x: {"image": x, "label": x[:, 0, 0, 0]}, "a dictionary of image, label; map the data"),
@@ -176,6 +180,7 @@ def test_held_out_loss_in_fit_and_evaluate(model, digits):
   assert again["loss"] != losses["loss"]
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_epoch_is_the_mean_of_its_images(model, digits):
   other = SoftDiffusionModel.from_config(model.get_config())
   other.compile()

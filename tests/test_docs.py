@@ -53,6 +53,7 @@ def test_every_block_is_of_a_kind_that_is_tested(page):
     assert language != "bash" or page.name == "tutorial.md"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
   """All its commands, in order, as one would type them, with less training."""
   # A server that a failure leaves behind would hold the pipe, and the test would wait for it.

@@ -34,13 +34,24 @@ CHANGES = {  # of the experiment `tiny`, one for each seam
 }
 
 
+def test_parts_of_ones_own_for_all_seams_at_once(tiny, tmp_path):
+  changes = {name: value for change in CHANGES.values() for name, value in change.items()}
+  goes_everywhere(tiny, tmp_path, changes | {"level": seams.Cosine(0.0, 1.0)})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", CHANGES)
 def test_a_part_of_ones_own_goes_everywhere(tiny, tmp_path, seam):
+  goes_everywhere(tiny, tmp_path, CHANGES[seam])
+
+
+def goes_everywhere(tiny, tmp_path, changes):
+  """Train → load → sample → evaluate in a sweep → export → load → pack → load, with consent."""
   experiment = tiny.replace(
     training={"steps": 2, "sample_every": 0, "checkpoint_every": 0, "log_every": 1},
     sampling={"steps": 3, "batch_size": 8},
     evaluation={"feature_net": "pixels:2", "samples": 24, "subset": 16},
-  ).replace(**CHANGES[seam])
+  ).replace(**changes)
   workdir = tmp_path / "workdir"
   trained = training.train(experiment, workdir, progress=False)
   written = json.loads((workdir / "config.json").read_text())
@@ -63,7 +74,7 @@ def test_a_part_of_ones_own_goes_everywhere(tiny, tmp_path, seam):
     )  # fmt: skip
     assert np.isfinite(cells[0]["value"])
     assert set(cells[0]["metrics"]) == (
-      {"tests.seams:Brightness(white=1.0)/gap"} if seam == "metric" else set()
+      {"tests.seams:Brightness(white=1.0)/gap"} if experiment.evaluation.metrics else set()
     )
 
     artefact.export(run, tmp_path / "export", [experiment.sampling])

@@ -502,6 +502,7 @@ def test_twenty_thousand_points_without_the_matrix():
   assert exact < cold.reg_ot_cost < exact + 2.0 * np.log(20000)
 
 
+@pytest.mark.slow
 def test_missed_marginals_at_their_prices_make_the_cost_right_to_second_order(rng):
   """Points in few dimensions, closer together than √ε, take many iterations."""
   x = rng.standard_normal((300, 2))

@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
   assert strip(metrics(tmp_path / "whole")) == strip(metrics(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("stop", [5, 6])
+@pytest.mark.parametrize("stop", [5, pytest.param(6, marks=pytest.mark.slow)])
 def test_records_of_a_run_that_was_killed_between_them_are_those_of_a_whole_one(
   tiny, tmp_path, monkeypatch, stop
 ):
@@ -111,6 +111,7 @@ def test_tensorboard_has_the_curves_and_the_grid(tiny, tmp_path):
   assert {"held_out_loss", "held_out_ema_loss", "held_out_ema_loss_by_t/0.0-0.1"} <= set(events)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_no_step_twice(tiny, tmp_path):
   training.train(tiny, tmp_path, progress=False)
   for file in (tmp_path / "checkpoints").glob("ckpt-6.*"):  # as if killed before it was written
@@ -187,6 +188,7 @@ def test_a_non_finite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
   assert training.load(tmp_path).step == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
 
@@ -210,6 +212,7 @@ def test_a_workdir_without_checkpoints(tiny, tmp_path, monkeypatch):
     training.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   assert training.train(tiny, tmp_path, progress=False).step == 6
@@ -225,6 +228,7 @@ def test_an_unfound_schedule_is_refused_before_anything_is_written(tiny, tmp_pat
   assert not (tmp_path / "w" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_by_step(tiny, tmp_path):
   many = tiny.replace(training={"keep": 1, "checkpoint_every": 1, "keep_every": 4})
   training.train(many, tmp_path, progress=False)
@@ -442,6 +446,7 @@ def test_kills_at_any_moment_cost_nothing_but_time(tiny, tmp_path):
   assert len(curves[0]) == steps // 2
 
 
+@pytest.mark.slow
 def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):
   training.train(tiny, tmp_path, progress=False)
   files = sorted((tmp_path / "checkpoints").glob("*.data*"))
@@ -455,6 +460,7 @@ def test_unreadable_checkpoints_never_start_a_run_anew(tiny, tmp_path):
   assert all(f.read_bytes() == content for f, content in before.items())
 
 
+@pytest.mark.slow
 def test_a_torn_line_of_metrics_does_not_block_a_resume(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -476,6 +482,7 @@ def test_a_refused_network_does_not_claim_the_workdir(tiny, tmp_path):
   assert not (tmp_path / "w" / training.PRIOR_FILE).exists()
 
 
+@pytest.mark.slow
 def test_the_rate_may_be_lowered_on_the_way(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   lower = tiny.replace(training={"steps": 4, "learning_rate": 1e-5, "warmup_steps": 0})
@@ -550,6 +557,7 @@ def test_every_file_that_tells_of_steps_is_a_record(name, tmp_path):
   training._check_records(tmp_path, 20, False)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_was_killed_before_its_first_checkpoint_just_begins(tiny, tmp_path):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   shutil.rmtree(tmp_path / "checkpoints")

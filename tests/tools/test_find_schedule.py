@@ -97,6 +97,7 @@ def test_a_schedule_of_another_operator_is_refused(folder):
     experiment.level_from_file(folder / "sinkhorn.json", digits.corruption, 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(folder, tmp_path):
   """kill -9 while distances are written; the same command ends with the same schedule."""
   out = tmp_path / "s.json"

@@ -60,6 +60,7 @@ def test_the_best_strength_is_the_one_of_the_best_psnr(digits):
   assert tool.best((0.3, 0.01, 0.1), lambda v: clean + v, clean) == 0.01
 
 
+@pytest.mark.slow
 def test_a_run_is_measured(tiny, tmp_path):
   training.train(tiny, tmp_path / "run", progress=False)
   flags = ["--times=0.5", "--images=6", "--samples=2", "--reference=100", "--feature_net=pixels:4"]
