@@ -6,7 +6,6 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-import keras
 import numpy as np
 import pytest
 
@@ -25,6 +24,8 @@ from soft_diffusion_tf.experiment import (
 def _memory():
   """Gives back what a module's models and graphs hold, or a worker would keep it to the end."""
   yield
+  import keras  # after soft_diffusion_tf, which sets what TensorFlow reads as it is loaded
+
   keras.utils.clear_session()
   gc.collect()
 
