@@ -21,7 +21,7 @@ import tqdm
 
 from soft_diffusion_tf import rng, samplers
 from soft_diffusion_tf.experiment import Sampling
-from soft_diffusion_tf.images import check_floats, check_range
+from soft_diffusion_tf.images import check_floats
 
 DEFAULT = Sampling(sampler="stochastic_two_step(noise=5.0)", steps=30)
 
@@ -301,7 +301,7 @@ class Restorer:
 
   def corrupt(self, x_0, t, seed=0):
     """x_t of clean images [B, H, W, C] of any size; image b's noise has the seed seed + b."""
-    check_range(x_0, "the images to corrupt")
+    check_floats(np.asarray(x_0).dtype, "the images to corrupt")
     process = self._process(np.shape(x_0)[1:])
     return corrupt(process, x_0, np.float32(t), seed + np.arange(len(x_0))).numpy()
 

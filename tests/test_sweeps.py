@@ -106,7 +106,7 @@ def test_an_interrupted_sweep_goes_on_without_computing_again(workdir, real, for
   before = evaluation.evaluate_run
 
   def counted(run, network, real, count, options, **rest):
-    measured.append((options.sampler, options.steps))
+    measured.append((str(options.sampler), options.steps))
     return before(run, network, real, count, options, **rest)
 
   monkeypatch.setattr(evaluation, "evaluate_run", counted)
@@ -158,7 +158,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(workdir, real, forget, monke
   before = evaluation.evaluate_run
 
   def failing(run, network, real, count, options, **rest):
-    if options.sampler == "naive":
+    if str(options.sampler) == "naive":
       raise ValueError("image 3 holds NaN")
     return before(run, network, real, count, options, **rest)
 
