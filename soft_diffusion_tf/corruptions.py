@@ -172,7 +172,9 @@ class Corruption(abc.ABC):
     config: dict[str, Any] = {
       "kind": kind.__name__ if here else f"{kind.__module__}:{kind.__qualname__}"
     }
-    names = [f.name for f in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+    names: list[str] = []
+    if dataclasses.is_dataclass(self):
+      names = [f.name for f in dataclasses.fields(self)]
     cached = lambda k: isinstance(getattr(kind, k, None), functools.cached_property)
     lost = [k for k in vars(self) if k not in names and not cached(k)]
     if lost:

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -87,6 +88,19 @@ def test_every_target_of_a_test_runs_its_file_by_pytest(tmp_path):
 def test_every_module_is_in_one_room():
   named = [name for names in ROOMS.values() for name in names.split()]
   assert sorted(named) == sorted({top_of(m) for m in library()})
+
+
+def test_readme_has_the_same_map():
+  text = (ROOT / "README.md").read_text("utf-8")
+  table = {}
+  for line in text[text.index("## Map") :].splitlines():
+    if line.startswith("| ") and not line.startswith("| Room "):
+      room, names = line.strip("| ").split(" | ")
+      table[room] = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", names))
+  assert {room: sorted(names) for room, names in table.items()} == {
+    room: sorted(names.split()) for room, names in ROOMS.items()
+  }
+  assert list(table) == list(ROOMS)
 
 
 @pytest.mark.parametrize("module", sorted(library()))

@@ -18,7 +18,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+PAGES = sorted(
+  [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS.rglob("*.md")]
+)
 PROGRAMS = {  # a command's name → the file that defines its flags
   **{f"soft-diffusion-{f.stem}": f for f in (ROOT / "soft_diffusion_tf" / "bin").glob("[a-z]*.py")},
   **{f"tools/{f.name}": f for f in (ROOT / "tools").glob("*.py")},

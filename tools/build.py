@@ -48,6 +48,8 @@ filegroup(
   ),
 )
 '''
+# Bazel would lay an empty __init__.py into configs/, tests/ and tools/, which are no packages.
+NO_INIT = "  legacy_create_init=0,"
 
 
 class Unknown(Exception):
@@ -224,12 +226,13 @@ def text():
       # pytest runs the file: run by itself it would define its tests and end well.
       lines += ['  size="large",', *_listed("srcs", [*group, "tests/run.py"])]
       lines += ['  main="tests/run.py",', *_listed("args", group)]
+      lines += [NO_INIT]
       data = [":tree"] if _reads_files(group) else ["pyproject.toml"]
       lines += _listed("data", data)
     else:
       lines += _listed("srcs", group)
       if rule == "py_binary":
-        lines += [f'  main="{programs(group)[0]}",']
+        lines += [f'  main="{programs(group)[0]}",', NO_INIT]
       if name == PACKAGE:  # models, the page and the like, which lie in the package's folders
         lines += [f'  data=glob(["{PACKAGE}/**"], exclude=["**/*.py", "**/__pycache__/**"]),']
     needs = [f":{n}" for n in needs] + [f"@pypi//{d}" for d in outside]
