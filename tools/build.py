@@ -25,6 +25,7 @@ DISTRIBUTIONS = {
   "google": "protobuf",
   "skimage": "scikit_image",
   "sklearn": "scikit_learn",
+  "yaml": "pyyaml",
 }
 # Distributions that another one needs and does not declare.
 BESIDE = {
