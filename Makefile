@@ -11,11 +11,16 @@ PYTHON_JAX ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3,$
 PORTABLE := .portable_env
 SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
-.PHONY: help install quickstart test test-slow test-portable lint format build docs study-digits study-defaults study-cifar \
-	clean
+# Test files that take seconds: rooms, files beside the code, configs, and the arithmetic of the ground.
+FAST := $(addprefix tests/test_,architecture.py project.py arrays.py schedules.py gaussians.py neighbours.py diffusion.py \
+	experiment.py losses.py configs.py)
+
+.PHONY: help install quickstart test test-fast test-slow test-portable lint format build docs study-digits \
+	study-defaults study-cifar clean
 
 help:
 	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
+	@echo "make test-fast   the quick tests, under a minute on one core"
 	@echo "make test        the tests;  make test-slow: the long ones too"
 	@echo "make test-portable  the portable program by JAX, in an environment that it makes"
 	@echo "make lint        ruff, mypy, and whether BUILD is up to date;  make format: rewrite by ruff"
@@ -41,6 +46,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(FAST) -k "not shrunken"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
