@@ -16,6 +16,8 @@ import nbformat
 import numpy as np
 import pytest
 
+from soft_diffusion_tf import corruptions
+
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -175,8 +177,10 @@ def test_the_whole_paper_on_one_page_runs():
   samples, loss, real = train_and_sample(steps=3, batch=8, nfe=4, count=5)
   assert samples.shape == (5, *real.shape[1:])
   assert np.all(np.isfinite(samples))
-  # Hardly trained, it still gives back what the strongest blur leaves: the digits' mean grey.
-  assert abs(samples.mean() - real.mean()) < 0.1
+  # Hardly trained, the network gives back x_t. So a sample is brighter than the strongest blur,
+  # which loses light over the borders, and darker than a digit.
+  blurred = np.asarray(corruptions.GaussianBlur()(real, 6.0))
+  assert blurred.mean() + 0.02 < samples.mean() < real.mean() - 0.02
   assert loss > 0
 
 
