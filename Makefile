@@ -11,14 +11,20 @@ PYTHON_JAX ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3,$
 PORTABLE := .portable_env
 SOURCES := soft_diffusion_tf configs tests tools setup.py BUILD
 
-.PHONY: help install quickstart test test-slow test-portable lint format docs study-digits study-defaults study-cifar \
-	clean
+# Test files that take seconds: rooms, files beside the code, configs, and the arithmetic of the ground.
+FAST := $(addprefix tests/test_,architecture.py project.py arrays.py schedules.py gaussians.py neighbours.py diffusion.py \
+	experiment.py losses.py configs.py)
+
+.PHONY: help install quickstart test test-fast test-slow test-portable lint format build docs study-digits \
+	study-defaults study-cifar clean
 
 help:
 	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
+	@echo "make test-fast   the quick tests, under a minute on one core"
 	@echo "make test        the tests;  make test-slow: the long ones too"
 	@echo "make test-portable  the portable program by JAX, in an environment that it makes"
-	@echo "make lint        ruff and mypy;  make format: rewrite by ruff"
+	@echo "make lint        ruff, mypy, and whether BUILD is up to date;  make format: rewrite by ruff"
+	@echo "make build       write BUILD again from the imports of the sources"
 	@echo "make study-digits, make study-cifar  the paper's claims, tried (an hour; hours); both go on"
 	@echo "make study-defaults  what the paper leaves open, tried on digits (20 minutes)"
 	@echo "make docs        the site, in site/"
@@ -41,6 +47,9 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(FAST) -k "not shrunken"
+
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
@@ -59,6 +68,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python tools/build.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -77,6 +87,9 @@ study-defaults: $(STAMP)
 study-cifar: $(STAMP)
 	$(BIN)/python tools/study.py --study=cifar --out=runs/study_cifar \
 		$(if $(DATA_DIR),--data_dir=$(DATA_DIR)) $(if $(FEATURE_NET),--feature_net=$(FEATURE_NET))
+
+build: $(STAMP)
+	$(BIN)/python tools/build.py
 
 clean:
 	rm -rf $(VENV) $(PORTABLE) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,9 @@
-"""Soft Diffusion: Score Matching with General Corruptions (Daras et al. 2022)."""
+"""Diffusion models that undo any linear corruption, in TensorFlow 2 and Keras 3.
+
+"P" in docstrings and documents is the paper, Daras, Delbracio, Talebi, Dimakis and Milanfar, "Soft
+Diffusion: Score Matching with General Corruptions" (2022): P 3.3 is its section 3.3. README's map
+says what each module is.
+"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What is to be seen of a run while it trains: metrics.jsonl, TensorBoard, progress on a terminal.
+"""Records of a training run: metrics.jsonl, TensorBoard, progress on a terminal.
 
 A run that goes on from step k first drops what was written past k by the process before it, so
 every step stands once in every record. A record averages the "steps" steps since the one before it,

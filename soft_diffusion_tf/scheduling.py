@@ -842,7 +842,10 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
     weights = guess if exact else _calibrated(distances, guess)
     path, nearest = _tune(weights, nodes)
     if not path:
-      raise ValueError("no path leads from the first candidate to the last: some edge must")
+      raise ValueError(
+        "no path leads from the first candidate level to the last, for too few distances are "
+        "finite; give candidates whose distances are finite"
+      )
     edges = [(min(e), max(e)) for e in itertools.pairwise(path)]
     if exact:
       break
@@ -870,7 +873,7 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
 
 
 def shift(one: Array, two: Array, levels: Array) -> float:
-  """The largest distance between two schedules at equal times, in steps of a third."""
+  """The largest difference of two schedules at equal times, counted in steps of `levels`."""
   t = np.linspace(0, 1, 1001)
   sign = np.sign(levels[-1] - levels[0])  # np.interp wants rising abscissae
   step = np.arange(len(levels))

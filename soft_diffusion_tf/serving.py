@@ -478,7 +478,7 @@ class Batcher:
 
   TensorFlow spreads a call over the cores itself, so calls stand in line. While one runs, requests
   gather; those at the front that ask for the same row-wise signature then share the next call.
-  Nothing waits for company.
+  A request never waits for others to come.
 
   Args:
     max_rows: of one call.

@@ -144,8 +144,9 @@ def replicas_by_host(strategy):
 def _meet(workers: list[str], index: int, seconds: float) -> None:
   """Returns when every other worker has been seen to listen at its port.
 
-  TensorFlow's own wait has no end and cannot be interrupted. Who has met all others goes on to it,
-  where the same port listens again, so those who come later find it too.
+  TensorFlow's own wait has no end and cannot be interrupted, so this one comes first. A worker that
+  has met all others starts TensorFlow's, which listens at the same port: workers that come later
+  still find it.
   """
 
   def answers(peer: str) -> bool:

@@ -1,162 +1,140 @@
-"""BUILD is the architecture: every source has one target, imports are declared and point down."""
+"""The architecture: which rooms there are, what each may import, and that BUILD says the same."""
 
 import ast
+import graphlib
 import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 
+from tools import build
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "soft_diffusion_tf"
-FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
-# From the bottom up: a module may import only what stands above it in this list.
-LAYERS = [
-  "trust", "parts", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
-  "memory", "metrics",
-  "schedules", "sinkhorn", "corruptions",
-  "networks.architecture", "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
-  "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
-  "strategies", "experiment", "model", "checkpoints", "plots", "monitoring", "bulk",
-  "training",
-  "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
-  "artefact", "serving",
-  "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.export", "bin.restore",
-  "bin.serve",
-]  # fmt: skip
-
-# What a room must never know of (besides what LAYERS rules out).
-FORBIDDEN = {
-  "losses": {"keras"},
-  "samplers": {"keras", "pathlib", "soft_diffusion_tf.networks"},
-  "networks": {"ml_collections", "soft_diffusion_tf.schedules", "soft_diffusion_tf.corruptions"},
-  "sinkhorn": {"keras", "soft_diffusion_tf.corruptions"},
-  "data": {"soft_diffusion_tf.diffusion", "soft_diffusion_tf.corruptions"},
+# From the ground up: a room may import only from itself and from the rooms above it in this table.
+# A name is a module of the package or a folder of them. README's map shows the same rooms.
+ROOMS = {
+  "Ground": "trust parts arrays products faults rng gaussians neighbours images plots memory",
+  "Process": "schedules corruptions sinkhorn priors diffusion",
+  "Network and loss": "networks losses",
+  "Samplers": "samplers oracles",
+  "Levels": "scheduling",
+  "Data": "data metrics",
+  "Grading without training": "laboratory",
+  "Experiment": "experiment",
+  "Training": "model checkpoints monitoring strategies bulk training",
+  "Evaluation": "classifier features memorisation evaluation sweeps",
+  "Use of a model": "restoration callbacks artefact serving",
+  "Programs": "bin",
 }
 
-
-def sources():
-  files = [ROOT / "setup.py"]
-  for folder in FOLDERS:
-    files += (ROOT / folder).rglob("*.py")
-  return sorted(f.relative_to(ROOT).as_posix() for f in files)
-
-
-def targets():
-  """BUILD's targets: name → (rule, srcs, deps)."""
-  found = {}
-  for node in ast.parse((ROOT / "BUILD").read_text(encoding="utf-8")).body:
-    call = node.value if isinstance(node, ast.Expr) else None
-    if not isinstance(call, ast.Call) or not call.func.id.startswith("py_"):
-      continue
-    fields = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    assert fields["name"] not in found, f"BUILD names {fields['name']} twice"
-    found[fields["name"]] = (call.func.id, fields.get("srcs", []), fields.get("deps", []))
-  return found
+# What a module or a folder must never know of, besides what ROOMS rules out.
+FORBIDDEN = {
+  "losses": {"keras"},
+  "samplers": {"keras", "pathlib", f"{PACKAGE}.networks"},
+  "networks": {"ml_collections", f"{PACKAGE}.schedules", f"{PACKAGE}.corruptions"},
+  "sinkhorn": {"keras", f"{PACKAGE}.corruptions"},
+  "data": {f"{PACKAGE}.diffusion", f"{PACKAGE}.corruptions"},
+}
+GAN = "evaluation"  # the one module that imports TensorFlow GAN
 
 
-def modules():
-  """Dotted name → source, for everything of the project that can be imported."""
-  result = {}
-  for source in sources():
-    name = source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    result[name] = source
-  return result
+def library():
+  """The package's modules: dotted name → path."""
+  return {m: s for m, s in build.modules().items() if m.startswith(f"{PACKAGE}.")}
 
 
-def imports(source):
-  """Dotted names that a source imports, anywhere in it."""
-  names = set()
-  for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
-    if isinstance(node, ast.Import):
-      names |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-      names.add(node.module)
-      names |= {f"{node.module}.{alias.name}" for alias in node.names}
-  return names
+def top_of(module):
+  """The module or folder, directly in the package, that a dotted name belongs to."""
+  return module.split(".")[1]
 
 
-def project_imports(source, known):
-  found = {known[name] for name in imports(source) if name in known}
-  # `from package import module` names the package too: the module is what is used, unless the
-  # package's own file defines the name.
-  used = {s for s in found if not s.endswith("__init__.py")}
-  bare = set()
-  for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
-    if isinstance(node, ast.ImportFrom) and node.module in known:
-      path = known[node.module]
-      if path.endswith("__init__.py") and any(
-        f"{node.module}.{a.name}" not in known for a in node.names
-      ):
-        bare.add(path)
-  return (used | bare) - {source}
+def room_of(module):
+  """The place of a module's room in ROOMS."""
+  return [top_of(module) in names.split() for names in ROOMS.values()].index(True)
 
 
-def test_every_source_has_one_target():
-  owners = {}
-  for name, (_, srcs, _) in targets().items():
-    for source in srcs:
-      owners.setdefault(source, []).append(name)
-  missing = [s for s in sources() if s not in owners]
-  assert not missing, f"add to BUILD: {missing}"
-  assert not [s for s in owners if s not in sources()], "BUILD names sources that do not exist"
-  assert {s: o for s, o in owners.items() if len(o) > 1} == {}
+def test_build_says_what_the_sources_say():
+  done = subprocess.run(
+    [sys.executable, "tools/build.py", "--check"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
 
 
-def test_rules_fit_their_sources():
-  for name, (rule, srcs, _) in targets().items():
-    for source in srcs:
-      test = pathlib.Path(source).name.startswith("test_")
-      program = (
-        'if __name__ == "__main__"' in (ROOT / source).read_text(encoding="utf-8") and not test
-      )
-      want = "py_test" if test else "py_binary" if program else "py_library"
-      assert rule == want, f"{name}: {source} belongs in a {want}"
+def test_every_target_of_a_test_runs_its_file_by_pytest(tmp_path):
+  """A test file by itself ends well whatever it asserts; tests/run.py does not."""
+  tests = []
+  for call in ast.walk(ast.parse((ROOT / "BUILD").read_text("utf-8"))):
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "py_test":
+      given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg != "data"}
+      assert given["main"] == "tests/run.py"
+      assert given["srcs"] == [*given["args"], "tests/run.py"]
+      tests += given["args"]
+  assert sorted(tests) == sorted(s for s in build.sources() if "/test_" in s)
+  broken = tmp_path / "test_broken.py"
+  broken.write_text("def test_nothing():\n  assert 1 + 1 == 3\n")
+  sound = tmp_path / "test_sound.py"
+  sound.write_text("def test_something():\n  assert 1 + 1 == 2\n")
+  for file, code in ((broken, 1), (sound, 0)):
+    done = subprocess.run(
+      [sys.executable, "tests/run.py", "--noconftest", str(file)], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == code
 
 
-def test_every_import_is_declared_and_every_dependency_used():
-  known, build = modules(), targets()
-  owner = {source: name for name, (_, srcs, _) in build.items() for source in srcs}
-  for name, (_, srcs, deps) in build.items():
-    used = {owner[i] for source in srcs for i in project_imports(source, known)} - {name}
-    declared = {d.removeprefix(":") for d in deps}
-    assert used == declared, f"{name}: BUILD deps should be {sorted(':' + u for u in used)}"
+def test_every_module_is_in_one_room():
+  named = [name for names in ROOMS.values() for name in names.split()]
+  assert sorted(named) == sorted({top_of(m) for m in library()})
 
 
-def test_every_module_has_its_layer():
-  names = {m.removeprefix(PACKAGE + ".") for m in modules() if m.startswith(PACKAGE + ".")}
-  assert names == set(LAYERS)
+def test_readme_has_the_same_map():
+  text = (ROOT / "README.md").read_text("utf-8")
+  table = {}
+  for line in text[text.index("## Map") :].splitlines():
+    if line.startswith("| ") and not line.startswith("| Room "):
+      room, names = line.strip("| ").split(" | ")
+      table[room] = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", names))
+  assert {room: sorted(names) for room, names in table.items()} == {
+    room: sorted(names.split()) for room, names in ROOMS.items()
+  }
+  assert list(table) == list(ROOMS)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_point_downwards(layer):
-  known = modules()
-  for source in project_imports(known[f"{PACKAGE}.{layer}"], known):
+@pytest.mark.parametrize("module", sorted(library()))
+def test_imports_point_upwards_in_the_table(module):
+  other_name = {source: name for name, source in library().items()}
+  for source in build.project_imports(library()[module]):
     if source == f"{PACKAGE}/__init__.py":
       continue
-    other = source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    assert LAYERS.index(other.removeprefix(PACKAGE + ".")) < LAYERS.index(layer), (
-      f"{layer} must not import {other}"
-    )
+    other = other_name.get(source, source)
+    assert source in other_name, f"{module} must not import {source}"
+    assert room_of(other) <= room_of(module), f"{module} must not import {other}"
+
+
+def test_imports_make_no_circle():
+  graph = {s: build.project_imports(s) for s in build.sources()}
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_rooms_do_not_know_what_they_must_not():
-  known = modules()
-  for room, forbidden in FORBIDDEN.items():
-    for module, source in known.items():
-      if module == f"{PACKAGE}.{room}" or module.startswith(f"{PACKAGE}.{room}."):
-        assert not imports(source) & forbidden, f"{module} imports {imports(source) & forbidden}"
+  for module, source in library().items():
+    for forbidden in FORBIDDEN.get(top_of(module), ()):
+      known = [i for i in build.imports(source) if f"{i}.".startswith(f"{forbidden}.")]
+      assert not known, f"{module} imports {known}"
 
 
 def test_one_importer_of_tensorflow_gan():
-  named = [
-    m for m, s in modules().items()
-    if m.startswith(PACKAGE) and "tensorflow_gan" in (ROOT / s).read_text(encoding="utf-8")
-  ]  # fmt: skip
-  assert named == [f"{PACKAGE}.evaluation"]
+  named = [m for m, s in library().items() if "tensorflow_gan" in (ROOT / s).read_text("utf-8")]
+  assert named == [f"{PACKAGE}.{GAN}"]
 
 
-def test_the_library_does_not_import_the_programs():
-  known = modules()
-  for module, source in known.items():
-    if module.startswith(PACKAGE) and not module.startswith(f"{PACKAGE}.bin"):
-      assert not any(i.startswith(f"{PACKAGE}.bin") for i in imports(source)), module
+def test_git_holds_every_module():
+  """A name in .gitignore must not hide a folder of the package from a commit."""
+  if not (ROOT / ".git").exists():
+    pytest.skip("no git repository here, so nothing to compare with")
+  listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+  missing = set(build.sources()) - set(listed.stdout.split())
+  assert not missing, f"git does not hold {sorted(missing)}: git add them, and look at .gitignore"

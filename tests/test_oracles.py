@@ -111,7 +111,7 @@ def laboratory(digits, blur_diffusion):
 def test_naive_samples_another_distribution_and_the_others_converge(laboratory):
   grade, floor = laboratory
   at_80 = {name: grade(name, 80) for name in ("naive", "momentum", "probability_flow", "ddim")}
-  # At 80 steps a discretisation error of a fifth of the floor is left (docs/measurements.md),
+  # At 80 steps a discretisation error of a fifth of the floor is left (docs/samplers.md),
   # and a distance between two samples of 1,500 varies by a tenth; Naive stays at five floors.
   for name in ("momentum", "probability_flow", "ddim"):
     assert at_80[name] < 1.6 * floor, (name, at_80, floor)

@@ -44,7 +44,7 @@ _NOISE = flags.DEFINE_float("noise", 1.0, "How much noise stochastic_two_step ex
 _ERROR = flags.DEFINE_string("error", "", "kind:size of an error in x̂_0; see oracles.noisy.")
 _COUNT = flags.DEFINE_integer("count", 1000, "Samples per grade.", 2, 1_000_000)
 _OUT = cli.define_path("out", None, "Folder for lab.md, lab.json and lab.png.")
-_REPORT = cli.define_path("report", None, "Folder to write samplers.md and its figures into.")
+_REPORT = cli.define_path("report", None, "Folder to write samplers.md, img/ and results/ into.")
 _STUDY = flags.DEFINE_enum(
   "study", None, ["precision"], "Rather measure what rounded operators cost; goes on in --out."
 )
@@ -318,7 +318,7 @@ def floor_of(book, labs, setting):
                   lambda: [lab().floor.frechet, lab().bound()])  # fmt: skip
 
 
-def section_convergence(book, labs, out):
+def section_convergence(book, labs, img):
   import matplotlib.pyplot as plt
 
   settings = {"blur": "blur", "soft mask": "soft_mask", "VE": "ve", "hard mask": "mask"}
@@ -343,11 +343,11 @@ def section_convergence(book, labs, out):
       }
       needs.append((f"{title}, {what}", row))
   axes[0, 0].legend(fontsize=7)
-  save(figure, out / "samplers_convergence.png")
+  save(figure, img / "samplers_convergence.png")
   return "\n\n".join(texts), needs
 
 
-def section_order(book, out):
+def section_order(book, img):
   """Errors of deterministic samplers against a fine solution, where everything is smooth."""
   import matplotlib.pyplot as plt
   import numpy as np
@@ -401,11 +401,11 @@ def section_order(book, out):
     rows.append([title, *(f"{slopes[rule]:.2f}" for rule in rules)])
   axes[0].set_ylabel("RMS error at t = 0.2")
   axes[0].legend(fontsize=7)
-  save(figure, out / "samplers_order.png")
+  save(figure, img / "samplers_order.png")
   return table(["order", *rules], rows)
 
 
-def section_errors(book, labs, out):
+def section_errors(book, labs, img):
   import matplotlib.pyplot as plt
 
   nfes = (10, 20, 40, 80, 160)
@@ -427,11 +427,11 @@ def section_errors(book, labs, out):
         best = min(values)
         valleys.append((title, what, rule, nfes[values.index(best)], values[-1] / best))
   axes[0, 0].legend(fontsize=7)
-  save(figure, out / "samplers_errors.png")
+  save(figure, img / "samplers_errors.png")
   return table(["process", "x̂_0", "sampler", *nfes], rows), valleys
 
 
-def section_drift(book, labs, out):
+def section_drift(book, labs, img):
   import matplotlib.pyplot as plt
 
   cases = [("blur", "naive"), ("blur", "momentum"), ("blur", "two_step"), ("soft_mask", "two_step"),
@@ -448,7 +448,7 @@ def section_drift(book, labs, out):
   axes[0, 0].legend(fontsize=8)
   axes[0, 0].set_ylabel("squared Fréchet distance")
   axes[1, 0].set_ylabel("squared Fréchet distance")
-  save(figure, out / "samplers_drift.png")
+  save(figure, img / "samplers_drift.png")
 
 
 def section_priors(book, labs):
@@ -464,7 +464,7 @@ def section_priors(book, labs):
   return table(header, rows) + f"\n\nFloor: {floor:.3g}."
 
 
-def section_grids(book, labs, out):
+def section_grids(book, labs, img):
   import matplotlib.pyplot as plt
 
   from soft_diffusion_tf import samplers
@@ -494,7 +494,7 @@ def section_grids(book, labs, out):
     axis.grid(alpha=0.3)
   axes[0].legend(fontsize=7)
   axes[0].set_ylabel("squared Fréchet distance")
-  save(figure, out / "samplers_grids.png")
+  save(figure, img / "samplers_grids.png")
   return table(["two_step", "grid", *nfes], rows)
 
 
@@ -538,37 +538,39 @@ def section_patches(book, data_dir, images):
 
 
 def write_report(out, data_dir):
-  """docs/samplers.md with its figures; goes on from samplers.json, unless --force is given."""
+  """Writes samplers.md, img/ and results/; goes on from results/samplers.json unless --force."""
   from soft_diffusion_tf import laboratory
 
-  out.mkdir(parents=True, exist_ok=True)
+  img, results = out / "img", out / "results"
+  for folder in (img, results):
+    folder.mkdir(parents=True, exist_ok=True)
   if _FORCE.value:
-    (out / "samplers.json").unlink(missing_ok=True)
-  book = Book(out / "samplers.json", REPORT)
+    (results / "samplers.json").unlink(missing_ok=True)
+  book = Book(results / "samplers.json", REPORT)
   labs = Labs(*laboratory.load("digits", REPORT["images"]))
-  convergence, needs = section_convergence(book, labs, out)
-  errors, valleys = section_errors(book, labs, out)
-  section_drift(book, labs, out)
+  convergence, needs = section_convergence(book, labs, img)
+  errors, valleys = section_errors(book, labs, img)
+  section_drift(book, labs, img)
   columns = list(needs[0][1])
   parts = {
     "CONVERGENCE": convergence,
     "NEEDED": table(["process", *(c.replace("_", " ") for c in columns)],
                     [[title, *(row[c] or "–" for c in columns)] for title, row in needs]),
-    "ORDER": section_order(book, out),
+    "ORDER": section_order(book, img),
     "ERRORS": errors,
     "VALLEYS": table(["process", "x̂_0", "sampler", "best at", "last / best"],
                      [[*v[:4], f"{v[4]:.2f}"] for v in valleys]),
     "PRIORS": section_priors(book, labs),
-    "GRIDS": section_grids(book, labs, out),
+    "GRIDS": section_grids(book, labs, img),
     "ADAPTIVE": section_adaptive(book, labs),
-    "PRECISION": section_precision(out),
+    "PRECISION": section_precision(results),
     "PATCHES": section_patches(book, data_dir, REPORT["images"]) or "(CIFAR-10 was not at hand.)",
   }  # fmt: skip
   text = (pathlib.Path(__file__).parent / "lab_report.md").read_text()
   for name, part in parts.items():
     text = text.replace("{{" + name + "}}", part)
   (out / "samplers.md").write_text(text)
-  print(f"{out / 'samplers.md'}, its figures and numbers (samplers.json) are written")
+  print(f"{out / 'samplers.md'}, its figures (img) and numbers (results/samplers.json) are written")
 
 
 # --- The study of rounded operators ---------------------------------------------------------------
@@ -673,11 +675,11 @@ def grade_study(out, names=tuple(STUDY)):
   return record
 
 
-def section_precision(out):
-  """The study's tables, from `samplers_precision.json` in the report's folder."""
+def section_precision(results):
+  """The study's tables, from `samplers_precision.json` in the report's results."""
   from soft_diffusion_tf import laboratory
 
-  path = out / STUDY_RECORD
+  path = results / STUDY_RECORD
   if not path.exists():
     return "(The study has not been run.)"
   parts = []
@@ -730,7 +732,7 @@ def main():
     cli.refuse([f for f in _OF_LAB if f is not _OUT], "the study has settings of its own")
     draw_study(out, _MINUTES.value)
     (out / STUDY_RECORD).write_text(json.dumps(grade_study(out), indent=0) + "\n")
-    print(f"{out / STUDY_RECORD} is written; a report takes it from its own folder")
+    print(f"{out / STUDY_RECORD} is written; --report=FOLDER reads it in FOLDER/results")
     return
   cli.refuse_to_overwrite(out / "lab.json", _FORCE.value)
   examined = _EXAMINE.value or ":" in _CORRUPTION.value

@@ -7,7 +7,7 @@ numbers of network evaluations (NFE), and writes a scoreboard: a row per claim w
 every seed and a verdict. All models share one set of hyper-parameters; only what the claim is about
 differs. What is done is on disk, model by model and value by value: the same command goes on after
 a kill. Results are in OUT/results/*.jsonl, tables in OUT/report.md, plots beside it. The folders of
-docs/studies hold the models and results of our own runs: a copy of one as OUT goes on from there.
+docs/results hold the models and results of our own runs: a copy of one as OUT goes on from there.
 """
 
 import dataclasses

@@ -116,7 +116,7 @@ def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(study.STUDIES))
 def test_the_page_says_what_the_records_say(name):
-  kept = ROOT / "docs" / "studies" / name
+  kept = ROOT / "docs" / "results" / name
   page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").splitlines()
   some = study.open_study(name, kept)
   rows = [r for r in study.tables(some, study.all_records(kept)) if r.startswith("| ")]
@@ -194,7 +194,7 @@ def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
 )
 def test_mistakes_end_with_one_line(flags, text, tmp_path):
   if "--report" not in flags:
-    shutil.copytree(ROOT / "docs" / "studies" / "digits", tmp_path / "out")
+    shutil.copytree(ROOT / "docs" / "results" / "digits", tmp_path / "out")
   result = subprocess.run(
     [sys.executable, ROOT / "tools" / "study.py", f"--out={tmp_path}/out", *flags],
     capture_output=True, text=True, check=False,
