@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import rng, trust
+from soft_diffusion_tf import packages, rng, trust
 
 DIGITS_TRAIN = 1500
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -113,7 +113,8 @@ def _refuse_path(name):
 
 
 def _digits(split):
-  from sklearn.datasets import load_digits  # 8×8, values 0 … 16
+  with packages.needed("scikit-learn", "the built-in digits"):
+    from sklearn.datasets import load_digits  # 8×8, values 0 … 16
 
   content = load_digits()
   images = np.rint(content.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -319,7 +320,8 @@ def _folder(folder, split, shape, crop):
 
 
 def _tfds(name, split, shape, crop, data_dir, progress):
-  import tensorflow_datasets as tfds
+  with packages.needed("tensorflow-datasets", f"the data set {name!r}"):
+    import tensorflow_datasets as tfds
 
   remedy = "give TFDS its folder (data.data_dir), or check the name and the network"
   if os.path.isdir(name):

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import gaussians, neighbours, plots
+from soft_diffusion_tf import gaussians, neighbours, packages, plots
 from soft_diffusion_tf.images import check_range
 
 PARTS = 3  # disjoint parts of one side, for the spread
@@ -47,7 +47,8 @@ def _classifier_metrics():
     return sys.modules[name]
   spec = importlib.util.find_spec("tensorflow_gan")
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError("tensorflow_gan is not installed; install tensorflow-gan==2.1.0")
+    with packages.needed("tensorflow-gan==2.1.0", "the distance between images"):
+      raise ImportError("it is not installed")
   root = pathlib.Path(spec.submodule_search_locations[0])
   for package, folder in (
     ("tensorflow_gan", root),
@@ -302,7 +303,7 @@ class Reference:
     content = _read_npz(path)
     if content is None or "about" not in content:
       raise ValueError(
-        f"{path}: no reference statistics in it; make them with tools/reference_stats.py"
+        f"{path}: no reference statistics in it; make them with soft-diffusion-reference-stats"
       )
     about = json.loads(str(content.pop("about")))
     return cls(Statistics.from_state(content), **about)
@@ -314,7 +315,7 @@ class Reference:
       if found != want:
         raise ValueError(
           f"{path}: its {field} is {found!r}, but {want!r} is evaluated; make the statistics anew "
-          "with tools/reference_stats.py"
+          "with soft-diffusion-reference-stats"
         )
     return self
 

@@ -25,7 +25,16 @@ from typing import Annotated, Any
 import ml_collections
 
 import soft_diffusion_tf
-from soft_diffusion_tf import corruptions, diffusion, losses, priors, samplers, schedules, trust
+from soft_diffusion_tf import (
+  corruptions,
+  diffusion,
+  losses,
+  priors,
+  samplers,
+  schedules,
+  shipped,
+  trust,
+)
 from soft_diffusion_tf.networks.ncsnpp import NCSNpp
 
 CONFIG_FILE = "config.json"
@@ -549,7 +558,12 @@ class Experiment(_Options):
 
 
 def from_file(path: str | pathlib.Path) -> Experiment:
-  """The experiment of a config file, so that another config can be a few changes to it."""
+  """The experiment of a config file, so that another config can be a few changes to it.
+
+  Args:
+    path: a file, or the name of a config that comes with the package ("digits_blur").
+  """
+  path = shipped.config(path)
   namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
   source = pathlib.Path(path).read_text(encoding="utf-8")
   exec(compile(source, str(path), "exec"), namespace)
@@ -565,7 +579,7 @@ def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption
   if not pathlib.Path(path).exists():
     return schedules.Unfound(start, stop, str(path))
   content = schedules.load_levels(path)
-  remedy = "find a schedule for this one with tools/find_schedule.py"
+  remedy = "find a schedule for this one with soft-diffusion-schedule"
   found = _plain(content["corruption"])
   want = _plain(corruption.get_config())
   if found != want:

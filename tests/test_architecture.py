@@ -11,16 +11,16 @@ FOLDERS = (PACKAGE, "configs", "tests", "tools")
 
 # From the bottom up: a module may import only what stands above it in this list.
 LAYERS = [
-  "trust", "arrays", "products", "faults", "rng", "gaussians", "neighbours", "images",
-  "schedules", "sinkhorn", "corruptions",
+  "packages", "shipped", "trust", "arrays", "products", "faults", "rng", "gaussians", "neighbours",
+  "images", "schedules", "sinkhorn", "corruptions",
   "networks.resampling", "networks.blocks", "networks.ncsnpp", "networks",
   "priors", "diffusion", "losses", "samplers", "oracles", "scheduling", "data", "laboratory",
   "strategies", "experiment", "memory", "model", "checkpoints", "plots", "monitoring", "bulk",
-  "training",
+  "training", "score_sde",
   "classifier", "features", "memorisation", "evaluation", "sweeps", "restoration", "callbacks",
   "artefact", "serving",
   "bin", "bin.cli", "bin.train", "bin.sample", "bin.evaluate", "bin.export", "bin.restore",
-  "bin.serve",
+  "bin.serve", "bin.schedule", "bin.reference_stats", "bin.lab", "bin.import_score_sde",
 ]  # fmt: skip
 
 # What a room must never know of (besides what LAYERS rules out).

@@ -101,20 +101,29 @@ def parse_times(text):
     raise ValueError(f"--times={text}: give descending numbers such as 1,0.5,0") from None
 
 
+def _is_picture():
+  return pathlib.Path(_OUT.value).suffix == ".png"
+
+
+def _check():
+  parse_shard(_SHARD.value)
+  parse_times(_TIMES.value)
+  seeds = parse_seeds(_SEEDS.value)
+  if _is_picture():
+    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
+    cli.refuse_to_overwrite(_OUT.value, _FORCE.value)
+  else:
+    cli.check_folder(_OUT.value)
+  _check_count(seeds, _is_picture())
+
+
 def main():
   from soft_diffusion_tf import bulk, plots, strategies, training
 
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
   seeds = parse_seeds(_SEEDS.value)
-  out = pathlib.Path(_OUT.value)
-  picture = out.suffix == ".png"
-  if picture:
-    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
-    cli.refuse_to_overwrite(out, _FORCE.value)
-  else:
-    cli.check_folder(out)
-  _check_count(seeds, picture)
+  out, picture = pathlib.Path(_OUT.value), _is_picture()
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
@@ -148,7 +157,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_check)
 
 
 if __name__ == "__main__":
