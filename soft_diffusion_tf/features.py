@@ -156,6 +156,8 @@ def _fetch():
         tarfile.open(fileobj=answer, mode="r|gz") as archive,
       ):
         archive.extractall(f"{partial}/model", filter="data")
+      if not pathlib.Path(partial, "model", "saved_model.pb").is_file():
+        raise OSError("there is no SavedModel in the answer")
       shutil.rmtree(folder, ignore_errors=True)  # what a broken fetch of other software left
       os.rename(f"{partial}/model", folder)
     return folder
