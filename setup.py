@@ -15,8 +15,17 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
-  packages=setuptools.find_packages(include=["soft_diffusion_tf", "soft_diffusion_tf.*"]),
-  package_data={"soft_diffusion_tf": ["pretrained/*", "page/*"]},
+  # The top-level folder configs/ goes into the package: see soft_diffusion_tf/shipped.py.
+  packages=[
+    *setuptools.find_packages(include=["soft_diffusion_tf", "soft_diffusion_tf.*"]),
+    "soft_diffusion_tf.configs",
+  ],
+  package_dir={"soft_diffusion_tf.configs": "configs"},
+  package_data={
+    "soft_diffusion_tf": ["pretrained/*", "page/*"],
+    "soft_diffusion_tf.bin": ["*.md"],
+    "soft_diffusion_tf.configs": ["schedules/*.json"],
+  },
   install_requires=[
     "tensorflow>=2.20,<2.22",
     "keras>=3.10,<3.16",  # model.py overrides one private optimizer hook; a test holds it
@@ -29,8 +38,6 @@ setuptools.setup(
     "tensorflow-probability>=0.25,<0.26",
     "tf-keras>=2.20,<2.22",  # tensorflow-probability needs it beside Keras 3
     "tensorflow-gan==2.1.0",  # evaluation.py loads two of its modules past a broken __init__
-    "tensorflow-hub>=0.16,<0.17",
-    "setuptools<81",  # tensorflow-hub imports pkg_resources, gone from later ones
     "scikit-learn>=1.5,<2",  # the built-in digits
     "pillow>=10",
     "tensorboard>=2.20,<2.22",
@@ -53,7 +60,7 @@ setuptools.setup(
     ],
     "docs": DOCS,
     "restoration": ["scikit-image>=0.24,<0.27"],  # tools/measure_restoration.py, its baselines
-    "import": ["torch>=2.4"],  # tools/import_score_sde.py, for .pth files alone
+    "import": ["torch>=2.4"],  # soft-diffusion-import, for .pth files alone
   },
   entry_points={
     "console_scripts": [
@@ -63,6 +70,10 @@ setuptools.setup(
       "soft-diffusion-export=soft_diffusion_tf.bin.export:run",
       "soft-diffusion-restore=soft_diffusion_tf.bin.restore:run",
       "soft-diffusion-serve=soft_diffusion_tf.bin.serve:run",
+      "soft-diffusion-schedule=soft_diffusion_tf.bin.schedule:run",
+      "soft-diffusion-reference-stats=soft_diffusion_tf.bin.reference_stats:run",
+      "soft-diffusion-lab=soft_diffusion_tf.bin.lab:run",
+      "soft-diffusion-import=soft_diffusion_tf.bin.import_score_sde:run",
     ],
   },
   classifiers=[

@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import parts, rng, trust
+from soft_diffusion_tf import packages, parts, rng, trust
 
 DIGITS_TRAIN = 1500
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -152,7 +152,8 @@ def _refuse_path(name):
 
 
 def _digits(split):
-  from sklearn.datasets import load_digits  # 8×8, values 0 … 16
+  with packages.needed("scikit-learn", "the built-in digits"):
+    from sklearn.datasets import load_digits  # 8×8, values 0 … 16
 
   content = load_digits()
   images = np.rint(content.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -378,7 +379,8 @@ def _folder(folder, split, shape, crop):
 
 
 def _tfds(name, split, shape, crop, data_dir, progress):
-  import tensorflow_datasets as tfds
+  with packages.needed("tensorflow-datasets", f"the data set {name!r}"):
+    import tensorflow_datasets as tfds
 
   def decode(content):
     """A file as TFDS decodes it, but upright, which TFDS leaves out."""

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import arrays, gaussians, neighbours, plots
+from soft_diffusion_tf import arrays, gaussians, neighbours, packages, plots
 from soft_diffusion_tf.images import check_range
 
 PARTS = 3  # disjoint parts of one side, for the spread
@@ -47,7 +47,8 @@ def _classifier_metrics():
     return sys.modules[name]
   spec = importlib.util.find_spec("tensorflow_gan")
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError("tensorflow_gan is not installed; install tensorflow-gan==2.1.0")
+    with packages.needed("tensorflow-gan==2.1.0", "the distance between images"):
+      raise ImportError("it is not installed")
   root = pathlib.Path(spec.submodule_search_locations[0])
   for package, folder in (
     ("tensorflow_gan", root),
@@ -252,7 +253,7 @@ def _read(path, whole=False):
   Raises:
     ValueError: one line; the file is missing, torn, or something else.
   """
-  remedy = "make them with tools/reference_stats.py"
+  remedy = "make them with soft-diffusion-reference-stats"
   with arrays.opened(path, "no reference statistics in it", remedy) as content:
     kinds = ("float32", "float64", "int64")
     about = content.text("about") if "about" in content.names else None
@@ -334,7 +335,8 @@ class Reference:
       return cls(statistics, **fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
       raise ValueError(
-        f"{path}: no reference statistics in it ({error}); make them with tools/reference_stats.py"
+        f"{path}: no reference statistics in it ({error}); make them with "
+        "soft-diffusion-reference-stats"
       ) from None
 
   def check(self, path, **expected):
@@ -344,7 +346,7 @@ class Reference:
       if found != want:
         raise ValueError(
           f"{path}: its {field} is {found!r}, but {want!r} is evaluated; make the statistics anew "
-          "with tools/reference_stats.py"
+          "with soft-diffusion-reference-stats"
         )
     return self
 

@@ -33,6 +33,7 @@ from soft_diffusion_tf import (
   priors,
   samplers,
   schedules,
+  shipped,
   trust,
 )
 from soft_diffusion_tf.networks import Architecture, Network
@@ -310,8 +311,8 @@ class Experiment(parts.Checked):
   def __post_init__(self) -> None:
     super().__post_init__()
     if of_loss := self.training._of_loss:  # type: ignore[attr-defined]
-      mine = isinstance(self.loss, losses.SoftScoreMatching)
-      loss = dataclasses.replace(self.loss if mine else losses.SoftScoreMatching(), **of_loss)
+      mine = self.loss if isinstance(self.loss, losses.SoftScoreMatching) else None
+      loss = dataclasses.replace(mine or losses.SoftScoreMatching(), **of_loss)
       object.__setattr__(self, "loss", loss)
       object.__setattr__(self, "training", dataclasses.replace(self.training))
     for prediction, kind in (("score", corruptions.Identity), ("noise", corruptions.Scale)):
@@ -454,7 +455,12 @@ class Experiment(parts.Checked):
 
 
 def from_file(path: str | pathlib.Path) -> Experiment:
-  """The experiment of a config file, so that another config can be a few changes to it."""
+  """The experiment of a config file, so that another config can be a few changes to it.
+
+  Args:
+    path: a file, or the name of a config that comes with the package ("digits_blur").
+  """
+  path = shipped.config(path)
   namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
   source = pathlib.Path(path).read_text(encoding="utf-8")
   exec(compile(source, str(path), "exec"), namespace)
@@ -470,7 +476,7 @@ def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption
   if not pathlib.Path(path).exists():
     return schedules.Unfound(start, stop, str(path))
   content = schedules.load_levels(path)
-  remedy = "find a schedule for this one with tools/find_schedule.py"
+  remedy = "find a schedule for this one with soft-diffusion-schedule"
   found = _plain(content["corruption"])
   want = _plain(corruption.get_config())
   if found != want:

@@ -5,7 +5,7 @@ A network is named by one string (`feature_net` in configs and flags):
   pixels              the pixels themselves
   pixels:SIDE         the same of images brought to SIDE×SIDE
   classifier          a small classifier of the data set's labels, trained here (`classifier`)
-  tfgan               TF-GAN's Inception module, fetched by its hub handle
+  tfgan               TF-GAN's Inception module, fetched from tfhub.dev, kept in TFHUB_CACHE_DIR
   tfgan:FOLDER        the same from a local copy
   FOLDER[#OUTPUT]     any SavedModel that takes images and gives OUTPUT, by default "pool_3"
 
@@ -21,8 +21,13 @@ Numbers are called by the name; a SavedModel's by its folder's, "./pixels" where
 import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
-import socket
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -131,22 +136,37 @@ def _pixels(name, side):
   return FeatureNetwork(name, function)
 
 
-def _fetch():
-  """The folder of TF-GAN's Inception, from TensorFlow Hub or its cache."""
-  import tensorflow_hub
+def _cached():
+  """Where TF-GAN's Inception is kept: the folder that tensorflow_hub would use, too."""
+  cache = os.environ.get("TFHUB_CACHE_DIR") or pathlib.Path.home() / ".cache" / "tfhub_modules"
+  return pathlib.Path(cache) / hashlib.sha1(TFGAN_HANDLE.encode()).hexdigest()
 
-  before = socket.getdefaulttimeout()
-  socket.setdefaulttimeout(TIMEOUT)
+
+def _fetch():
+  """The folder of TF-GAN's Inception, fetched unless that was done before."""
+  folder = _cached()
+  if (folder / "saved_model.pb").is_file():
+    return folder
   try:
-    return tensorflow_hub.resolve(TFGAN_HANDLE)
-  except Exception as error:  # hub, urllib and TensorFlow each raise their own
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+      address = f"{TFGAN_HANDLE}?tf-hub-format=compressed"
+      with (
+        urllib.request.urlopen(address, timeout=TIMEOUT) as answer,
+        tarfile.open(fileobj=answer, mode="r|gz") as archive,
+      ):
+        archive.extractall(f"{partial}/model", filter="data")
+      if not pathlib.Path(partial, "model", "saved_model.pb").is_file():
+        raise OSError("there is no SavedModel in the answer")
+      shutil.rmtree(folder, ignore_errors=True)  # what a broken fetch of other software left
+      os.rename(f"{partial}/model", folder)
+    return folder
+  except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise ValueError(
       f"cannot fetch {TFGAN_HANDLE} ({text}); download {TFGAN_HANDLE}?tf-hub-format=compressed on "
       "a machine with network, unpack it, and give its folder by --feature_net=tfgan:FOLDER"
     ) from None
-  finally:
-    socket.setdefaulttimeout(before)
 
 
 def _tfgan(folder):

@@ -12,7 +12,6 @@ import functools
 import numpy as np
 import scipy.cluster.vq
 import scipy.fft
-import sklearn.datasets
 import tensorflow as tf
 
 from soft_diffusion_tf import (
@@ -20,6 +19,7 @@ from soft_diffusion_tf import (
   data,
   gaussians,
   oracles,
+  packages,
   priors,
   rng,
   samplers,
@@ -66,9 +66,11 @@ def load(name, count=450, data_dir=None):
 
 
 def _crops(size, count):
+  with packages.needed("scikit-learn", "the photographs of --data=patches"):
+    from sklearn import datasets
   photographs = [
     (p[: p.shape[0] // 2 * 2, : p.shape[1] // 2 * 2] / 255.0) @ np.array([0.299, 0.587, 0.114])
-    for p in sklearn.datasets.load_sample_images().images
+    for p in datasets.load_sample_images().images
   ]
   halves = [p.reshape(p.shape[0] // 2, 2, p.shape[1] // 2, 2).mean((1, 3)) for p in photographs]
   draw = np.random.default_rng(0)

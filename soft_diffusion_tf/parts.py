@@ -167,7 +167,7 @@ def _one_of(where: str, value: Any, hints: tuple[Any, ...], like: Any) -> Any:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
   """The annotations of a class; none where they cannot be read, as of names inside a function."""
   try:
     return typing.get_type_hints(kind, include_extras=True)
@@ -217,7 +217,7 @@ class Checked:
   _group: ClassVar[str] = ""
 
   def __post_init__(self) -> None:
-    kind = type(self)
+    kind: Any = type(self)
     prefix = kind._group or (f"{kind.__name__}." if isinstance(self, Part) else "")
     hints = _hints(kind)
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ class Part(Checked):
     """
     cls = type(self)
     config: dict[str, Any] = {"kind": cls._kind()}
-    names = (
+    names: list[str] = (
       [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
       if dataclasses.is_dataclass(self) else []
     )  # fmt: skip
@@ -302,7 +302,8 @@ def members(base: type[Part]) -> dict[str, Any]:
 
 def kind_of(part: Any) -> str:
   """The name by which a config finds a part's class."""
-  return (part if isinstance(part, type) else type(part))._kind()
+  kind: Any = part if isinstance(part, type) else type(part)
+  return kind._kind()
 
 
 def plain(value: Any) -> Any:
@@ -314,7 +315,7 @@ def plain(value: Any) -> Any:
 
 def spell(part: Part) -> str:
   """A part as a text that `make` reads, with the fields that differ from their defaults."""
-  fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()  # type: ignore[arg-type]
+  fields: Any = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()  # type: ignore[arg-type]
   changed = [f"{f.name}={value!r}" for f in fields if (value := getattr(part, f.name)) != f.default]
   return type(part)._kind() + (f"({', '.join(changed)})" if changed else "")
 

@@ -4,8 +4,9 @@ import itertools
 import pathlib
 
 import numpy as np
-from matplotlib import figure as figures  # not pyplot: the caller's backend stays as it is
 from PIL import Image
+
+from soft_diffusion_tf import packages
 
 _METADATA = {"Software": None}  # keeps Matplotlib's version out of the file
 
@@ -59,6 +60,12 @@ def zoom_for(images, target=64):
   return max(1, round(target / images.shape[1]))
 
 
+def _figure(**options):
+  with packages.needed("matplotlib", "a plot"):
+    from matplotlib import figure  # not pyplot: the caller's backend stays as it is
+  return figure.Figure(**options)
+
+
 def _show(axis, picture, title):
   axis.imshow(picture, interpolation="nearest")
   axis.set_title(title, fontsize=11)
@@ -73,7 +80,7 @@ def _save(figure, path):
 
 def side_by_side(path, pairs, columns=10):
   """Grids beside each other: pairs of (title, images [N, H, W, C])."""
-  figure = figures.Figure(figsize=(5.2 * len(pairs), 5.6))
+  figure = _figure(figsize=(5.2 * len(pairs), 5.6))
   axes = figure.subplots(1, len(pairs))
   for axis, (title, images) in zip(np.atleast_1d(axes), pairs):
     _show(axis, grid(images, columns, zoom=zoom_for(images)), title)
@@ -89,7 +96,7 @@ def schedule(path, diffusion, level_name="level", curves=None):
   """
   t = np.linspace(0, 1, 401, dtype=np.float32)
   processes = diffusion if isinstance(diffusion, dict) else {"this run": diffusion}
-  figure = figures.Figure(figsize=(10, 3.8))
+  figure = _figure(figsize=(10, 3.8))
   left, right = figure.subplots(1, 2)
   levels = {name: process.level for name, process in processes.items()} | (curves or {})
   for name, level in levels.items():
@@ -113,7 +120,7 @@ def curves(path, lines, xlabel, ylabel, title="", floor=None):
   Args:
     floor: a level to draw as a dashed line, what real images have.
   """
-  figure = figures.Figure(figsize=(6.4, 4.2))
+  figure = _figure(figsize=(6.4, 4.2))
   axis = figure.subplots()
   values = [y for points in lines.values() for _, y in points]
   for k, (name, points) in enumerate(lines.items()):
@@ -139,7 +146,7 @@ def strips(path, columns, rows):
   count, (height, width) = len(columns), rows[0][1].shape[1:3]
   zoom = zoom_for(rows[0][1])
   sheet = grid(np.concatenate([images for _, images in rows]), count, zoom=zoom)
-  figure = figures.Figure(figsize=(0.9 * count + 1.2, 0.9 * len(rows) + 0.4))
+  figure = _figure(figsize=(0.9 * count + 1.2, 0.9 * len(rows) + 0.4))
   axis = figure.subplots()
   axis.imshow(sheet, interpolation="nearest")
   axis.set_xticks((np.arange(count) + 0.5) * (width + 1) * zoom, columns)
@@ -158,7 +165,7 @@ def neighbours(path, groups, histograms):
     groups: (title, row labels, images [K, R, H, W, C]): K columns of R rows each.
     histograms: (space, {name: distances}, threshold) for each axis below.
   """
-  figure = figures.Figure(figsize=(11, 2.3 * len(groups) + 3.4), layout="constrained")
+  figure = _figure(figsize=(11, 2.3 * len(groups) + 3.4), layout="constrained")
   cells = figure.add_gridspec(
     len(groups) + 1, len(histograms), height_ratios=[2.3] * len(groups) + [3.0]
   )
@@ -200,7 +207,7 @@ def process(path, times, states, predictions=None):
   if predictions is not None:
     blank = np.ones_like(predictions[:1])  # nothing was predicted before the first row
     groups.append(("x̂_0 on the way there", np.concatenate([blank, predictions])))
-  figure = figures.Figure(figsize=(0.62 * count * len(groups) + 1, 0.62 * len(times) + 0.6))
+  figure = _figure(figsize=(0.62 * count * len(groups) + 1, 0.62 * len(times) + 0.6))
   axes = figure.subplots(1, len(groups), squeeze=False)
   zoom = zoom_for(states[0])
   for axis, (title, frames) in zip(axes[0], groups):
@@ -224,7 +231,7 @@ def compare_levels(path, curves):
   unless all end alike.
   """
   ends = {tuple(np.round([levels[0], levels[-1]], 6)) for _, levels in curves.values()}
-  figure = figures.Figure(figsize=(5.6, 4.2))
+  figure = _figure(figsize=(5.6, 4.2))
   axis = figure.subplots()
   for (name, (times, levels)), style in zip(
     curves.items(), itertools.cycle(["-", "--", "-.", ":"])
@@ -247,7 +254,7 @@ def schedule_search(path, candidates, distances, chosen, levels, times, sigmas=N
     distances: [L, L], NaN where none was computed.
     chosen: indices of the candidates on the path; levels, times, sigmas: the schedule.
   """
-  figure = figures.Figure(figsize=(11, 4.4))
+  figure = _figure(figsize=(11, 4.4))
   left, right = figure.subplots(1, 2)
   left.plot(times, levels, ".-", label="level")
   left.set(xlabel="t", ylabel="level", title="levels of the schedule")

@@ -23,7 +23,7 @@ from soft_diffusion_tf import rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 from soft_diffusion_tf.images import check_floats
 
-DEFAULT = Sampling(sampler="stochastic_two_step(noise=5.0)", steps=30)
+DEFAULT = Sampling(sampler=samplers.StochasticTwoStep(noise=5.0), steps=30)
 
 _NOISE = -3  # salt of the noise that `corrupt` adds; the prior's are −1 and −2
 _HALVINGS = 24  # of the interval of log λ

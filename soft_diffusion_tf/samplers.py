@@ -36,7 +36,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import parts, rng
+from soft_diffusion_tf import packages, parts, rng
 from soft_diffusion_tf.corruptions import Scale
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
 from soft_diffusion_tf.parts import NotNegative, Positive
@@ -720,7 +720,8 @@ class Sampler:
     return final, int(evaluations) + 1
 
   def _make_solver(self) -> Any:
-    from tensorflow_probability import math as tfp_math  # heavy, and of use here alone
+    with packages.needed("tensorflow-probability", "the sampler dormand_prince"):
+      from tensorflow_probability import math as tfp_math  # needs tf-keras beside Keras 3
 
     image = tf.TensorSpec([None, *self.diffusion.image_shape], tf.float32)
     scalar = tf.TensorSpec([], tf.float32)

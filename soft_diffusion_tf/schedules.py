@@ -209,7 +209,7 @@ class Unfound(Schedule):
   def value(self, t: tf.Tensor) -> tf.Tensor:
     raise ValueError(
       f"{self.path} is not there yet: the levels between {self.start:g} and {self.stop:g} depend "
-      f"on the data; find them with tools/find_schedule.py --config=CONFIG --out={self.path}"
+      f"on the data; find them with soft-diffusion-schedule --config=CONFIG --out={self.path}"
     )
 
 
@@ -234,7 +234,7 @@ _REQUIRED = ("schema", "corruption", "levels")
 
 
 def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
-  """Reads and checks a schedule file, as `tools/find_schedule.py` writes it.
+  """Reads and checks a schedule file, as `soft-diffusion-schedule` writes it.
 
   JSON, schema 1. Needed are `schema`, `corruption` (its config) and `levels` (from clean to most
   corrupted). Levels are evenly spaced in time unless `times` are given (rising from 0 to 1). A
@@ -254,7 +254,7 @@ def load_levels(path: str | pathlib.Path) -> dict[str, Any]:
     ValueError: one line that names the file, what is wrong and the remedy.
   """
   path = pathlib.Path(path)
-  remedy = "write it again with tools/find_schedule.py"
+  remedy = "write it again with soft-diffusion-schedule"
   if not path.is_file():
     raise ValueError(f"{path}: no such schedule file; {remedy}")
   try:
@@ -322,6 +322,6 @@ def joint(path: str | pathlib.Path) -> tuple[PiecewiseLinear, PiecewiseLinear]:
   """
   content = load_levels(path)
   if "sigmas" not in content:
-    raise ValueError(f"{path}: not a joint schedule; find one with tools/find_schedule.py --joint")
+    raise ValueError(f"{path}: not a joint schedule; find one with soft-diffusion-schedule --joint")
   times = content.get("times")
   return piecewise(content["levels"], times), piecewise(content["sigmas"], times)

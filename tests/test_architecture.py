@@ -17,7 +17,8 @@ PACKAGE = "soft_diffusion_tf"
 # From the ground up: a room may import only from itself and from the rooms above it in this table.
 # A name is a module of the package or a folder of them. README's map shows the same rooms.
 ROOMS = {
-  "Ground": "trust parts arrays products faults rng gaussians neighbours images plots memory",
+  "Ground": "packages shipped trust parts arrays products faults rng gaussians neighbours images "
+  "plots memory",
   "Process": "schedules corruptions sinkhorn priors diffusion",
   "Network and loss": "networks losses",
   "Samplers": "samplers oracles",
@@ -25,7 +26,7 @@ ROOMS = {
   "Data": "data metrics",
   "Grading without training": "laboratory",
   "Experiment": "experiment",
-  "Training": "model checkpoints monitoring strategies bulk training",
+  "Training": "model checkpoints monitoring strategies bulk training score_sde",
   "Evaluation": "classifier features memorisation evaluation sweeps",
   "Use of a model": "restoration callbacks artefact serving",
   "Programs": "bin",

@@ -24,9 +24,16 @@ PAGES = sorted(
   [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS.rglob("*.md")]
 )
 PROGRAMS = {  # a command's name → the file that defines its flags
-  **{f"soft-diffusion-{f.stem}": f for f in (ROOT / "soft_diffusion_tf" / "bin").glob("[a-z]*.py")},
-  **{f"tools/{f.name}": f for f in (ROOT / "tools").glob("*.py")},
-}
+  name: ROOT / f"{module.replace('.', '/')}.py"
+  for name, module in re.findall(
+    r'"(soft-diffusion-[\w-]+)=([\w.]+):run"', (ROOT / "setup.py").read_text(encoding="utf-8")
+  )
+} | {f"tools/{f.name}": f for f in (ROOT / "tools").glob("*.py")}
+for tool, file in PROGRAMS.items():  # an entrance to an installed program has that one's flags
+  if entered := re.search(
+    r"^from soft_diffusion_tf\.bin\.(\w+) import run$", file.read_text(encoding="utf-8"), re.M
+  ):
+    PROGRAMS[tool] = ROOT / "soft_diffusion_tf" / "bin" / f"{entered[1]}.py"
 
 
 def blocks(page):
@@ -116,7 +123,7 @@ def test_every_command_names_flags_and_files_that_exist():
     if program == "tools/benchmark.py":  # argparse, by subcommand
       continue
     known, takes_config = flags_of(PROGRAMS[program])
-    if program == "tools/lab.py":  # it writes, and only where it is told
+    if PROGRAMS[program].name == "lab.py":  # it writes, and only where it is told
       assert any(w.startswith(("--out=", "--report=")) for w in words), f"{page}: lab.py, no --out"
     for word in words:
       if match := re.match(r"--(?:no)?([a-z_]+)(\.[\w.]+)?(=(.*))?$", word):

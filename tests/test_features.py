@@ -1,5 +1,8 @@
+import hashlib
+import io
 import os
 import pathlib
+import tarfile
 
 import numpy as np
 import pytest
@@ -126,25 +129,62 @@ def test_fid_is_tfgans_inceptions_alone(tmp_path, monkeypatch):
   net = features.feature_network(f"tfgan:{local}")
   assert net.label == "FID"
   assert net(np.zeros([2, 8, 8, 3], np.float32))[0].shape == (2, 2048)
-  import tensorflow_hub
+  # Fetched: an archive as tfhub.dev sends it, kept for the next time.
+  asked = []
 
-  monkeypatch.setattr(tensorflow_hub, "resolve", lambda handle: local)
-  assert features.feature_network("tfgan").digest == net.digest
+  def answer(address, timeout):
+    asked.append(address)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+      archive.add(local, ".")
+    content.seek(0)
+    return content
+
+  monkeypatch.setattr(features.urllib.request, "urlopen", answer)
+  monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "cache"))
+  for _ in range(2):
+    assert features.feature_network("tfgan").digest == net.digest
+  assert asked == [f"{features.TFGAN_HANDLE}?tf-hub-format=compressed"]
+  (kept,) = (tmp_path / "cache").iterdir()  # by the name that tensorflow_hub gives it
+  assert kept.name == hashlib.sha1(features.TFGAN_HANDLE.encode()).hexdigest()
 
 
-def test_tfgan_without_a_network(monkeypatch):
-  import tensorflow_hub
+def _unreachable(address, timeout):
+  raise OSError("no network")
 
-  def unreachable(handle):
-    raise OSError("no network")
 
-  monkeypatch.setattr(tensorflow_hub, "resolve", unreachable)
+def _torn(address, timeout):
+  content = io.BytesIO()
+  with tarfile.open(fileobj=content, mode="w:gz") as archive:
+    model = tarfile.TarInfo("saved_model.pb")
+    model.size = 100_000
+    archive.addfile(model, io.BytesIO(np.random.default_rng(0).bytes(model.size)))
+  return io.BytesIO(content.getvalue()[:50_000])
+
+
+def _climbing(address, timeout):
+  content = io.BytesIO()
+  with tarfile.open(fileobj=content, mode="w:gz") as archive:
+    archive.addfile(tarfile.TarInfo("../outside"))
+  content.seek(0)
+  return content
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [_unreachable, _torn, _climbing, lambda address, timeout: io.BytesIO(b"<html>moved</html>")],
+)
+def test_tfgan_that_cannot_be_fetched(answer, monkeypatch, tmp_path):
+  monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "cache"))
+  monkeypatch.setattr(features.urllib.request, "urlopen", answer)
   with pytest.raises(ValueError) as error:
     features.feature_network("tfgan")
   text = str(error.value)
-  assert features.TFGAN_HANDLE in text
+  assert text.startswith(f"cannot fetch {features.TFGAN_HANDLE} (")
   assert "--feature_net=tfgan:FOLDER" in text
   assert "\n" not in text
+  assert not list((tmp_path / "cache").iterdir())  # nor a half of it
+  assert [f.name for f in tmp_path.iterdir()] == ["cache"]
 
 
 def test_pixels(rng):

@@ -87,7 +87,7 @@ def test_vp_preserves_variance_and_sub_vp_is_its_square():
       "did you mean 'Geometric'",
     ),
     (lambda: s.from_config({"kind": "Linear", "start": 1, "end": 2}), "no field Linear.end"),
-    (lambda: s.Unfound(0.0, 1.0, "x.json")(T), "find_schedule.py"),
+    (lambda: s.Unfound(0.0, 1.0, "x.json")(T), "soft-diffusion-schedule"),
   ],
 )
 def test_bad_schedules_say_what_is_wrong(make, text):

@@ -223,7 +223,7 @@ def test_an_unfound_schedule_is_refused_before_anything_is_written(tiny, tmp_pat
   from soft_diffusion_tf import schedules
 
   unfound = tiny.replace(level=schedules.Unfound(0.01, 6.0, "x.json"))
-  with pytest.raises(ValueError, match=r"find_schedule\.py"):
+  with pytest.raises(ValueError, match=r"soft-diffusion-schedule"):
     training.train(unfound, tmp_path / "w", progress=False)
   assert not (tmp_path / "w" / "config.json").exists()
 

@@ -9,6 +9,7 @@ python tools/benchmark.py schedule
 python tools/benchmark.py sample
 python tools/benchmark.py evaluate
 python tools/benchmark.py serve --model=DIR
+python tools/benchmark.py start
 """
 
 import importlib.util

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -17,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from soft_diffusion_tf import bin as _start
+from soft_diffusion_tf import shipped
 
 BAD_INPUT = 2
 FAULT = 1  # the program's own
@@ -84,7 +86,7 @@ class _ConfigFile(flags.ArgumentParser):
   def parse(self, argument):
     _load_tensorflow()
     try:
-      config = self._parser.parse(argument)
+      config = self._parser.parse(shipped.config(argument))
     except BaseException as error:  # a config file is the user's own program
       if isinstance(error, KeyboardInterrupt):
         raise
@@ -126,11 +128,15 @@ def _fault_of(path, error):
 
 
 def define_config():
-  """The --config flag: a file with get_config, its fields overridable by --config.FIELD=VALUE."""
+  """The --config flag: a name of the package's configs or a file with get_config.
+
+  Its fields are overridable by --config.FIELD=VALUE.
+  """
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, such as configs/digits_blur.py; override a field by --config.group.field=value.",
+    "Config: one that comes with the package by name, such as digits_blur, or your own file; "
+    "override a field by --config.group.field=value.",
   )
   flag = flags.FLAGS["config"]
   flag.parser = _ConfigFile(flag.parser)
@@ -150,6 +156,12 @@ def experiment_of(config):
     if path is None or any(part in str(error) for part in said):
       raise
     raise ValueError(f"{path}: {error}") from error
+
+
+def require_config():
+  """Raises the ValueError of a command without --config, before the config is read."""
+  if _config_path(sys.argv) is None:
+    raise ValueError("give --config=FILE, or the name of a shipped config, as --config=digits_blur")
 
 
 def define_trust_code():
@@ -337,17 +349,41 @@ def _check_values():
         _fail(f"--{name}={number} has more than 64 bits; give a smaller number")
 
 
-def _parse(argv):
-  """The arguments that are no flags; ends with one line where a flag or the config is wrong."""
+def _without_config(argv):
+  """The arguments but for --config and its overrides."""
+  kept, value_follows = [], False
+  for argument in argv:
+    if value_follows and not argument.startswith("-"):
+      value_follows = False
+      continue
+    ours = re.match(r"--?config(\.[\w.]+)?(=|$)", argument)
+    value_follows = bool(ours) and not ours[2]
+    if not ours:
+      kept.append(argument)
+  return kept
+
+
+def _parse(argv, check=None):
+  """The arguments that are no flags; ends with one line where a flag or the config is wrong.
+
+  Whatever is wrong without a look at the config is said before it is read: a config is a program,
+  and loads TensorFlow.
+  """
   own = "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].parser, _ConfigFile)
   path = _config_path(argv) if own else None
-  if path is not None and not os.path.isfile(path):
-    _fail(
-      f"--config={path}: no such config file; give --config=FILE, such as configs/digits_blur.py"
-    )
+  if path is not None:
+    try:
+      shipped.config(path)
+    except ValueError as error:
+      _fail(f"--config={path}: {error}")
   try:
-    rest = flags.FLAGS(_last_overrides(argv))
+    rest = flags.FLAGS(_last_overrides(argv if path is None else _without_config(argv)))
     _check_values()
+    if check is not None:
+      _run_check(check)
+    if path is not None:
+      rest = flags.FLAGS(argv)
+      _check_values()
     return rest
   except Exception as error:
     if _wants_debug(argv):
@@ -358,6 +394,15 @@ def _parse(argv):
     if (isinstance(error, flags.Error) and "override" not in str(error)) or content is None:
       _fail(_explain_flag(error))
     return _explain_override(argv, content, error)
+
+
+def _run_check(check):
+  try:
+    check()
+  except (ValueError, OSError) as error:
+    if _DEBUG.value:
+      raise
+    _fail(_line_of(error))
 
 
 def _wants_debug(argv):
@@ -415,10 +460,13 @@ def _guarded(main, goes_on):
   return run
 
 
-def run(main, goes_on=False):
+def run(main, goes_on=False, check=None):
   """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2.
 
   Args:
+    main: the program; TensorFlow is loaded before it is called.
+    check: raises the ValueError of flags that are wrong by themselves. It is called before
+      TensorFlow is loaded and the config is read, which take seconds.
     goes_on: the program goes on from where it was ended, also by SIGTERM: exit code 75.
   """
   for stream in (sys.stdout, sys.stderr):
@@ -433,7 +481,7 @@ def run(main, goes_on=False):
     if not sys.warnoptions:
       warnings.simplefilter("ignore")
   try:
-    app.run(_guarded(main, goes_on), flags_parser=_parse)
+    app.run(_guarded(main, goes_on), flags_parser=functools.partial(_parse, check=check))
   except KeyboardInterrupt:
     print("interrupted; start again with the same command to go on", file=sys.stderr)
     sys.exit(130)

@@ -24,7 +24,7 @@ _SAMPLES = flags.DEFINE_integer(
 )
 _REFERENCE = flags.DEFINE_string(
   "reference", None,
-  "Real images: a .npz of tools/reference_stats.py, or a data set (TFDS name, digits, "
+  "Real images: a .npz of soft-diffusion-reference-stats, or a data set (TFDS name, digits, "
   "folder:PATH); by default the run's own.",
 )  # fmt: skip
 _REFERENCE_SAMPLES = flags.DEFINE_integer(
@@ -270,8 +270,6 @@ def _run(job):
 
   sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
   if _NFE.value is not None:
-    if not _NFE.value.isdecimal():
-      raise ValueError(f"--nfe={_NFE.value}: give one number, or --sweep for several")
     nfe = int(_NFE.value)
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
@@ -279,8 +277,6 @@ def _run(job):
     if steps is None and nfe is None and not samplers.rule_of(sampler).adaptive:
       nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
-    if not _CHECKPOINT.value.isdecimal():
-      raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
     step = int(_CHECKPOINT.value)
   options = job.experiment.sampling.changed(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
   cli.say(f"loading the run in {job.workdir}")
@@ -367,7 +363,7 @@ def _memorisation(job):
   print(f"in {path} and {path.with_suffix('.png').name}")
 
 
-def main():
+def _check():
   if not _WORKDIR.value and not (_IMAGES.value and _REFERENCE.value):
     raise ValueError("give --workdir=FOLDER, or --images=FOLDER with --reference=REAL_IMAGES")
   for flag, what in ((_SWEEP, "sweep"), (_MEMORISATION, "memorisation")):
@@ -378,6 +374,13 @@ def main():
       cli.refuse(ignored, why)
   if not _SWEEP.value:
     cli.refuse((_SAMPLERS, _CHECKPOINTS), "without --sweep one sampler and checkpoint are measured")
+    if _NFE.value is not None and not _NFE.value.isdecimal():
+      raise ValueError(f"--nfe={_NFE.value}: give one number, or --sweep for several")
+    if _CHECKPOINT.value not in (None, "best") and not _CHECKPOINT.value.isdecimal():
+      raise ValueError(f"--checkpoint={_CHECKPOINT.value}: give a step or 'best'")
+
+
+def main():
   cli.say("reading images and the feature network")
   job = _Job()
   if _SWEEP.value:
@@ -389,7 +392,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_check)
 
 
 if __name__ == "__main__":

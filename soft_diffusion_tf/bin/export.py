@@ -51,13 +51,12 @@ def parse_samplers(text):
   return pairs
 
 
-def main():
-  from soft_diffusion_tf import artefact, evaluation, experiment, training
-
+def _settings():
+  """(out, whether it is a packed file, the samplers' pairs, dtype) of the flags, checked."""
   out = pathlib.Path(_OUT.value)
   pairs = parse_samplers(_SAMPLERS.value) if _SAMPLERS.value else None
   packed = out.suffix == ".npz"
-  known = ("float16", "float32") if packed else tuple(experiment.DTYPES)
+  known = ("float16", "float32") if packed else ("float32", "bfloat16")
   dtype = _DTYPE.value or known[0]
   if dtype not in known:
     raise ValueError(f"--dtype={dtype} does not go with --out={out}; take {' or '.join(known)}")
@@ -67,10 +66,18 @@ def main():
     cli.check_folder(out.parent, path=out)
   else:
     cli.check_folder(out)
+  return out, packed, pairs, dtype
+
+
+def main():
+  from soft_diffusion_tf import artefact, evaluation, training
+  from soft_diffusion_tf.experiment import Experiment
+
+  out, packed, pairs, dtype = _settings()
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
   together = _BATCH_SIZE.value
-  sampling = experiment.Experiment.load(_WORKDIR.value).sampling
+  sampling = Experiment.load(_WORKDIR.value).sampling
   if pairs is None:
     asked = artefact.usual_options(sampling, batch_size=together)
   else:
@@ -100,7 +107,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_settings)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,7 @@ def read(path, channels):
   return images
 
 
-def main():
-  from soft_diffusion_tf import artefact, plots, restoration, rng
-
+def _check():
   given = [f for f in (_LEVEL, _T, _CORRUPT_LEVEL) if f.value is not None]
   if len(given) > 1:
     raise ValueError(
@@ -85,8 +83,13 @@ def main():
     )
   if _T.value is not None and not 0 < _T.value <= 1:
     raise ValueError(f"--t={_T.value:g} is outside of (0, 1], the times of the process")
+  cli.check_folder(_OUT.value)
+
+
+def main():
+  from soft_diffusion_tf import artefact, plots, restoration, rng
+
   out = pathlib.Path(_OUT.value)
-  cli.check_folder(out)
   artefact.keep_apart(out, _IMAGES.value)
   artefact.keep_apart(out, _WORKDIR.value, inside=True)
   artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
@@ -172,7 +175,7 @@ def _picture(path, results, plots):
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_check)
 
 
 if __name__ == "__main__":

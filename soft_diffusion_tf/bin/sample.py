@@ -101,6 +101,22 @@ def parse_times(text):
     raise ValueError(f"--times={text}: give descending numbers such as 1,0.5,0") from None
 
 
+def _is_picture():
+  return pathlib.Path(_OUT.value).suffix == ".png"
+
+
+def _check():
+  parse_shard(_SHARD.value)
+  parse_times(_TIMES.value)
+  seeds = parse_seeds(_SEEDS.value)
+  if _is_picture():
+    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
+    cli.refuse_to_overwrite(_OUT.value, _FORCE.value)
+  else:
+    cli.check_folder(_OUT.value)
+  _check_count(seeds, _is_picture())
+
+
 def main():
   from soft_diffusion_tf import bulk, plots, strategies, training
   from soft_diffusion_tf.experiment import Experiment
@@ -108,15 +124,9 @@ def main():
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
   seeds = parse_seeds(_SEEDS.value)
-  out = pathlib.Path(_OUT.value)
-  picture = out.suffix == ".png"
-  if picture:
-    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
-    cli.refuse_to_overwrite(out, _FORCE.value)
-  else:
-    cli.check_folder(out)
+  out, picture = pathlib.Path(_OUT.value), _is_picture()
+  if not picture:
     bulk.check_out(out)
-  _check_count(seeds, picture)
   sampling = Experiment.load(_WORKDIR.value).sampling
   options = sampling.changed(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
@@ -149,7 +159,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_check)
 
 
 if __name__ == "__main__":

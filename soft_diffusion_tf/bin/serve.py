@@ -43,8 +43,6 @@ _WARM = flags.DEFINE_bool("warm", True, "Call every signature once before listen
 
 def _bind(host, port):
   """A socket that does not listen yet: clients are refused until the model is there."""
-  if not host.strip():
-    raise ValueError("--host= is empty; give an address, such as 127.0.0.1")
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
@@ -88,12 +86,18 @@ def _is_local(host):
     return host == "localhost"
 
 
+def _check():
+  _check_numbers()
+  _hosts("", 0)
+  if not _HOST.value.strip():
+    raise ValueError("--host= is empty; give an address, such as 127.0.0.1")
+  if not pathlib.Path(_MODEL.value).is_dir():
+    raise ValueError(f"--model={_MODEL.value}: no such folder; give the folder of an export")
+
+
 def main():
   from soft_diffusion_tf import serving
 
-  _check_numbers()
-  if not pathlib.Path(_MODEL.value).is_dir():
-    raise ValueError(f"--model={_MODEL.value}: no such folder; give the folder of an export")
   serving.uvicorn_module()  # before a model is loaded and warmed, which may take minutes
   with _bind(_HOST.value, _PORT.value) as listening:
     host, port = listening.getsockname()[:2]
@@ -128,7 +132,7 @@ def main():
 
 
 def run():
-  cli.run(main)
+  cli.run(main, check=_check)
 
 
 if __name__ == "__main__":

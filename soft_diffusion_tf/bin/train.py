@@ -1,6 +1,6 @@
 """Trains a model in a workdir, or goes on where its last checkpoint stands.
 
-soft-diffusion-train --config=configs/digits_blur.py --workdir=runs/digits
+soft-diffusion-train --config=digits_blur --workdir=runs/digits
 """
 
 from absl import flags
@@ -26,16 +26,18 @@ _START_ANEW = flags.DEFINE_bool(
 )  # fmt: skip
 
 
+def _check():
+  cli.require_config()
+  cli.check_folder(_WORKDIR.value, "workdir")
+
+
 def main():
   from soft_diffusion_tf import training
   from soft_diffusion_tf.strategies import make_strategy
 
-  if _CONFIG.value is None:
-    raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = cli.experiment_of(_CONFIG.value)
   if _DATA_DIR.value:
     experiment = experiment.replace(data={"data_dir": _DATA_DIR.value})
-  cli.check_folder(_WORKDIR.value, "workdir")
   strategy = make_strategy(_STRATEGY.value, _TPU.value, _PEER_TIMEOUT.value)
   run = training.train(experiment, _WORKDIR.value, strategy, anew=_START_ANEW.value)
   print(f"{experiment.name}: trained to step {run.step} in {_WORKDIR.value}")
@@ -45,7 +47,7 @@ def main():
 
 
 def run():
-  cli.run(main, goes_on=True)
+  cli.run(main, goes_on=True, check=_check)
 
 
 if __name__ == "__main__":

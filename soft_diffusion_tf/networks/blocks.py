@@ -110,7 +110,7 @@ def _normalise(x, shift, gamma, beta, groups, activate):
   def group_mean(v):  # [B, 1, C] → the mean over each group's channels, at each channel
     v = tf.reshape(v, [-1, groups, channels // groups])
     v = tf.reduce_mean(v, axis=2, keepdims=True)
-    return tf.reshape(tf.repeat(v, channels // groups, axis=2), [-1, 1, channels])
+    return tf.reshape(tf.tile(v, [1, 1, channels // groups]), [-1, 1, channels])
 
   @tf.custom_gradient
   def op(x, shift, gamma, beta):

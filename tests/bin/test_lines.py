@@ -40,22 +40,22 @@ PROGRAMS = {
     "--workdir={run}", "--images={images}", "--out={new}", "--t=0.5", "--samples=1", "--steps=1"
   ),
   f"{BIN}serve": ("--model={model}", "--port=0"),
-  "tools/find_schedule.py": (
+  f"{BIN}schedule": (
     *TINY, "--out={new}.json", "--slice=0.02", "--levels=8", "--nodes=3", "--plot=none"
   ),
-  "tools/lab.py": (
+  f"{BIN}lab": (
     "--out={new}", "--images=10", "--count=20", "--nfe=2", "--samplers=naive", "--schedule=linear"
   ),
-  "tools/reference_stats.py": (*TINY, "--out={new}.npz", "--samples=20", "--feature_net=pixels"),
+  f"{BIN}reference_stats": (*TINY, "--out={new}.npz", "--samples=20", "--feature_net=pixels"),
   "tools/figures.py": ("--workdir={run}", "--out={new}", "--figures=8"),
   "tools/study.py": ("--out={new}", "--report"),
   "tools/quickstart.py": ("--workdir={images}", "--fresh", *TINY),
-  "tools/import_score_sde.py": ("--checkpoint={broken}.npz", "--out={new}"),
+  f"{BIN}import_score_sde": ("--checkpoint={broken}.npz", "--out={new}"),
   "tools/measure_restoration.py": ("--workdir={run}", "--out={images}"),
   "tools/tpu_compile_check.py": (*TINY, "--env={images}"),
 }  # fmt: skip
 MISTAKEN = {
-  "tools/study.py", "tools/quickstart.py", "tools/import_score_sde.py",
+  "tools/study.py", "tools/quickstart.py", f"{BIN}import_score_sde",
   "tools/measure_restoration.py", "tools/tpu_compile_check.py",
 }  # fmt: skip
 VALUES = (

@@ -218,7 +218,7 @@ def test_a_damaged_schedule_file_is_one_line(tmp_path):
   flags = (f"--config={tmp_path}/digits_blur.py", f"--workdir={tmp_path}/w")
   line = error_of(program("train", *flags))
   assert "digits_blur.json: not JSON" in line
-  assert "write it again with tools/find_schedule.py" in line
+  assert "write it again with soft-diffusion-schedule" in line
   assert not (tmp_path / "w").exists()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from soft_diffusion_tf import score_sde as import_score_sde
 from soft_diffusion_tf.networks import NCSNpp, blocks
-from tools import import_score_sde
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ncsnpp"
 FILES = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from soft_diffusion_tf import samplers, training
+from soft_diffusion_tf import score_sde as import_score_sde
 from soft_diffusion_tf.networks import NCSNpp
-from tools import import_score_sde
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "ncsnpp"
