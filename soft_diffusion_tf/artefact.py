@@ -25,7 +25,6 @@ seed + b; sample k of image b in `restore_map` has the image seed seed + b · nu
 num = 1), and t is rounded to a whole multiple of 1/`LATTICE` there.
 """
 
-import difflib
 import hashlib
 import importlib.resources
 import json
@@ -637,7 +636,7 @@ def load(path, trust_code=False):
     _check_finite(weights)
     run = _make(experiment, prior, weights, manifest["step"])
   except Exception as error:  # damaged files raise many kinds
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from error
   if digest_of(run) != manifest["weights_sha256"]:
     raise ValueError(f"{path}: its weights are not those of its manifest; export it again")
@@ -646,12 +645,7 @@ def load(path, trust_code=False):
 
 def signature(model, name):
   """A signature of a loaded SavedModel; a ValueError with the nearest name when there is none."""
-  if name not in model.signatures:
-    near = difflib.get_close_matches(str(name), list(model.signatures), 1, cutoff=0)[0]
-    raise ValueError(
-      f"the model has no signature {name!r}; did you mean {near!r}? "
-      f"There are {', '.join(sorted(model.signatures))}"
-    )
+  parts.check_choice("the signature", name, sorted(model.signatures))
   return model.signatures[name]
 
 

@@ -14,6 +14,8 @@ import shutil
 import tensorflow as tf
 import tqdm
 
+from soft_diffusion_tf import parts
+
 KEPT = "kept"
 _FILE = re.compile(r"(ckpt-([0-9]{1,18}))(\.index|\.data-[0-9]+-of-[0-9]+|_temp|\..*tempstate.*)")
 
@@ -108,7 +110,7 @@ class Checkpoints:
         ).assert_existing_objects_matched()
         return int(self._step.numpy())
       except (tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError) as error:
-        text = str(error).strip().splitlines()[0]
+        text = parts.first_line(error)
         tqdm.tqdm.write(f"{path} cannot be read ({text}); trying the one before it")
     if paths:
       raise ValueError(
@@ -188,7 +190,7 @@ class Checkpoints:
     except (OSError, tf.errors.OpError) as error:
       with contextlib.suppress(OSError):  # half a checkpoint would take the space of a whole one
         self._clear(step)
-      text = str(error).strip().splitlines()[0]
+      text = parts.first_line(error)
       raise ValueError(
         f"{self.folder}: cannot save step {step} ({text}); the checkpoints before it are intact: "
         "free some space and start again"

@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
 import functools
 import io
 import json
@@ -77,12 +76,14 @@ class Reader(parts.Part, role="data set"):
     return parts.spell(self)
 
 
-_CODE = re.compile(r"(?!folder:)[\w.<>]+:[^\W\d][\w.<>]*(\(.*\))?", re.DOTALL)
-
-
 def reader_of(name):
-  """The `Reader` that "module:Class(fields)" names, by consent; another name stays as it is."""
-  return parts.make(Reader, name) if isinstance(name, str) and _CODE.fullmatch(name) else name
+  """The `Reader` that "module:Class(fields)" names, by consent; another name stays as it is.
+
+  TFDS has names like "huggingface:mnist": a class is told by its capital letter, or by "()".
+  """
+  code = parts.code_in(name) if isinstance(name, str) else ""
+  is_class = code.rpartition(":")[2].rpartition(".")[2][:1].isupper() or "(" in str(name)
+  return parts.make(Reader, name) if code and is_class else name
 
 
 def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True):
@@ -102,9 +103,7 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   Raises:
     ValueError: one line that names the data set or file, the cause and the remedy.
   """
-  if crop not in CROPS:
-    near = difflib.get_close_matches(str(crop), CROPS, 1, cutoff=0)[0]
-    raise ValueError(f"unknown crop {crop!r}; did you mean {near!r}?")
+  parts.check_choice("the crop", crop, CROPS)
   if image_shape is not None and len(image_shape) != 3:
     raise ValueError(f"an image shape is (height, width, channels), got {tuple(image_shape)}")
   name = reader_of(name)
@@ -407,7 +406,7 @@ def _tfds(name, split, shape, crop, data_dir, progress):
     )  # fmt: skip
     total = builder.info.splits[split].num_examples
   except Exception as error:  # TFDS raises of its own, of requests' and of TensorFlow's kinds
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = parts.first_line(error)
     raise ValueError(f"TFDS data set {name!r}, split {split!r}: {text}; {remedy}") from None
   if "image" not in builder.info.features:
     raise ValueError(f"TFDS data set {name!r} has no 'image'; it has {list(builder.info.features)}")
@@ -434,7 +433,7 @@ def _tfds(name, split, shape, crop, data_dir, progress):
         raise ValueError(f"{name}: images of several sizes; set data.image_shape")
       images[k], labels[k] = image, label
   except tf.errors.OpError as error:  # a file that is missing or damaged, or an image in it
-    text = str(error).strip().splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(
       f"TFDS data set {name!r}, split {split!r}: {text}; copy or prepare it again"
     ) from None

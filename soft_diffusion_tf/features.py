@@ -33,7 +33,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import classifier, trust
+from soft_diffusion_tf import classifier, parts, trust
 
 TFGAN_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 TFGAN_SIZE, TFGAN_FEATURES, TFGAN_CLASSES = 299, 2048, 1008
@@ -162,7 +162,7 @@ def _fetch():
       os.rename(f"{partial}/model", folder)
     return folder
   except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(
       f"cannot fetch {TFGAN_HANDLE} ({text}); download {TFGAN_HANDLE}?tf-hub-format=compressed on "
       "a machine with network, unpack it, and give its folder by --feature_net=tfgan:FOLDER"
@@ -211,7 +211,7 @@ def _saved_model(folder, output, size=None):
   try:
     module = tf.saved_model.load(str(folder))
   except Exception as error:  # damaged files raise many kinds
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(f"{folder}: cannot be loaded ({text}); copy the SavedModel anew") from None
   entry, spec = _entry(module, folder)
   height, width = spec.shape[1] or size, spec.shape[2] or size
@@ -235,7 +235,7 @@ def _saved_model(folder, output, size=None):
   try:
     probe = outputs(tf.zeros([2, height or 32, width or 32, channels]))
   except Exception as error:  # whatever the network's own operations raise
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(f"{folder}: fails on a black image ({text}); is it whole?") from None
   if output not in probe:
     names = sorted(probe)

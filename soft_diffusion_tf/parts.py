@@ -404,7 +404,13 @@ def make(base: Any, config: Any, where: str = "", trust_code: Any = False) -> An
 # --- Code that configs name -----------------------------------------------------------------------
 
 
-_CODE = re.compile(r"\s*([\w.<>]+:[^\W\d][\w.<>]*)\s*(\(.*\))?\s*", re.DOTALL)
+_CODE = re.compile(r"\s*([\w.<>]+:(?!\d)[\w.<>]+)\s*(\(.*\))?\s*", re.DOTALL)
+
+
+def code_in(text: str) -> str:
+  """The "module:name" of a text such as "module:Class(size=3)", or ""."""
+  match = _CODE.fullmatch(text)
+  return match[1] if match and not match[1].startswith("folder:") else ""
 
 
 def code_of(config: Any) -> set[str]:
@@ -413,8 +419,7 @@ def code_of(config: Any) -> set[str]:
     return set().union(*map(code_of, config.values()))
   if isinstance(config, list | tuple):
     return set().union(*map(code_of, config))
-  matches = (_CODE.fullmatch(text) for text in str(config).split("+"))
-  return {match[1] for match in matches if match and not match[1].startswith("folder:")}
+  return {name for text in split(str(config), "+") if (name := code_in(text))}
 
 
 def check_importable(config: Any) -> None:

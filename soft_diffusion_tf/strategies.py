@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -11,6 +10,8 @@ import socket
 import time
 
 import tensorflow as tf
+
+from soft_diffusion_tf import parts
 
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
@@ -32,11 +33,7 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
     ValueError: an unknown name, a TF_CONFIG that is none, a worker that does not come up, or a TPU
       that cannot be had.
   """
-  if name not in STRATEGIES:
-    near = difflib.get_close_matches(str(name).lower(), STRATEGIES, 1, cutoff=0)[0]
-    raise ValueError(
-      f"strategy = {name!r} is unknown; did you mean {near!r}? There are {', '.join(STRATEGIES)}"
-    )
+  parts.check_choice("strategy =", name, STRATEGIES)
   if name == "auto":
     name = "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
     if os.environ.get("TF_CONFIG") and not alone:
@@ -58,7 +55,7 @@ def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0
     tf.config.experimental_connect_to_cluster(resolver)
     tf.tpu.experimental.initialize_tpu_system(resolver)
   except Exception as error:  # resolver, network and missing kernels each raise their own
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = parts.first_line(error)
     raise ValueError(
       f"TPU {tpu!r} cannot be used ({text}); is its name right, and is tensorflow-tpu installed?"
     ) from None
