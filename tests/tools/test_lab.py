@@ -203,3 +203,23 @@ def test_a_damaged_record_of_the_report_is_refused(tmp_path):
   assert result.returncode == 2
   assert "samplers.json: not a record of this report; delete it to measure anew" in result.stderr
   assert [f.name for f in tmp_path.iterdir()] == ["samplers.json"]
+
+
+def test_what_rounded_operators_cost_grows_with_the_rounding(blur_diffusion):
+  """TF32 keeps 10 bits of a product's operands and bfloat16 7: 8 times less (P App. C's blur)."""
+  mixture = oracles.GaussianMixture(laboratory.load("digits", 20)[0], std=0.05)
+  study = laboratory.PrecisionStudy(mixture, blur_diffusion)
+  clean = mixture.draw(32, seed=3)
+  errors = {kind: study.one_blur(clean, kind, 0.8)[0] for kind in laboratory.PRECISIONS}
+  assert errors["exact"] == 0.0
+  assert 1e-5 < errors["tf32"] < 1e-3
+  assert 4.0 < errors["bfloat16"] / errors["tf32"] < 16.0  # of few numbers' roundings
+  samples = {k: study.sample(k, "ddim", 6, np.arange(32)) for k in laboratory.PRECISIONS}
+  distance = {k: np.abs(samples[k] - samples["exact"]).max() for k in laboratory.PRECISIONS}
+  assert 0.0 == distance["exact"] < distance["tf32"] < distance["bfloat16"] < 0.5
+  assert study.frechet(samples["exact"]) == pytest.approx(study.frechet(samples["tf32"]), rel=0.05)
+  # A cosine transform keeps the power: the bands hold all of it.
+  image = np.random.default_rng(0).standard_normal([2, 8, 8, 1])
+  count = np.bincount(study._band.ravel(), minlength=4)
+  power = np.sum(count * np.square(np.nan_to_num(study.rms(image)))) / count.sum()
+  assert power == pytest.approx(np.mean(image**2))
