@@ -22,7 +22,7 @@ setuptools.setup(
   ],
   package_dir={"soft_diffusion_tf.configs": "configs"},
   package_data={
-    "soft_diffusion_tf": ["pretrained/*", "page/*"],
+    "soft_diffusion_tf": ["pretrained/*", "page/*", "py.typed"],
     "soft_diffusion_tf.bin": ["*.md"],
     "soft_diffusion_tf.configs": ["schedules/*.json"],
   },
