@@ -73,6 +73,7 @@ setuptools.setup(
       "soft-diffusion-schedule=soft_diffusion_tf.bin.schedule:run",
       "soft-diffusion-reference-stats=soft_diffusion_tf.bin.reference_stats:run",
       "soft-diffusion-lab=soft_diffusion_tf.bin.lab:run",
+      "soft-diffusion-data=soft_diffusion_tf.bin.data:run",
       "soft-diffusion-import=soft_diffusion_tf.bin.import_score_sde:run",
     ],
   },

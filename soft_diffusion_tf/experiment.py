@@ -16,7 +16,7 @@ import pathlib
 import reprlib
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import keras
@@ -79,7 +79,9 @@ def _text(value: Any) -> Any:
 class Data(Group):
   """A data set and its images (see `data.load`); `flip` mirrors training images at random.
 
-  `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`.
+  `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`. A split is one of the data
+  set's, or "folder:PATH" of a folder of its own. `transparency`, `small` and `skip_bad` say what
+  happens to images that cannot be taken as they are (see `data.Policy`).
   """
 
   _group = "data."
@@ -91,16 +93,30 @@ class Data(Group):
   crop: str = "auto"
   flip: bool = True
   data_dir: str = ""
+  transparency: str = "white"
+  small: Annotated[str, Choice(data.SMALL)] = "leave_out"
+  skip_bad: Share = 0.0
 
   def __post_init__(self) -> None:
     super().__post_init__()
     object.__setattr__(self, "name", data.reader_of(self.name))
+    self.policy  # noqa: B018  it raises for a text that is no colour
 
-  def load(self, split: str = "", data_dir: str | None = None, progress: bool = True) -> Any:
-    """The `data.Source` of a split, by default of the training split, decoded."""
+  @property
+  def policy(self) -> data.Policy:
+    """What happens to images that cannot be taken as they are."""
+    return data.Policy(self.transparency, self.small, self.skip_bad)
+
+  def load(self, split: str = "", data_dir: str | None = None, progress: bool = True,
+           say: Callable[[str], None] | None = None) -> Any:  # fmt: skip
+    """The `data.Source` of a split, by default of the training split, decoded.
+
+    Args:
+      say: gets the lines of the doctor's table.
+    """
     return data.load(
       self.name, split or self.train_split, self.image_shape, self.crop,
-      data_dir or self.data_dir or None, progress,
+      data_dir or self.data_dir or None, progress, self.policy, say,
     )  # fmt: skip
 
 

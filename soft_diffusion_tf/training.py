@@ -9,6 +9,7 @@ the bit to a run that never did.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -378,7 +379,8 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   d = experiment.data
   with _on_sigterm(_end_at_once):  # there is nothing to save yet
     _say(progress, f"reading {d.name}")
-    source = d.load(progress=progress)
+    tell = functools.partial(_say, progress and _is_chief(strategy))
+    source = d.load(progress=progress, say=tell)
     if not _is_chief(strategy):
       with _lost_workers(strategy):
         return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)

@@ -30,6 +30,8 @@ _HELP = {"--help", "-h", "-help", "-?", "--helpshort", "--helpfull", "--helpxml"
 _LOG = re.compile(rb"[IWE]\d{4} \d\d:\d\d:|WARNING: All log messages before |To enable the foll")
 _PLACES = ("out", "workdir", "plot", "report")  # flags that say where a program writes
 
+_words: list[str] = []  # of the command line that are no flags
+
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
@@ -363,6 +365,11 @@ def _without_config(argv):
   return kept
 
 
+def words():
+  """The arguments that are no flags, such as check and digits of `soft-diffusion-data`."""
+  return tuple(_words)
+
+
 def _parse(argv, check=None):
   """The arguments that are no flags; ends with one line where a flag or the config is wrong.
 
@@ -378,6 +385,7 @@ def _parse(argv, check=None):
       _fail(f"--config={path}: {error}")
   try:
     rest = flags.FLAGS(_last_overrides(argv if path is None else _without_config(argv)))
+    _words[:] = rest[1:]
     _check_values()
     if check is not None:
       _run_check(check)
@@ -425,10 +433,10 @@ def _line_of(error):
   return text
 
 
-def _guarded(main, goes_on):
+def _guarded(main, goes_on, most_words=0):
   def run(argv):
-    if len(argv) > 1:
-      _fail(f"unexpected argument {argv[1]!r}; flags are given as --name=value")
+    if len(argv) > 1 + most_words:
+      _fail(f"unexpected argument {argv[1 + most_words]!r}; flags are given as --name=value")
     _load_tensorflow()  # after the flags, so that --help is quick
     import tensorflow as tf
 
@@ -460,7 +468,7 @@ def _guarded(main, goes_on):
   return run
 
 
-def run(main, goes_on=False, check=None):
+def run(main, goes_on=False, check=None, most_words=0):
   """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2.
 
   Args:
@@ -468,6 +476,7 @@ def run(main, goes_on=False, check=None):
     check: raises the ValueError of flags that are wrong by themselves. It is called before
       TensorFlow is loaded and the config is read, which take seconds.
     goes_on: the program goes on from where it was ended, also by SIGTERM: exit code 75.
+    most_words: arguments that it takes beside its flags, at the most (see `words`).
   """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
@@ -481,7 +490,9 @@ def run(main, goes_on=False, check=None):
     if not sys.warnoptions:
       warnings.simplefilter("ignore")
   try:
-    app.run(_guarded(main, goes_on), flags_parser=functools.partial(_parse, check=check))
+    app.run(
+      _guarded(main, goes_on, most_words), flags_parser=functools.partial(_parse, check=check)
+    )
   except KeyboardInterrupt:
     print("interrupted; start again with the same command to go on", file=sys.stderr)
     sys.exit(130)

@@ -61,7 +61,7 @@ def read(path, channels):
   path = pathlib.Path(path)
   images = {}
   for file in list_files(path):
-    image = data.read_image(file)
+    image = data.read_image(file, data.Policy(transparency="refuse"))
     if image.shape[2] != channels:
       kinds = {1: "grey", 3: "RGB"}
       raise ValueError(

@@ -46,6 +46,7 @@ PROGRAMS = {
   f"{BIN}lab": (
     "--out={new}", "--images=10", "--count=20", "--nfe=2", "--samplers=naive", "--schedule=linear"
   ),
+  f"{BIN}data": (*TINY, "check", "digits"),
   f"{BIN}reference_stats": (*TINY, "--out={new}.npz", "--samples=20", "--feature_net=pixels"),
   "tools/figures.py": ("--workdir={run}", "--out={new}", "--figures=8"),
   "tools/study.py": ("--out={new}", "--report"),

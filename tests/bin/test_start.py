@@ -52,6 +52,10 @@ MISTAKES = [
   ("reference-stats", ("--config=digits_blur", "--out=x.json"), "the name of a .npz file"),
   ("lab", (), "give --out=DIR"),
   ("lab", ("--out=o", "--nfe=few"), "positive whole numbers"),
+  ("data", (), "give a command"),
+  ("data", ("chekc", "digits"), "not 'chekc'"),
+  ("data", ("check",), "give --config="),
+  ("data", ("check", "digits", "now"), "unexpected argument 'now'"),
   ("import", ("--checkpoint=c.pth",), "give --out="),
 ]
 

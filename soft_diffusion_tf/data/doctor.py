@@ -1,0 +1,242 @@
+"""The doctor: reads every image of a source once, and tells all that is wrong before it refuses."""
+
+import collections
+import concurrent.futures
+import hashlib
+import math
+import os
+import typing
+
+import numpy as np
+import tqdm
+
+from soft_diffusion_tf.data import pictures
+from soft_diffusion_tf.data.policy import REMEDIES, Unusable, shown
+
+_LISTED = 20  # files of a kind, where a training begins
+_NAMED = 3  # files of a kind, in the line of an error
+
+
+class Facts(typing.NamedTuple):
+  """What the doctor keeps of an image: how it was found, and what becomes of it."""
+
+  format: str
+  mode: str
+  orientation: int
+  done: tuple[str, ...]
+  size: tuple[int, int]
+  digest: bytes  # of its pixels, before they are cut and shrunk
+  flat: bool  # one colour all over
+  lost: float  # share of its pixels that are cut off
+  change: str  # "shrunk", "enlarged" or ""
+
+
+def examine(picture, where, shape, crop, policy):
+  """(prepared pixels, `Facts`) of a picture; raises `Unusable`."""
+  pixels = picture.pixels
+  prepared = pictures.prepare(pixels, where, shape, crop, policy.small == "enlarge")
+  height, width = pixels.shape[:2]
+  _, _, h, w = pictures.crop_box(height, width, shape, crop)
+  change = ""
+  if (h, w) != prepared.shape[:2]:
+    change = "shrunk" if h * w > prepared.shape[0] * prepared.shape[1] else "enlarged"
+  digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16)
+  digest.update(repr(pixels.shape).encode())
+  flat = bool((pixels == pixels[:1, :1]).all())
+  lost = 1 - h * w / (height * width)
+  return prepared, Facts(
+    picture.format, picture.mode, picture.orientation, picture.done, (height, width),
+    digest.digest(), flat, lost, change,
+  )  # fmt: skip
+
+
+class Report:
+  """What was found in a source: `lines` is the table, `check` the refusal."""
+
+  def __init__(self, name, split, shape, policy, keep=True):
+    self.keep = keep  # the images
+    self.name, self.split, self.shape, self.policy = name, split, shape, policy
+    self.facts: list[Facts] = []
+    self.places: list[str] = []  # of each of the facts
+    self.bad: list[Unusable] = []
+    self.small: list[Unusable] = []  # left out by the policy
+    self.labels: dict[str, int] = {}
+    self.remarks: list[tuple[str, str]] = []  # further rows of the table
+    self.what = "files"
+
+  @property
+  def count(self):
+    """Images that were looked at."""
+    return len(self.facts) + len(self.bad) + len(self.small)
+
+  def add(self, where, facts):
+    self.places.append(str(where))
+    self.facts.append(facts)
+
+  def leave_out(self, error):
+    by_policy = error.kind == "small" and self.policy.small == "leave_out"
+    (self.small if by_policy else self.bad).append(error)
+
+  def count_labels(self, labels, names):
+    """Counts the labels that were kept."""
+    values, counts = np.unique(labels, return_counts=True)
+    name = lambda k: names[k] if 0 <= k < len(names) else str(k)
+    self.labels = {name(int(k)): int(n) for k, n in zip(values, counts)}
+
+  def duplicates(self):
+    """Groups of places whose pixels are equal."""
+    groups = collections.defaultdict(list)
+    for place, facts in zip(self.places, self.facts):
+      groups[facts.digest].append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+  def check(self):
+    """Raises one line for all files that cannot be used, if they are more than the policy takes."""
+    allowed = math.floor(self.policy.skip_bad * self.count + 1e-9)
+    if len(self.bad) > allowed:
+      raise ValueError(self._refusal())
+    if not self.facts:
+      first = (self.small or self.bad)[0]
+      others = f"; so are the other {self.count - 1} {self.what}" if self.count > 1 else ""
+      raise ValueError(f"{first}{others}")
+
+  def _refusal(self):
+    share = math.ceil(100 * len(self.bad) / self.count) / 100
+    remedy = f"; data.skip_bad={share:g} leaves out what cannot be used" if share < 1 else ""
+    if len(self.bad) == 1:
+      return f"{self.bad[0]}{remedy}"
+    groups = []
+    for kind, errors in self._kinds():
+      named = ", ".join(shown(e.where) for e in errors[:_NAMED])
+      more = " …" if len(errors) > _NAMED else ""
+      groups.append(f"{len(errors)} {kind}, {errors[0].text} ({named}{more}): {REMEDIES[kind]}")
+    return (
+      f"{self.name}: {len(self.bad)} of {self.count} {self.what} cannot be used: "
+      f"{'; '.join(groups)}{remedy}"
+    )
+
+  def _kinds(self):
+    kinds = collections.defaultdict(list)
+    for error in self.bad:
+      kinds[error.kind].append(error)
+    return sorted(kinds.items())
+
+  def lines(self, everything=False):
+    """The table, a line each; all files by name, or the first of each kind."""
+    most = None if everything else _LISTED
+    shape = "" if self.shape is None else "×".join(map(str, self.shape))
+    rows = [("images", f"{len(self.facts):,} of {self.count:,} {self.what}")]
+    rows += self._counted() + self.remarks
+    if self.small:
+      rows.append(("left out", f"{len(self.small):,} smaller than {shape} (data.small)"))
+    for kind, errors in self._kinds():
+      rows.append(("cannot be used", f"{len(errors):,} {kind}: {REMEDIES[kind]}"))
+      rows += [("", f"{shown(e.where)}: {e.text}") for e in errors[:most]]
+      if len(errors) > len(errors[:most]):
+        rows.append(("", f"and {len(errors) - _LISTED:,} more, which the check lists"))
+    groups = self.duplicates()
+    if groups:
+      rows.append(("duplicates", f"{sum(map(len, groups)) - len(groups):,} images are there again"))
+      rows += [("", " = ".join(map(shown, group))) for group in groups[: most or len(groups)]]
+    if flat := [place for place, facts in zip(self.places, self.facts) if facts.flat]:
+      rows.append(
+        ("one colour", f"{len(flat):,}: {', '.join(map(shown, flat[: most or len(flat)]))}")
+      )
+    if shape and self.facts:
+      rows.append((f"to {shape}", self._changed()))
+    rows.append(("policy", str(self.policy)))
+    return [f"{self.name}, split {self.split}", *(f"  {head:<16}{text}" for head, text in rows)]
+
+  def _counted(self):
+    def row(head, values):
+      counted = collections.Counter(values).most_common()
+      return (head, ", ".join(f"{value} {n:,}" for value, n in counted))
+
+    if not self.facts:
+      return []
+    rows = [row("formats", (f.format for f in self.facts))]
+    rows.append(row("modes", (f.mode for f in self.facts)))
+    sizes = np.array([f.size for f in self.facts])
+    low, middle, high = sizes.min(0), np.median(sizes, axis=0).astype(int), sizes.max(0)
+    text = f"{low[0]}×{low[1]}"
+    if (low != high).any():
+      text += f" to {high[0]}×{high[1]} pixels (height×width), median {middle[0]}×{middle[1]}"
+    rows.append(("sizes", text))
+    if any(f.orientation != 1 for f in self.facts):
+      rows.append(row("orientations", (f.orientation for f in self.facts)))
+    if len(self.labels) > 1:
+      rows.append(("labels", ", ".join(f"{shown(k)} {n:,}" for k, n in self.labels.items())))
+    if any(f.done for f in self.facts):
+      rows.append(row("converted", (text for f in self.facts for text in f.done)))
+    return rows
+
+  def _changed(self):
+    cut = [f.lost for f in self.facts if f.lost > 0]
+    parts = [f"{len(cut):,} cropped (they lose {np.mean(cut):.0%} of their pixels)"] if cut else []
+    for change in ("shrunk", "enlarged"):
+      if n := sum(f.change == change for f in self.facts):
+        parts.append(f"{n:,} {change}")
+    whole = sum(f.lost == 0 and not f.change for f in self.facts)
+    return ", ".join([*parts, f"{whole:,} as they are"])
+
+
+def collect(one, items, total, report, shape, bar, disable=None):
+  """The images of a source, each prepared by `one`, read in parallel; with the places kept.
+
+  Args:
+    one: item → (pixels, `Facts`, place), or raises `Unusable`.
+    items: of the source, in order.
+
+  Returns:
+    (images uint8 [n, H, W, C], indices of the items kept); images are None where there are none.
+  """
+
+  def guarded(item):
+    try:
+      return one(item)
+    except Unusable as error:
+      return error
+
+  images = allocate(report.name, total, shape) if report.keep and shape is not None else None
+  kept: list[int] = []
+  first = ""
+  for k, found in enumerate(tqdm.tqdm(in_parallel(guarded, items), bar, total, disable=disable)):
+    if isinstance(found, Unusable):
+      report.leave_out(found)
+      continue
+    pixels, facts, place = found
+    if report.keep and images is None:
+      images, first = allocate(report.name, total, pixels.shape), place
+    if images is not None and pixels.shape != images.shape[1:]:
+      other = shown(os.path.basename(str(first)))
+      report.leave_out(Unusable("size", place, f"its size or colour differs from {other}'s"))
+      continue
+    if images is not None:
+      images[len(kept)] = pixels
+    kept.append(k)
+    report.add(place, facts)
+  return (None if images is None else images[: len(kept)]), kept
+
+
+def in_parallel(function, items, ahead=64):
+  """The results of a function over an iterable, in order, a few computed ahead by threads."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    pending: collections.deque = collections.deque()
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) > ahead:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def allocate(name, count, shape):
+  """Room for the decoded images, which stay in memory."""
+  try:
+    return np.empty([count, *shape], np.uint8)
+  except MemoryError:
+    size = count * np.prod(shape, dtype=np.int64) / 2**30
+    raise ValueError(
+      f"{name}: {count} images of {tuple(shape)} take {size:.1f} GiB of memory; "
+      "take a part of the split (such as train[:50%]) or smaller images"
+    ) from None

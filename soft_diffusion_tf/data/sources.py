@@ -1,0 +1,204 @@
+"""Where images come from: the built-in digits, a reader of one's own, folders, TFDS; and `load`."""
+
+import dataclasses
+import os
+import pathlib
+import typing
+
+import numpy as np
+
+from soft_diffusion_tf import packages, parts
+from soft_diffusion_tf.data import doctor, folders, pictures, tfds
+from soft_diffusion_tf.data.policy import Policy
+
+DIGITS_TRAIN = 1500
+FOLDER = folders.PREFIX
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A data set in memory: images uint8 [N, H, W, C], labels int64 [N], and where it is from.
+
+  `label_names[k]` is the name of label k, where labels have names; `report` is the doctor's.
+  """
+
+  name: str
+  images: np.ndarray
+  labels: np.ndarray
+  label_names: tuple[str, ...] = ()
+  report: typing.Any = dataclasses.field(default=None, compare=False, repr=False)
+
+  def __post_init__(self):
+    if self.images.dtype != np.uint8:
+      raise ValueError(
+        f"{self.name}: a data set holds images as uint8 from 0 to 255, not {self.images.dtype}; "
+        "give np.uint8(np.rint(255 * images)) of images in [0, 1]"
+      )
+
+  def __len__(self):
+    return len(self.images)
+
+  def floats(self, index=slice(None)):
+    """Images float32 in [0, 1]."""
+    return self.images[index].astype(np.float32) / 255.0
+
+
+class Reader(parts.Part, role="data set"):
+  """A data set of one's own: a part (see `parts`) with one method, `read`."""
+
+  def read(self, split):
+    """The images of a split, uint8 [N, H, W, C], or a pair of them and labels int64 [N]."""
+    raise NotImplementedError
+
+  def __str__(self):
+    return parts.spell(self)
+
+
+def reader_of(name):
+  """The `Reader` that "module:Class(fields)" names, by consent; another name stays as it is.
+
+  TFDS has names like "huggingface:mnist": a class is told by its capital letter, or by "()".
+  """
+  code = parts.code_in(name) if isinstance(name, str) else ""
+  is_class = code.rpartition(":")[2].rpartition(".")[2][:1].isupper() or "(" in str(name)
+  return parts.make(Reader, name) if code and is_class else name
+
+
+def survey(name, split="all", image_shape=None, crop="auto", data_dir=None, progress=True,
+           policy=None):  # fmt: skip
+  """The doctor's `Report` of a data set: like `load`, but nothing is kept and nothing refused.
+
+  Without an image shape nothing is asked of the images' sizes.
+  """
+  return _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep=False)[-1]
+
+
+def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True,
+         policy=None, say=None):  # fmt: skip
+  """Decodes a data set.
+
+  Args:
+    name: "digits", "folder:PATH", a TFDS name, a `Reader` or "module:Class" of one.
+    split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
+      another folder, which is the split.
+    image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
+      resized by antialiased bilinear interpolation and rounded to 8 bits; colour becomes grey by
+      the BT.601 weights, grey becomes three equal channels. Nothing is enlarged but by the policy.
+    crop: "none"; "centre" (the largest centred part of the target's shape); "celeb_a_140" (the
+      centred 140×140 of Song et al. 2021); "celeb_a_128" (128×128 around x = 89, y = 121); "auto"
+      is "celeb_a_140" for `celeb_a` and "centre" otherwise.
+    data_dir: where TFDS keeps its data sets.
+    policy: a `Policy`: what happens to images that cannot be taken as they are.
+    say: a function that gets the lines of the doctor's table, before anything is refused.
+
+  Raises:
+    ValueError: one line that names the data set or file, the cause and the remedy.
+  """
+  name, images, labels, names, report = _read_all(
+    name, split, image_shape, crop, data_dir, progress, policy, keep=True
+  )
+  if say is not None:
+    for line in report.lines():
+      say(line)
+  report.check()
+  return Source(name, images, labels, names, report)
+
+
+def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep):
+  """(name, images or None, labels, their names, report) of a data set."""
+  parts.check_choice("the crop", crop, pictures.CROPS)
+  if image_shape is not None and len(image_shape) != 3:
+    raise ValueError(f"an image shape is (height, width, channels), got {tuple(image_shape)}")
+  policy, name = policy or Policy(), reader_of(name)
+  if isinstance(split, str) and split.startswith(FOLDER):
+    name, split = split, "all"
+  shape = None if image_shape is None else tuple(image_shape)
+  report = doctor.Report(str(name), split, shape, policy, keep)
+  if isinstance(name, Reader):
+    name, (images, labels) = str(name), _read(name, split)
+    prepared, names = _prepare_each(images, name, report, crop), ()
+  elif name == "digits":
+    images, labels = _digits(split)
+    names = tuple(map(str, range(10)))
+    prepared = _prepare_each(images, "digit", report, crop)
+  elif name.startswith(FOLDER):
+    path = name[len(FOLDER) :]
+    if not path.strip():
+      raise ValueError(f"data set {name!r} names no folder; give {FOLDER}PATH")
+    folder = pathlib.Path(path).expanduser()
+    prepared, labels, names = folders.read(folder, split, shape, crop, report)
+  else:
+    _refuse_path(name)
+    crop = "celeb_a_140" if crop == "auto" and name == "celeb_a" else crop
+    prepared, labels, names = tfds.read(name, split, shape, crop, data_dir, progress, report)
+  report.count_labels(labels, names)
+  return name, prepared, labels, names, report
+
+
+def check_consent(name, data_dir=None):
+  """Raises the `trust.UntrustedCode` of a data set that a config names and that runs code.
+
+  A TFDS name may have TFDS fetch or import a builder of somebody's, and the description of a
+  prepared set beside the images, features.json, names classes that TFDS imports.
+  """
+  if not (isinstance(name, Reader) or name == "digits" or name.startswith(FOLDER)):
+    tfds.check_consent(name, data_dir)
+
+
+def _read(reader, split):
+  """The images and labels of a reader, checked."""
+  found = reader.read(split)
+  images, labels = found if isinstance(found, tuple) else (found, None)
+  images = np.asarray(images)
+  if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+    raise ValueError(
+      f"{reader}: read({split!r}) must give images uint8 [N, H, W, C], got {images.dtype} "
+      f"{list(images.shape)}"
+    )
+  labels = np.zeros([len(images)], np.int64) if labels is None else np.asarray(labels, np.int64)
+  return images, labels
+
+
+def _refuse_path(name):
+  """Raises the ValueError of a path that stands where a data set's name belongs."""
+  path = os.path.expanduser(name)
+  looks = name.startswith(("/", "~", ".")) or (os.sep in name and os.path.exists(path))
+  if not name.strip() or looks or not name.isprintable():
+    hint = f" of a folder of images write {FOLDER}{name}," if looks else ""
+    raise ValueError(
+      f"data set {name!r} is no name;{hint} else digits or a name that TFDS has, such as cifar10"
+    )
+
+
+def _digits(split):
+  with packages.needed("scikit-learn", "the built-in digits"):
+    from sklearn.datasets import load_digits  # 8×8, values 0 … 16
+
+  content = load_digits()
+  images = np.rint(content.images * (255 / 16)).astype(np.uint8)[..., None]
+  parts = {
+    "all": slice(None),
+    "train": slice(0, DIGITS_TRAIN),
+    "test": slice(DIGITS_TRAIN, None),
+  }
+  if split not in parts:
+    raise ValueError(f"digits has no split {split!r}; choose one of {', '.join(parts)}")
+  return images[parts[split]], content.target[parts[split]].astype(np.int64)
+
+
+def _prepare_each(images, name, report, crop):
+  """Images of one size, each prepared; the first that cannot be is refused."""
+  crop = "centre" if crop == "auto" else crop
+  shape, mode = report.shape, f"{images.shape[3]} × {images.dtype}"
+  if shape == images.shape[1:]:
+    crop = "none"
+  strict = dataclasses.replace(report.policy, small="refuse") if (
+    report.policy.small == "leave_out"
+  ) else report.policy  # fmt: skip
+  report.what, prepared = "images", []
+  for k, image in enumerate(images):
+    picture = pictures.Picture(image, "array", mode)
+    pixels, facts = doctor.examine(picture, f"{name} {k}", shape, crop, strict)
+    report.add(f"{name} {k}", facts)
+    prepared.append(pixels)
+  return images if shape is None or shape == images.shape[1:] else np.stack(prepared)

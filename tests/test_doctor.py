@@ -1,0 +1,296 @@
+"""Pictures of every mode, format and orientation as a viewer shows them, and the doctor's table."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from soft_diffusion_tf import data
+from soft_diffusion_tf.data import folders
+
+
+@pytest.fixture
+def photo(rng):
+  """RGB uint8 [24, 32, 3], smooth, as a photograph is."""
+  small = Image.fromarray(rng.integers(0, 256, [3, 4, 3]).astype(np.uint8))
+  return np.asarray(small.resize((32, 24), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def grey(photo):
+  return np.asarray(Image.fromarray(photo).convert("L"))
+
+
+def saved(path, image, **options):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+  return path
+
+
+def same(path, expected, tolerance=0, **options):
+  got = data.read_image(path, **options)
+  expected = expected.reshape(*expected.shape[:2], -1)
+  assert got.shape == expected.shape
+  assert got.dtype == np.uint8
+  assert np.abs(got.astype(int) - expected).max() <= tolerance
+
+
+# --- Modes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled(tmp_path, rng, suffix):
+  values = rng.integers(0, 65536, [9, 7]).astype(np.uint16)
+  values[0, :2] = 0, 65535
+  same(saved(tmp_path / f"a.{suffix}", values), np.rint(values / 257))
+
+
+def test_a_16_bit_pgm_is_scaled(tmp_path):
+  (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([257, 65535], ">u2").tobytes())
+  same(tmp_path / "a.pgm", np.array([[1, 255]]))
+
+
+def test_floats_in_0_to_1_are_scaled_and_others_refused(tmp_path, grey):
+  same(saved(tmp_path / "a.tif", grey.astype(np.float32) / 255), grey)
+  saved(tmp_path / "b.tif", grey.astype(np.float32))
+  with pytest.raises(ValueError, match=r"b.tif: float32 values from .*, not in \[0, 1\]; scale"):
+    data.read_image(tmp_path / "b.tif")
+  saved(tmp_path / "c.tif", grey.astype(np.int32))
+  with pytest.raises(ValueError, match=r"c.tif: 32-bit whole numbers"):
+    data.read_image(tmp_path / "c.tif")
+
+
+def test_palette_and_single_bits(tmp_path, photo, grey):
+  palette = Image.fromarray(photo).quantize(32)
+  same(saved(tmp_path / "a.png", palette), np.asarray(palette.convert("RGB")))
+  bits = Image.fromarray(grey).convert("1")
+  same(saved(tmp_path / "b.png", bits), np.asarray(bits.convert("L")))
+
+
+def test_cmyk_takes_the_usual_conversion(tmp_path):
+  inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255], [100, 50, 0, 51]]], np.uint8)
+  c, m, y, k = (inks[..., i] / 255.0 for i in range(4))
+  expected = np.stack([255 * (1 - ink) * (1 - k) for ink in (c, m, y)], -1)
+  same(saved(tmp_path / "a.tif", Image.fromarray(inks, "CMYK")), expected, 1)
+  flat = np.broadcast_to(inks[:, 3:], [16, 16, 4])
+  path = saved(tmp_path / "b.jpg", Image.fromarray(np.array(flat), "CMYK"), quality=100)
+  same(path, np.broadcast_to(expected[:, 3:], [16, 16, 3]), 3)  # JPEG rounds
+
+
+def test_transparency_lies_on_the_colour(tmp_path, photo, grey, rng):
+  alpha = rng.integers(0, 256, photo.shape[:2]).astype(np.uint8)
+  share = alpha[..., None] / 255.0
+  path = saved(tmp_path / "a.png", np.dstack([photo, alpha]))
+  same(path, share * photo + (1 - share) * 255, 0.5 + 1e-4)
+  red = data.Policy(transparency="#ff0000")
+  same(path, share * photo + (1 - share) * [255, 0, 0], 0.5 + 1e-4, policy=red)
+  same(path, np.dstack([photo, alpha]), channels=4)
+  with pytest.raises(ValueError, match=r"a.png: it has transparent pixels; name the colour"):
+    data.read_image(path, data.Policy(transparency="refuse"))
+  path = saved(tmp_path / "b.png", np.dstack([grey, alpha]))
+  share = share[..., 0]
+  same(path, share * grey + (1 - share) * 255, 0.5 + 1e-4)
+  same(path, np.dstack([grey, alpha]), channels=2)
+  opaque = saved(tmp_path / "c.png", np.dstack([photo, np.full_like(grey, 255)]))
+  same(opaque, photo, policy=data.Policy(transparency="refuse"))
+
+
+def test_a_transparent_colour_of_a_png(tmp_path):
+  row = np.array([[0, 100, 255]], np.uint8)
+  palette = Image.fromarray(row, "P")
+  palette.putpalette([10, 20, 30] * 100 + [1, 2, 3] * 156)
+  path = saved(tmp_path / "p.png", palette, transparency=0)
+  same(path, np.array([[[255, 255, 255], [1, 2, 3], [1, 2, 3]]]))
+  same(saved(tmp_path / "l.png", row, transparency=100), np.array([[0, 255, 255]]))
+  colours = np.array([[[9, 9, 9], [7, 8, 9]]], np.uint8)
+  path = saved(tmp_path / "rgb.png", colours, transparency=(7, 8, 9))
+  same(path, np.array([[[9, 9, 9], [255, 255, 255]]]))
+
+
+def test_a_colour_that_is_none_is_refused():
+  with pytest.raises(ValueError, match=r"data.transparency = 'wite' is no colour"):
+    data.Policy(transparency="wite")
+
+
+# --- Colour profiles ------------------------------------------------------------------------------
+
+
+def profile(primaries, gamma):
+  """An ICC profile (version 2) of an RGB space by its primaries in XYZ (D50) and its gamma."""
+  number = lambda v: round(v * 65536).to_bytes(4, "big", signed=True)
+  xyz = lambda v: b"XYZ \0\0\0\0" + b"".join(map(number, v))
+  curve = b"curv\0\0\0\0\0\0\0\1" + int(gamma * 256).to_bytes(2, "big") + b"\0\0"
+  text = b"desc\0\0\0\0\0\0\0\5test\0" + bytes(79)
+  text += bytes(-len(text) % 4)
+  tags = {b"desc": text, b"cprt": b"text\0\0\0\0none\0\0\0\0", b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+  tags |= {name: xyz(v) for name, v in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)}
+  tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+  place, table, content = 128 + 4 + 12 * len(tags), b"", b""
+  for name, value in tags.items():
+    table += name + (place + len(content)).to_bytes(4, "big") + len(value).to_bytes(4, "big")
+    content += value
+  body = len(tags).to_bytes(4, "big") + table + content
+  head = bytearray(128)
+  head[0:4] = (128 + len(body)).to_bytes(4, "big")
+  head[8:12], head[12:24] = b"\2\x40\0\0", b"mntrRGB XYZ "
+  head[36:40], head[68:80] = b"acsp", b"".join(map(number, (0.9642, 1.0, 0.8249)))
+  return bytes(head) + body
+
+
+# Display P3's primaries in XYZ under D50.
+P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+
+
+def test_display_p3_is_followed_to_srgb(tmp_path):
+  """By the matrices of both spaces, and sRGB's curve."""
+  srgb = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708],
+                   [0.14307, 0.06061, 0.71410]]).T  # fmt: skip
+  colours = np.array([[[180, 120, 100], [60, 160, 90], [90, 90, 90], [200, 180, 150]]], np.uint8)
+  light = (colours / 255.0) ** 2.2
+  linear = light @ np.array(P3) @ np.linalg.inv(srgb).T
+  linear = np.clip(linear, 0, 1)
+  curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+  path = saved(tmp_path / "a.png", colours, icc_profile=profile(P3, 2.2))
+  expected = np.rint(255 * curve)
+  same(path, expected, 2)  # LittleCMS computes with 16 bits, and gamma has 8 behind the point
+  assert np.abs(expected - colours).max() > 10  # else this would show nothing
+
+
+def test_pictures_in_srgb_keep_their_bits(tmp_path, photo):
+  srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  same(saved(tmp_path / "a.png", photo, icc_profile=srgb), photo)
+  same(saved(tmp_path / "b.png", photo, icc_profile=b"damaged"), photo)
+
+
+# --- Files and folders ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF"])
+def test_a_format_is_told_by_content(tmp_path, grey, kind):
+  from PIL import features
+
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow is built without AVIF")
+  saved(tmp_path / "a.dat", grey, format=kind)
+  (tmp_path / "notes.txt").write_text("no picture")
+  assert [f.name for f in data.list_images(tmp_path)] == ["a.dat"]
+  options = {} if kind in ("JPEG", "WEBP", "AVIF") else {"tolerance": 0}
+  got = data.read_image(tmp_path / "a.dat")[..., 0].astype(int)
+  assert np.abs(got - grey).mean() <= options.get("tolerance", 8)  # lossy by default
+
+
+def test_the_first_frame_of_an_animation(tmp_path, grey):
+  frames = [Image.fromarray(np.full([8, 8], v, np.uint8)) for v in (50, 200)]
+  frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+  same(tmp_path / "a.gif", np.full([8, 8, data.read_image(tmp_path / "a.gif").shape[2]], 50))
+  report = data.load(f"folder:{tmp_path}", "all").report
+  assert "first frame of several 1" in "\n".join(report.lines())
+
+
+def test_hidden_files_links_and_loops(tmp_path, photo):
+  saved(tmp_path / "in" / "a" / "1.png", photo)
+  saved(tmp_path / "in" / ".ipynb_checkpoints" / "x.png", photo)
+  (tmp_path / "in" / "._1.jpg").write_bytes(b"\0\5\x16\7")
+  saved(tmp_path / "elsewhere" / "2.png", photo)
+  os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "b")
+  os.symlink("a", tmp_path / "in" / "0_again")
+  os.symlink("..", tmp_path / "in" / "a" / "loop")
+  os.mkfifo(tmp_path / "in" / "pipe.png")
+  found = folders.scan(tmp_path / "in")
+  assert [str(f.relative_to(tmp_path / "in")) for f in found.files] == ["a/1.png", "b/2.png"]
+  assert found.hidden == 2
+  assert sorted(found.links) == ["0_again", "a/loop"]
+  os.symlink(tmp_path / "in", tmp_path / "whole")
+  assert len(data.list_images(tmp_path / "whole")) == 2
+
+
+def mixed(folder, photo):
+  """Two good pictures, a duplicate, a flat one, a small one, and three that cannot be used."""
+  saved(folder / "cats" / "1.png", photo)
+  saved(folder / "dogs" / "2.jpg", photo[::-1], quality=95)
+  saved(folder / "dogs" / "twin.png", photo)
+  saved(folder / "dogs" / "black.png", np.zeros([20, 20, 3], np.uint8))
+  saved(folder / "dogs" / "tiny.png", photo[:5, :5])
+  (folder / "cats" / "empty.png").write_bytes(b"")
+  (folder / "cats" / "line\nbreak.png").write_text("no picture")
+  saved(folder / "dogs" / "float.tif", photo[..., 0].astype(np.float32))
+
+
+def test_nothing_is_refused_before_all_is_known(tmp_path, photo):
+  mixed(tmp_path, photo)
+  said = []
+  with pytest.raises(ValueError, match=r"3 of 8 files cannot be used: 2 unreadable.*1 val") as e:
+    data.load(f"folder:{tmp_path}", "all", (16, 16, 3), say=said.append)
+  assert "\n" not in str(e.value)
+  assert "data.skip_bad=0.38 leaves" in str(e.value)
+  table = "\n".join(said)
+  for text in ("empty.png", r"line\nbreak.png", "float.tif", "1 smaller than 16×16×3",
+               "cats/1.png", "twin.png", "black.png", "cats 1, dogs 3", "TIFF"):  # fmt: skip
+    assert text in table or text == "TIFF"
+  assert all("\n" not in line for line in said)
+
+
+def test_a_stated_share_is_left_out(tmp_path, photo):
+  mixed(tmp_path, photo)
+  source = data.load(f"folder:{tmp_path}", "all", (16, 16, 3), policy=data.Policy(skip_bad=0.38))
+  assert source.images.shape == (4, 16, 16, 3)
+  assert source.labels.tolist() == [0, 1, 1, 1]
+  assert source.label_names == ("cats", "dogs")
+  enlarged = data.Policy(small="enlarge", skip_bad=0.5)
+  assert len(data.load(f"folder:{tmp_path}", "all", (16, 16, 3), policy=enlarged)) == 5
+
+
+def test_a_split_may_be_a_folder(tmp_path, photo):
+  saved(tmp_path / "a" / "1.png", photo)
+  saved(tmp_path / "b" / "2.png", photo)
+  assert len(data.load("digits", f"folder:{tmp_path / 'b'}", (16, 16, 3))) == 1
+
+
+# --- TFDS -----------------------------------------------------------------------------------------
+
+
+def stored(folder, feature, images, **labels):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  features = {"image": feature} | {k: kind for k, (kind, _) in labels.items()}
+  rows = [
+    (k, {"image": image} | {name: values[k] for name, (_, values) in labels.items()})
+    for k, image in enumerate(images)
+  ]
+  tfds.dataset_builders.store_as_tfds_dataset(
+    name="own", version="1.0.0", data_dir=folder, disable_shuffling=True,
+    features=tfds.features.FeaturesDict(features), split_datasets={"train": rows},
+  )  # fmt: skip
+  return lambda **options: data.load(
+    "own", "train", data_dir=str(folder), progress=False, **options
+  )
+
+
+def test_tfds_images_of_16_bits_and_of_floats_are_scaled(tmp_path, rng):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  values = rng.integers(0, 65536, [3, 8, 8, 1]).astype(np.uint16)
+  feature = tfds.features.Image(shape=(8, 8, 1), dtype=np.uint16, encoding_format="png")
+  np.testing.assert_array_equal(
+    stored(tmp_path / "a", feature, values)().images, np.rint(values / 257)
+  )
+  feature = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.float32)
+  floats = (values / 65535).astype(np.float32)
+  np.testing.assert_array_equal(
+    stored(tmp_path / "b", feature, floats)().images, np.rint(255 * floats)
+  )
+  with pytest.raises(ValueError, match=r"3 of 3 examples cannot be used: 3 values, float32 val"):
+    stored(tmp_path / "c", feature, floats * 2 - 1)()
+
+
+def test_tfds_labels_of_other_kinds(tmp_path, rng):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  images = rng.integers(0, 256, [3, 4, 4, 3]).astype(np.uint8)
+  feature = tfds.features.Image(shape=(4, 4, 3))
+  texts = (tfds.features.Text(), ["tree", "cat", "tree"])
+  source = stored(tmp_path / "a", feature, images, label=texts)()
+  assert source.labels.tolist() == [1, 0, 1]
+  assert source.label_names == ("cat", "tree")
+  hot = (tfds.features.Tensor(shape=(2,), dtype=np.int64), np.eye(3, 2, dtype=np.int64))
+  source = stored(tmp_path / "b", feature, images, label=hot)()
+  assert source.labels.tolist() == [0, 0, 0]
+  assert "not one class" in "\n".join(source.report.lines())
