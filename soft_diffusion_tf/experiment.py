@@ -81,7 +81,8 @@ class Data(Group):
 
   `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`. A split is one of the data
   set's, or "folder:PATH" of a folder of its own. `transparency`, `small` and `skip_bad` say what
-  happens to images that cannot be taken as they are (see `data.Policy`).
+  happens to images that cannot be taken as they are (see `data.Policy`). `balanced` draws every
+  class of the labels equally often.
   """
 
   _group = "data."
@@ -96,6 +97,7 @@ class Data(Group):
   transparency: str = "white"
   small: Annotated[str, Choice(data.SMALL)] = "leave_out"
   skip_bad: Share = 0.0
+  balanced: bool = False
 
   def __post_init__(self) -> None:
     super().__post_init__()

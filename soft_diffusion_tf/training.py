@@ -2,8 +2,8 @@
 
 A workdir holds everything: config.json, prior.npz, checkpoints/, metrics.jsonl (a line per
 `log_every` steps), history.jsonl (fields that changed on the way, and from which step on),
-tensorboard/, schedule.png. Starting again with the same workdir goes on where it stopped, equal to
-the bit to a run that never did.
+tensorboard/, schedule.png, labels.json (the names of the labels). Starting again with the same
+workdir goes on where it stopped, equal to the bit to a run that never did.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ from soft_diffusion_tf.monitoring import METRICS_FILE, WINDOWS_FILE, Monitor
 BUCKETS = 10  # of t, for the loss by time
 PRIOR_FILE = "prior.npz"
 HISTORY_FILE = "history.jsonl"
+LABELS_FILE = "labels.json"
 CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 64
 SHOWN_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of E[x_0|x_t], as in P Figure 7
@@ -295,7 +296,7 @@ def _make_loop(model, strategy):
   whose loss was not, or NaN where only the gradient was not.
   """
 
-  def replica_step(x_0):
+  def replica_step(x_0, labels=None):  # no model uses them yet
     out = model.update(x_0)
     bucket = tf.minimum(tf.cast(out["t"] * BUCKETS, tf.int32), BUCKETS - 1)
     odd = ~tf.math.is_finite(out["losses"])
@@ -315,11 +316,12 @@ def _make_loop(model, strategy):
         begin = tf.timestamp()
       with tf.control_dependencies([begin]):
         batch = iterator.get_next()
-      with tf.control_dependencies(tf.nest.flatten(strategy.experimental_local_results(batch))):
+      local = [strategy.experimental_local_results(v) for v in tf.nest.flatten(batch)]
+      with tf.control_dependencies(tf.nest.flatten(local)):
         wait = tf.timestamp() - begin
       with tf.control_dependencies([wait]):  # not later, with one thread, than the step itself
         batch = tf.nest.map_structure(tf.identity, batch, expand_composites=True)
-      each = strategy.run(replica_step, args=(batch,))
+      each = strategy.run(replica_step, args=batch if isinstance(batch, tuple) else (batch,))
       out = {k: strategy.reduce(tf.distribute.ReduceOp.SUM, v, None) for k, v in each.items()}
       out["wait"] = wait
       totals = {key: totals[key] + out[key] for key in totals}
@@ -451,6 +453,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
       with open(workdir / HISTORY_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "changed": changes}) + "\n")
     experiment.save(workdir)
+    _save_labels(source, workdir)
     if not (workdir / PRIOR_FILE).exists():
       prior.save(workdir / PRIOR_FILE)
     if restored is None:
@@ -465,7 +468,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     say(f"starting at step 0 of {options.steps:,}")
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
-    replicas=strategies.replicas_by_host(strategy),
+    replicas=strategies.replicas_by_host(strategy), labels=True, balanced=experiment.data.balanced,
   )  # fmt: skip
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
   loop, norms = _make_loop(model, strategy), _make_norms(model)
@@ -510,6 +513,17 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
       if stop and not last:
         raise Preempted(f"asked to end at step {step}, which is saved; start again to go on")
   return run
+
+
+def _save_labels(source, workdir):
+  """Writes the names of the labels and how many images have each: labels.json."""
+  values, counts = np.unique(source.labels, return_counts=True)
+  if not source.label_names and len(values) < 2:
+    return
+  names = list(source.label_names) or list(map(str, range(int(values.max()) + 1)))
+  content = {"names": names, "counts": dict(zip(map(str, values), map(int, counts)))}
+  text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+  (workdir / LABELS_FILE).write_text(text, encoding="utf-8")
 
 
 class _Pictures:
@@ -584,7 +598,7 @@ def _check_agreement(strategy, experiment, step, source, prior, model):
     "images": (f"with {len(source):,} images", len(source)),
   }
   for name, arrays in (
-    ("data", [source.images]), ("prior", [prior.mean, prior.factors]),
+    ("data", [source.images, source.labels]), ("prior", [prior.mean, prior.factors]),
     ("weights", [v.numpy() for v in state]),
   ):  # fmt: skip
     digest = sha(arrays).hexdigest()

@@ -181,6 +181,35 @@ def test_every_epoch_is_another_permutation():
   assert np.abs(np.corrcoef(np.arange(n), first)[0, 1]) < 0.4
 
 
+def test_labels_travel_with_their_images():
+  source = data.load("digits", "train")
+  plain = next(iter(data.batches(source, 50, seed=2)))
+  images, labels = next(iter(data.batches(source, 50, seed=2, labels=True)))
+  np.testing.assert_array_equal(images, plain)
+  assert labels.dtype == tf.int64
+  at = data.order(tf.range(50, dtype=tf.int64), len(source), 2).numpy()
+  np.testing.assert_array_equal(labels, source.labels[at])
+
+
+def test_balanced_batches_hold_every_class_equally_often_and_start_anywhere(rng):
+  labels = np.repeat([7, 3, 5], [2, 40, 9])
+  images = np.arange(51, dtype=np.uint8).reshape(-1, 1, 1, 1)
+  source = data.Source("x", images, rng.permuted(labels))
+  take = lambda start, n: [
+    (np.rint(255 * x.numpy()).astype(int).ravel(), y.numpy())
+    for x, y in data.batches(source, 6, start=start, labels=True, balanced=True).take(n)
+  ]
+  whole, later = take(0, 40), take(33, 7)
+  for k in range(7):
+    np.testing.assert_array_equal(later[k], whole[33 + k])
+  for index, label in whole:
+    np.testing.assert_array_equal(source.labels[index], label)
+    assert [list(label).count(k) for k in (3, 5, 7)] == [2, 2, 2]
+  seen = np.concatenate([index for index, _ in whole])
+  of_three = seen[source.labels[seen] == 3]
+  assert len(set(of_three[:40])) == 40  # an epoch of a class is a permutation of it
+
+
 def test_flips_are_half_and_exact(rng):
   images = rng.integers(0, 256, [50, 4, 4, 1]).astype(np.uint8)
   source = data.Source("x", images, np.zeros(50, np.int64))

@@ -16,7 +16,7 @@ with a source, `folders` and `tfds` read sources, `pipeline` makes batches.
 from soft_diffusion_tf.data.doctor import Report
 from soft_diffusion_tf.data.folders import list_images
 from soft_diffusion_tf.data.pictures import CROPS, prepare, read_image
-from soft_diffusion_tf.data.pipeline import batches, examples, order
+from soft_diffusion_tf.data.pipeline import balanced_order, batches, examples, order
 from soft_diffusion_tf.data.policy import SMALL, Policy, Unusable
 from soft_diffusion_tf.data.sources import (
   DIGITS_TRAIN,
@@ -39,6 +39,7 @@ __all__ = [
   "Report",
   "Source",
   "Unusable",
+  "balanced_order",
   "batches",
   "check_consent",
   "examples",
