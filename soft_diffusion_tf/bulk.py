@@ -255,7 +255,8 @@ def _save_png(folder, images, seeds, settings):
     notes = PngImagePlugin.PngInfo()
     notes.add_text("soft_diffusion_tf", json.dumps({**settings, "seed": int(seed)}))
     content = io.BytesIO()
-    picture = image[..., 0] if image.shape[-1] == 1 else image
+    picture = image if image.shape[-1] == 3 else plots.grid(image[None], padding=0)
+    picture = image[..., 0] if image.shape[-1] == 1 else picture
     Image.fromarray(picture).save(content, format="PNG", pnginfo=notes)
     _save(folder / _png_name(seed), content.getvalue())
 

@@ -28,7 +28,10 @@ def to_uint8(images):
 
 
 def grid(images, columns=None, padding=1, zoom=1):
-  """Images [N, H, W, C] → one uint8 picture [·, ·, 3], white lines between."""
+  """Images [N, H, W, C] → one uint8 picture [·, ·, 3], white lines between.
+
+  Of more channels than three the first three are shown, of two the first.
+  """
   images = to_uint8(images)
   n, h, w, c = images.shape
   columns = columns or int(np.ceil(np.sqrt(n)))
@@ -39,7 +42,7 @@ def grid(images, columns=None, padding=1, zoom=1):
   for k, image in enumerate(images):
     top = padding + (k // columns) * (h + padding)
     left = padding + (k % columns) * (w + padding)
-    sheet[top : top + h, left : left + w] = image if c == 3 else image[..., :1]
+    sheet[top : top + h, left : left + w] = image[..., :3] if c >= 3 else image[..., :1]
   return sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 

@@ -1,6 +1,8 @@
 """Pictures of every mode, format and orientation as a viewer shows them, and the doctor's table."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -111,6 +113,52 @@ def test_a_transparent_colour_of_a_png(tmp_path):
 def test_a_colour_that_is_none_is_refused():
   with pytest.raises(ValueError, match=r"data.transparency = 'wite' is no colour"):
     data.Policy(transparency="wite")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_any_number_of_channels_from_npy(tmp_path, rng, dtype):
+  share = rng.integers(0, 256, [6, 5, 7]) / 255
+  values = {np.uint8: 255 * share, np.uint16: 65535 * share}.get(dtype, share)
+  np.save(tmp_path / "a.npy", (values if dtype == np.float32 else np.rint(values)).astype(dtype))
+  source = data.load(f"folder:{tmp_path}", "all", (6, 5, 7))
+  np.testing.assert_array_equal(source.images[0], np.rint(255 * share))
+  with pytest.raises(ValueError, match=r"a.npy: 7 channels; .* where 4 are asked for"):
+    data.load(f"folder:{tmp_path}", "all", (6, 5, 4))
+
+
+def tiff_of(values, order, apart, packed):
+  """The bytes of a TIFF file of any number of bands [h, w, c], in two strips for each plane."""
+  h, w, c = values.shape
+  planes = [values[..., k] for k in range(c)] if apart else [values]
+  strips = [p[rows].astype(values.dtype.newbyteorder(order)).tobytes()
+            for p in planes for rows in (slice(0, 2), slice(2, None))]  # fmt: skip
+  strips = [zlib.compress(s) for s in strips] if packed else strips
+  kind = 3 if values.dtype.kind == "f" else 1
+  tags = {256: [w], 257: [h], 258: [8 * values.itemsize] * c, 259: [8 if packed else 1], 262: [1],
+          273: np.cumsum([0, *map(len, strips)])[:-1] + 8, 277: [c], 278: [2],
+          279: list(map(len, strips)), 284: [2 if apart else 1], 339: [kind] * c}  # fmt: skip
+  place = 8 + sum(map(len, strips))
+  entries, further = struct.pack(order + "H", len(tags)), b""
+  for tag, numbers in tags.items():
+    content = struct.pack(f"{order}{len(numbers)}I", *numbers)
+    if len(numbers) > 1:
+      at = struct.pack(order + "I", place + 2 + 12 * len(tags) + 4 + len(further))
+      further, content = further + content, at
+    entries += struct.pack(order + "HHI", tag, 4, len(numbers)) + content
+  head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, place)
+  return head + b"".join(strips) + entries + bytes(4) + further
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_number_of_channels_from_tiff(tmp_path, rng, order, apart, packed):
+  values = rng.integers(0, 65536, [5, 4, 6]).astype(np.uint16)
+  (tmp_path / "a.tif").write_bytes(whole := tiff_of(values, order, apart, packed))
+  same(tmp_path / "a.tif", np.rint(values / 257), channels=6)
+  (tmp_path / "a.tif").write_bytes(whole[:20])
+  with pytest.raises(ValueError, match=r"a.tif: cannot be read"):
+    data.read_image(tmp_path / "a.tif", channels=6)
 
 
 # --- Colour profiles ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import struct
 import numpy as np
 import tensorflow as tf
 
+from soft_diffusion_tf.data import tiff
 from soft_diffusion_tf.data.policy import Policy, Unusable
 
 CROPS = ("auto", "none", "centre", "celeb_a_140", "celeb_a_128")
@@ -45,7 +46,8 @@ def read_image(path, policy=None, channels=None):
 
   Args:
     policy: of transparency; by default it lies on white.
-    channels: 2 or 4 keep an alpha channel; else c is 1 or 3, and of a .npy file its own.
+    channels: the number asked for: 2 or 4 keep an alpha channel, and of a TIFF file with so many
+      bands all are read. Else c is 1 or 3, but of a .npy file its own.
 
   Raises:
     Unusable: one line that names a file that cannot be used.
@@ -62,6 +64,8 @@ def read(path, policy=None, channels=None):
       file.seek(0)
       if mark == _ARRAY_MARK:
         return _read_array(file, path)
+      if channels not in (None, 1, 3) and (bands := tiff.read_bands(file, channels)) is not None:
+        return _of_array(bands, path, "TIFF")
       try:
         return _decode(file, path, policy, channels)
       except Unusable:
@@ -218,13 +222,16 @@ def scaled(values, where):
 
 def _read_array(file, path):
   """The picture in a .npy file: [h, w] or [h, w, c]."""
-  values = np.load(file, allow_pickle=False)
+  return _of_array(np.load(file, allow_pickle=False), path, "NPY")
+
+
+def _of_array(values, path, kind):
   if values.ndim == 2:
     values = values[..., None]
   if values.ndim != 3 or not values.size:
     raise Unusable("unreadable", path, f"an array {list(values.shape)} is no image [h, w, c]")
   done = () if values.dtype == np.uint8 else (f"{values.dtype} scaled to 8 bits",)
-  return Picture(scaled(values, path), "NPY", f"{values.shape[2]} × {values.dtype}", 1, done)
+  return Picture(scaled(values, path), kind, f"{values.shape[2]} × {values.dtype}", 1, done)
 
 
 def _picture_of(pixels):

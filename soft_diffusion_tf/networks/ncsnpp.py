@@ -1,6 +1,7 @@
 """NCSN++, the U-Net of Song et al. 2021 (arXiv:2011.13456, section 4.1 and appendix H)."""
 
 import dataclasses
+import math
 from typing import Annotated
 
 import keras
@@ -21,7 +22,7 @@ class Network(Architecture, name="NCSNpp"):
     nf: channels of the first convolution; level i has nf · ch_mult[i].
     ch_mult: one multiplier per resolution, from the finest.
     num_res_blocks: residual blocks per level on the way down; one more on the way up.
-    attn_resolutions: attention at the levels whose height is listed. The middle always attends.
+    attn_resolutions: attention at the levels whose shorter side is listed, and in the middle.
     dropout: rate between the convolutions of a residual block.
     fir, fir_kernel: FIR filter for resampling, and its taps (StyleGAN2).
     skip_rescale: sums of residual and shortcut are divided by √2.
@@ -135,9 +136,19 @@ class Network(Architecture, name="NCSNpp"):
     if height % factor or width % factor:
       raise ValueError(
         f"image_shape={image_shape} is not divisible by {factor}, as the {len(self.ch_mult)} "
-        f"levels of ch_mult={self.ch_mult} need; pad or resize the images, or use fewer levels"
+        f"levels of ch_mult={self.ch_mult} need; the nearest sizes that are: "
+        f"{_nearest_sizes(height, width, factor)}; pad or resize the images, or use fewer levels"
       )
     memory.check_network(self, image_shape)
+
+
+def _nearest_sizes(height, width, factor):
+  """The sizes divisible by a factor next to height × width, below and above."""
+  below, above = [
+    [max(factor, step(n / factor) * factor) for n in (height, width)]
+    for step in (math.floor, math.ceil)
+  ]
+  return " and ".join(f"{h}×{w}" for h, w in dict.fromkeys([tuple(below), tuple(above)]))
 
 
 _OF_ALL = {field.name for field in dataclasses.fields(Architecture)} - {"num_scales"}
@@ -182,7 +193,7 @@ class NCSNpp(keras.Model):
     self.built = True
 
   def _attends(self, level):
-    return self.image_shape[0] // 2**level in self.attn_resolutions
+    return min(self.image_shape[:2]) // 2**level in self.attn_resolutions
 
   def _make_layers(self):
     """Makes the layers in order of use, which is how published checkpoints number them."""

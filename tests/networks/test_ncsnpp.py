@@ -339,7 +339,10 @@ def test_scale_by_sigma_divides():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"image_shape": (10, 8, 1), "ch_mult": (1, 1, 1)}, "not divisible by 4.*fewer levels"),
+    (
+      {"image_shape": (10, 8, 1), "ch_mult": (1, 1, 1)},
+      "not divisible by 4.* 8×8 and 12×8; .*fewer levels",
+    ),
     ({"image_shape": (8, 8)}, "height, width, channels"),
     ({"ch_mult": ()}, "one positive multiplier per resolution"),
     ({"resblock_type": "bigan"}, "did you mean 'biggan'"),
@@ -616,3 +619,13 @@ def test_two_replicas_compute_what_one_device_does():
   assert result.returncode == 0, result.stderr
   # Kernels of another batch size may sum in another order; another mask would differ by 0.1.
   assert float(result.stdout) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_attention_is_at_the_same_levels_in_both_orientations(channels):
+  options = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
+  wide, high = (
+    NCSNpp(image_shape=(*size, channels), **options) for size in ((8, 16), (16, 8))
+  )  # fmt: skip
+  assert [v.path for v in wide.variables] == [v.path for v in high.variables]
+  assert any("down_0_attention" in v.path for v in wide.variables)
