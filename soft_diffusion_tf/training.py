@@ -341,7 +341,7 @@ def _make_loop(model, strategy):
   return tf.function(loop, autograph=False)
 
 
-def train(experiment, workdir, strategy=None, progress=True, anew=False):
+def train(experiment, workdir, strategy=None, progress=True, anew=False, source=None):
   """Trains to `experiment.training.steps`, going on from the workdir's newest checkpoint.
 
   Args:
@@ -350,6 +350,9 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
     strategy: a `tf.distribute.Strategy`; by default the current one.
     progress: show a bar with the time left, and print what the run is at.
     anew: begin at step 0 in a workdir that has records and has lost its checkpoints.
+    source: images of your own in place of the config's data set: an array [N, H, W, C], a
+      `tf.data.Dataset`, an object with __len__ and __getitem__, or a `data.Source` (see
+      `data.load`). A digest of the images is the data set's name in the workdir.
 
   Returns:
     The `Run` at its end.
@@ -380,9 +383,13 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   experiment.check_network()
   d = experiment.data
   with _on_sigterm(_end_at_once):  # there is nothing to save yet
-    _say(progress, f"reading {d.name}")
     tell = functools.partial(_say, progress and _is_chief(strategy))
-    source = d.load(progress=progress, say=tell)
+    if source is None:
+      _say(progress, f"reading {d.name}")
+      source = d.load(progress=progress, say=tell)
+    else:
+      source = data.load(source, "all", d.image_shape, d.crop, policy=d.policy, say=tell)
+      experiment = experiment.replace(data={"name": source.name})
     if not _is_chief(strategy):
       with _lost_workers(strategy):
         return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)

@@ -1,6 +1,7 @@
 """Where images come from: the built-in digits, a reader of one's own, folders, TFDS; and `load`."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import typing
@@ -8,11 +9,12 @@ import typing
 import numpy as np
 
 from soft_diffusion_tf import packages, parts
-from soft_diffusion_tf.data import doctor, folders, pictures, tfds
+from soft_diffusion_tf.data import doctor, folders, own, pictures, tfds
 from soft_diffusion_tf.data.policy import Policy
 
 DIGITS_TRAIN = 1500
 FOLDER = folders.PREFIX
+GIVEN = "given"  # how the names of images begin that a program hands over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,21 @@ class Source:
 
 
 class Reader(parts.Part, role="data set"):
-  """A data set of one's own: a part (see `parts`) with one method, `read`."""
+  """A data set of one's own: a part (see `parts`) with one method, `read`.
+
+  Or with `__len__` and `__getitem__`, which gives an image [H, W, C] or a pair (image, label): then
+  every tenth belongs to the split "test", the others to "train".
+  """
 
   def read(self, split):
-    """The images of a split, uint8 [N, H, W, C], or a pair of them and labels int64 [N]."""
-    raise NotImplementedError
+    """The images of a split, or a pair of them and their labels: what `own.read` takes.
+
+    uint8, uint16 or floats in [0, 1]: an array [N, H, W, C], a `tf.data.Dataset` or a list.
+    """
+    if not own.is_own(self):
+      raise NotImplementedError
+    keep = folders.held_out(len(self), split, str(self))
+    return [self[int(k)] for k in np.flatnonzero(keep)]
 
   def __str__(self):
     return parts.spell(self)
@@ -78,7 +90,8 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH", a TFDS name, a `Reader` or "module:Class" of one.
+    name: "digits", "folder:PATH", a TFDS name, a `Reader` or "module:Class" of one; or images
+      themselves, all of them whatever the split: a `Source`, or what `own.read` takes.
     split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
       another folder, which is the split.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
@@ -113,14 +126,29 @@ def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep):
   if isinstance(split, str) and split.startswith(FOLDER):
     name, split = split, "all"
   shape = None if image_shape is None else tuple(image_shape)
-  report = doctor.Report(str(name), split, shape, policy, keep)
-  if isinstance(name, Reader):
-    name, (images, labels) = str(name), _read(name, split)
-    prepared, names = _prepare_each(images, name, report, crop), ()
+  known = isinstance(name, str | Reader)
+  label = str(name) if known else getattr(name, "name", f"the {type(name).__name__}")
+  report = doctor.Report(label, split if known else "all", shape, policy, keep)
+  if isinstance(name, Source):
+    given = (name.images, name.labels)
+    name, names = name.name, name.label_names
+    prepared, labels, _ = own.read(given, name, report, crop)
+  elif isinstance(name, Reader):
+    found, name = name.read(split), str(name)
+    if not own.is_own(found):
+      raise ValueError(f"{name}: read({split!r}) gives a {type(found).__name__}, no images")
+    prepared, labels, names = own.read(found, name, report, crop)
+  elif own.is_own(name):
+    prepared, labels, names = own.read(name, f"the {type(name).__name__}", report, crop)
+    name = _name_of(prepared, labels)
+  elif not isinstance(name, str):
+    raise ValueError(
+      f"a {type(name).__name__} is no data set; give images [N, H, W, C], a tf.data.Dataset, or an "
+      "object with __len__ and __getitem__"
+    )
   elif name == "digits":
-    images, labels = _digits(split)
+    prepared, labels, _ = own.read(_digits(split), "digit", report, crop)
     names = tuple(map(str, range(10)))
-    prepared = _prepare_each(images, "digit", report, crop)
   elif name.startswith(FOLDER):
     path = name[len(FOLDER) :]
     if not path.strip():
@@ -145,22 +173,23 @@ def check_consent(name, data_dir=None):
     tfds.check_consent(name, data_dir)
 
 
-def _read(reader, split):
-  """The images and labels of a reader, checked."""
-  found = reader.read(split)
-  images, labels = found if isinstance(found, tuple) else (found, None)
-  images = np.asarray(images)
-  if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-    raise ValueError(
-      f"{reader}: read({split!r}) must give images uint8 [N, H, W, C], got {images.dtype} "
-      f"{list(images.shape)}"
-    )
-  labels = np.zeros([len(images)], np.int64) if labels is None else np.asarray(labels, np.int64)
-  return images, labels
+def _name_of(images, labels):
+  """The name of images that were given by a program: no other images have it."""
+  if images is None:
+    return GIVEN
+  digest = hashlib.sha256(repr(images.shape).encode())
+  for array in (images, labels):
+    digest.update(np.ascontiguousarray(array))
+  return f"{GIVEN} {digest.hexdigest()[:12]}"
 
 
 def _refuse_path(name):
   """Raises the ValueError of a path that stands where a data set's name belongs."""
+  if name.startswith(GIVEN + " "):
+    raise ValueError(
+      f"data set {name!r} was handed to training.train by a program, which alone has it; give its "
+      "images again (source=…), or name a data set"
+    )
   path = os.path.expanduser(name)
   looks = name.startswith(("/", "~", ".")) or (os.sep in name and os.path.exists(path))
   if not name.strip() or looks or not name.isprintable():
@@ -184,21 +213,3 @@ def _digits(split):
   if split not in parts:
     raise ValueError(f"digits has no split {split!r}; choose one of {', '.join(parts)}")
   return images[parts[split]], content.target[parts[split]].astype(np.int64)
-
-
-def _prepare_each(images, name, report, crop):
-  """Images of one size, each prepared; the first that cannot be is refused."""
-  crop = "centre" if crop == "auto" else crop
-  shape, mode = report.shape, f"{images.shape[3]} × {images.dtype}"
-  if shape == images.shape[1:]:
-    crop = "none"
-  strict = dataclasses.replace(report.policy, small="refuse") if (
-    report.policy.small == "leave_out"
-  ) else report.policy  # fmt: skip
-  report.what, prepared = "images", []
-  for k, image in enumerate(images):
-    picture = pictures.Picture(image, "array", mode)
-    pixels, facts = doctor.examine(picture, f"{name} {k}", shape, crop, strict)
-    report.add(f"{name} {k}", facts)
-    prepared.append(pixels)
-  return images if shape is None or shape == images.shape[1:] else np.stack(prepared)

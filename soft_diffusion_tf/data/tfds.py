@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf import packages, parts, trust
 from soft_diffusion_tf.data import doctor, pictures
+from soft_diffusion_tf.data.labels import numbered
 
 _CONNECT, _ANSWER, _RETRIES = 5, 60, 2  # seconds for a server of TFDS, and further tries
 
@@ -102,25 +103,6 @@ def read(name, split, shape, crop, data_dir, progress, report):
   if not names and isinstance(features["label"], tfds.features.ClassLabel):
     names = tuple(features["label"].names)
   return images, numbers[kept], names
-
-
-def numbered(labels):
-  """(int64 [N], their names) of labels of any kind: numbers keep theirs, texts are numbered in the
-  order of the alphabet. (None, ()) of what is not one whole number or text each.
-  """
-  try:
-    values = np.asarray(labels)
-  except ValueError:  # of several lengths
-    return None, ()
-  if values.ndim != 1 or values.dtype.kind not in "iubSUO":
-    return None, ()
-  if values.dtype.kind in "iub":
-    return values.astype(np.int64), ()
-  if not all(isinstance(label, bytes | str) for label in labels):
-    return None, ()
-  texts = [x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in labels]
-  names, numbers = np.unique(texts, return_inverse=True)
-  return numbers.astype(np.int64), tuple(map(str, names))
 
 
 def check_consent(name, data_dir=None):

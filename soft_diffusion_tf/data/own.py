@@ -1,0 +1,123 @@
+"""Images that a program has already: arrays, a `tf.data.Dataset`, or an object like a list."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from soft_diffusion_tf.data import doctor, labels, pictures
+from soft_diffusion_tf.data.policy import Unusable
+
+
+def is_own(source):
+  """Whether an object holds images that can be read one after the other."""
+  like_a_list = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+  return isinstance(source, tf.data.Dataset) or (like_a_list and not isinstance(source, str | dict))
+
+
+def read(source, name, report, crop):
+  """(images, labels, names of the labels) of such an object, each image prepared.
+
+  Args:
+    source: images [N, H, W, C], or a pair of them and labels [N]; a finite `tf.data.Dataset` or an
+      object with __len__ and __getitem__ that gives images [H, W, C] or pairs (image, label). Images
+      are uint8, uint16, or floats in [0, 1].
+  """
+  report.what, crop = "images", "centre" if crop == "auto" else crop
+  found, given = _apart(source)
+  if isinstance(found, np.ndarray):
+    if found.ndim != 4 or not len(found):
+      raise ValueError(f"{name}: give images [N, H, W, C], not an array {list(found.shape)}")
+    if given is not None and np.shape(given)[:1] != found.shape[:1]:
+      raise ValueError(f"{name}: {len(found)} images and labels of shape {list(np.shape(given))}")
+  if isinstance(found, np.ndarray) and found.dtype == np.uint8:
+    images, numbers = _prepared(found, name, report, crop), given
+  else:
+    numbers = [] if given is None else given
+    keep = None if given is not None else numbers
+    images, kept = doctor.collect(
+      lambda item: _one(item, name, report, crop), enumerate(_items(found, name, keep)),
+      _count(found), report, report.shape, "reading images",
+    )  # fmt: skip
+    if not report.count:
+      raise ValueError(f"{name} holds no images")
+    if not len(numbers):
+      numbers = None
+    elif given is not None or len(numbers) == report.count:
+      numbers = [numbers[k] for k in kept]
+    else:
+      raise ValueError(f"{name}: some items have a label and some have none")
+  if numbers is None:
+    return images, np.zeros([0 if images is None else len(images)], np.int64), ()
+  numbers, names = labels.numbered(list(numbers))
+  if numbers is None:
+    raise ValueError(f"{name}: labels must be one whole number or text for each image")
+  return images, numbers, names
+
+
+def _apart(source):
+  """(images, labels or None) of a pair of arrays; what else there is, and None."""
+  arrays = lambda x: isinstance(x, np.ndarray | tf.Tensor)
+  if isinstance(source, tuple) and len(source) == 2 and arrays(source[0]) and source[0].ndim == 4:
+    return np.asarray(source[0]), np.asarray(source[1])
+  return (np.asarray(source) if isinstance(source, tf.Tensor) else source), None
+
+
+def _count(found):
+  if not isinstance(found, tf.data.Dataset):
+    return len(found)
+  return None
+
+
+def _items(found, name, numbers):
+  """The images one by one; their labels are put into a list."""
+  if isinstance(found, tf.data.Dataset):
+    if found.cardinality() == tf.data.INFINITE_CARDINALITY:
+      raise ValueError(f"{name} is endless: give one pass over the images, without repeat()")
+    items = found.as_numpy_iterator()
+  else:
+    items = (found[k] for k in range(len(found)))
+  for item in items:
+    image, label = item, None
+    if isinstance(item, dict) and "image" in item:
+      image, label = item["image"], item.get("label")
+    elif isinstance(item, tuple) and len(item) == 2:
+      image, label = item
+    image = np.asarray(image)
+    if image.ndim == 4:  # a batch
+      if label is not None:
+        numbers.extend(np.asarray(label))
+      yield from image
+      continue
+    if label is not None:
+      numbers.append(label)
+    yield image
+
+
+def _one(item, name, report, crop):
+  """(prepared pixels, facts, place) of an image of any type."""
+  k, image = item
+  where = f"{name} {k}"
+  if image.ndim == 2:
+    image = image[..., None]
+  if image.ndim != 3 or not image.size:
+    raise Unusable("unreadable", where, f"{list(image.shape)} is no image [H, W, C]")
+  done = () if image.dtype == np.uint8 else (f"{image.dtype} scaled to 8 bits",)
+  pixels = pictures.scaled(image, where)
+  picture = pictures.Picture(pixels, "array", f"{image.shape[2]} × {image.dtype}", 1, done)
+  return *doctor.examine(picture, where, report.shape, crop, report.policy), where
+
+
+def _prepared(images, name, report, crop):
+  """Images uint8 of one size, each prepared; the first that cannot be is refused."""
+  shape, policy = report.shape, report.policy
+  crop = "none" if shape == images.shape[1:] else crop
+  if policy.small == "leave_out":  # all of them
+    policy = dataclasses.replace(policy, small="refuse")
+  prepared = []
+  for k, image in enumerate(images):
+    picture = pictures.Picture(image, "array", f"{image.shape[2]} × {image.dtype}")
+    pixels, facts = doctor.examine(picture, f"{name} {k}", shape, crop, policy)
+    report.add(f"{name} {k}", facts)
+    prepared.append(pixels)
+  return images if shape is None or shape == images.shape[1:] else np.stack(prepared)
