@@ -1,7 +1,9 @@
 """Pictures of every mode, format and orientation as a viewer shows them, and the doctor's table."""
 
 import os
+import shutil
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -293,6 +295,48 @@ def test_a_split_may_be_a_folder(tmp_path, photo):
   saved(tmp_path / "a" / "1.png", photo)
   saved(tmp_path / "b" / "2.png", photo)
   assert len(data.load("digits", f"folder:{tmp_path / 'b'}", (16, 16, 3))) == 1
+
+
+def zipped(path, folder):
+  with zipfile.ZipFile(path, "w") as archive:
+    for file in sorted(folder.rglob("*")):
+      archive.write(file, file.relative_to(folder))
+  return path
+
+
+def test_a_zip_file_is_read_like_its_folder(tmp_path, photo):
+  mixed(tmp_path / "in", photo)
+  saved(tmp_path / "in" / "__MACOSX" / "x.png", photo)
+  archive = zipped(tmp_path / "in.zip", tmp_path / "in")
+  options = {"policy": data.Policy(skip_bad=0.5)}
+  source = data.load(f"folder:{archive}", "all", (16, 16, 3), **options)
+  shutil.rmtree(tmp_path / "in" / "__MACOSX")
+  folder = data.load(f"folder:{tmp_path / 'in'}", "all", (16, 16, 3), **options)
+  np.testing.assert_array_equal(source.images, folder.images)
+  assert source.labels.tolist() == folder.labels.tolist()
+  assert source.label_names == folder.label_names
+  assert "1 hidden" in "\n".join(source.report.lines())
+
+
+@pytest.mark.parametrize("listed", ["txt", "csv"])
+def test_celeb_a_by_its_own_names(tmp_path, listed):
+  """The official split, and the crop of the face: of each image only its centre has its number."""
+  folder, space = tmp_path / "img_align_celeba", " " if listed == "txt" else ","
+  rows = ["image_id,partition"] if listed == "csv" else []
+  for k in range(6):
+    image = np.full([218, 178, 3], 255, np.uint8)
+    image[39:179, 19:159] = k
+    saved(folder / f"{k:06}.png", image)
+    rows.append(f"{k:06}.png{space}{k % 3}")
+  (tmp_path / f"list_eval_partition.{listed}").write_text("\n".join(rows) + "\n")
+  for name in (folder, zipped(tmp_path / "img_align_celeba.zip", tmp_path / "img_align_celeba")):
+    for part, split in enumerate(("train", "validation", "test")):
+      source = data.load(f"folder:{name}", split, (140, 140, 3))
+      assert [np.unique(x).tolist() for x in source.images] == [[part], [part + 3]]
+  other = data.load(f"folder:{folder}", "test", (128, 128, 3), "celeb_a_128")
+  assert other.images[0, 0, 0, 0] == 2
+  with pytest.raises(ValueError, match=r"CelebA has no split 'tset'"):
+    data.load(f"folder:{folder}", "tset")
 
 
 # --- TFDS -----------------------------------------------------------------------------------------

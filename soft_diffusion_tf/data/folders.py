@@ -1,11 +1,13 @@
-"""Folders of pictures: what lies below one, its splits and its class folders."""
+"""Folders and zip files of pictures: what lies in one, its splits and its class folders."""
 
 import dataclasses
+import io
 import pathlib
+import zipfile
 
 import numpy as np
 
-from soft_diffusion_tf.data import doctor, pictures
+from soft_diffusion_tf.data import celeba, doctor, pictures
 from soft_diffusion_tf.data.policy import shown
 
 PREFIX = "folder:"  # before the path of a folder of images
@@ -29,6 +31,8 @@ def scan(folder):
   is followed, but every folder is read once.
   """
   folder = pathlib.Path(folder)
+  if folder.is_file() and zipfile.is_zipfile(folder):
+    return _scan_zip(folder)
   if folder.is_file():
     raise ValueError(f"{folder} is a file; give the folder that holds the images")
   if not folder.is_dir():
@@ -79,6 +83,47 @@ def _is_candidate(entry):
   )
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Member:
+  """A file in a zip file, with as much of a `pathlib.Path` as is asked of one here."""
+
+  inside: pathlib.PurePosixPath
+  archive: zipfile.ZipFile = dataclasses.field(compare=False)
+
+  @property
+  def name(self):
+    return self.inside.name
+
+  def open(self, mode="rb"):
+    return io.BytesIO(self.archive.read(str(self.inside)))
+
+  def __fspath__(self):
+    return f"{self.archive.filename}/{self.inside}"
+
+  __str__ = __fspath__
+
+
+def _scan_zip(path):
+  archive = zipfile.ZipFile(path)
+  files, other, hidden = [], [], 0
+  for info in archive.infolist():
+    member = Member(pathlib.PurePosixPath(info.filename), archive)
+    if info.is_dir():
+      continue
+    if any(part.startswith((".", "__MACOSX")) for part in member.inside.parts):
+      hidden += 1
+    elif member.inside.suffix.lower() in pictures.suffixes() or pictures.is_picture(member):
+      files.append(member)
+    else:
+      other.append(member.name)
+  return Found(sorted(files), hidden, tuple(other))
+
+
+def _class_of(file, folder):
+  """The folder that a file lies in, below the one that was asked for."""
+  return str(file.inside.parent if isinstance(file, Member) else file.parent.relative_to(folder))
+
+
 def held_out(count, split, what="a folder"):
   """Which of so many images in order belong to a split, bool [count]: every tenth to "test"."""
   tenth = np.arange(count) % 10 == 9
@@ -99,26 +144,35 @@ def read(folder, split, shape, crop, report):
   found = scan(folder)
   if not found.files:
     raise ValueError(f"{folder}: no image files in it or below; is the path right?")
-  keep = held_out(len(found.files), split)
+  parts = celeba.parts_of(folder, [f.name for f in found.files])
+  keep = held_out(len(found.files), split) if parts is None else celeba.held_out(parts, split)
   files = [f for f, kept in zip(found.files, keep) if kept]
   if not files:
-    raise ValueError(f"{folder}: the split {split!r} is empty; it takes at least 10 images")
-  crop = "centre" if crop == "auto" else crop
+    needs = "it takes at least 10 images" if parts is None else f"by {celeba.SAID}"
+    raise ValueError(f"{folder}: the split {split!r} is empty; {needs}")
   channels = None if shape is None else shape[2]
+  if crop == "auto":
+    aligned = parts is not None and _size_of(files[0]) == celeba.SHAPE
+    crop = "celeb_a_140" if aligned else "centre"
 
   def one(path):
     picture = pictures.read(path, report.policy, channels)
     return *doctor.examine(picture, path, shape, crop, report.policy), path
 
   images, kept = doctor.collect(one, files, len(files), report, shape, "reading images")
-  classes, numbers = np.unique(
-    [str(f.parent.relative_to(folder)) for f in found.files], return_inverse=True
-  )
-  _remark(report, folder, found, keep)
+  classes, numbers = np.unique([_class_of(f, folder) for f in found.files], return_inverse=True)
+  _remark(report, folder, found, parts)
   return images, numbers[keep][kept].astype(np.int64), tuple(map(str, classes))
 
 
-def _remark(report, folder, found, keep):
+def _size_of(path):
+  try:
+    return pictures.read(path).pixels.shape[:2]
+  except ValueError:  # which the doctor will name
+    return ()
+
+
+def _remark(report, folder, found, parts):
   passed = []
   if found.hidden:
     passed.append(f"{found.hidden:,} hidden files or folders")
@@ -129,7 +183,12 @@ def _remark(report, folder, found, keep):
     passed.append(f"links to folders that are read anyway: {', '.join(map(shown, found.links))}")
   if passed:
     report.remarks.append(("passed over", "; ".join(passed)))
-  count, test = len(keep), len(keep) // 10
+  if parts is not None:
+    counts = ", ".join(f"{k} {parts.count(v):,}" for k, v in celeba.SPLITS.items() if k != "valid")
+    lost = f"; {n:,} images are not in it, and only in all" if (n := parts.count("")) else ""
+    report.remarks.append(("split", f"{celeba.SAID}: {counts}{lost}"))
+    return
+  count, test = len(found.files), len(found.files) // 10
   report.remarks.append(("split", f"{SPLIT}: {count - test:,} and {test:,}"))
   for name in ("train", "test", "val", "valid"):
     if (folder / name).is_dir():

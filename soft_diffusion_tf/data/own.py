@@ -20,8 +20,8 @@ def read(source, name, report, crop):
 
   Args:
     source: images [N, H, W, C], or a pair of them and labels [N]; a finite `tf.data.Dataset` or an
-      object with __len__ and __getitem__ that gives images [H, W, C] or pairs (image, label). Images
-      are uint8, uint16, or floats in [0, 1].
+      object with __len__ and __getitem__ that gives images [H, W, C] or pairs (image, label).
+      Images are uint8, uint16, or floats in [0, 1].
   """
   report.what, crop = "images", "centre" if crop == "auto" else crop
   found, given = _apart(source)

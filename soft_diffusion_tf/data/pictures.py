@@ -59,7 +59,7 @@ def read(path, policy=None, channels=None):
   """Like `read_image`, as a `Picture`."""
   policy = policy or Policy()
   try:
-    with open(path, "rb") as file:
+    with opened(path) as file:
       mark = file.read(len(_ARRAY_MARK))
       file.seek(0)
       if mark == _ARRAY_MARK:
@@ -86,12 +86,17 @@ def read(path, policy=None, channels=None):
     raise Unusable(kind, path, f"cannot be read as an image ({text})") from None
 
 
+def opened(path):
+  """An open file: of a path, or of a member of an archive (`folders.Member`)."""
+  return path.open("rb") if hasattr(path, "open") else open(path, "rb")
+
+
 def is_picture(path):
   """Whether a file's content begins like a picture's, whatever its name ends in."""
   from PIL import Image
 
   try:
-    with open(path, "rb") as file:
+    with opened(path) as file:
       if file.read(len(_ARRAY_MARK)) == _ARRAY_MARK:
         return True
       file.seek(0)

@@ -90,8 +90,9 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH", a TFDS name, a `Reader` or "module:Class" of one; or images
-      themselves, all of them whatever the split: a `Source`, or what `own.read` takes.
+    name: "digits", "folder:PATH" of a folder or a zip file, a TFDS name, a `Reader` or
+      "module:Class" of one; or images themselves, all of them whatever the split: a `Source`, or
+      what `own.read` takes.
     split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
       another folder, which is the split.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
@@ -99,7 +100,7 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
       the BT.601 weights, grey becomes three equal channels. Nothing is enlarged but by the policy.
     crop: "none"; "centre" (the largest centred part of the target's shape); "celeb_a_140" (the
       centred 140×140 of Song et al. 2021); "celeb_a_128" (128×128 around x = 89, y = 121); "auto"
-      is "celeb_a_140" for `celeb_a` and "centre" otherwise.
+      is "celeb_a_140" for CelebA, by TFDS or a folder, and "centre" otherwise.
     data_dir: where TFDS keeps its data sets.
     policy: a `Policy`: what happens to images that cannot be taken as they are.
     say: a function that gets the lines of the doctor's table, before anything is refused.
