@@ -53,7 +53,7 @@ CONFIG_FILE = "config.json"
 INCIDENTAL = (  # fields, by how their names begin, that do not change the weights at a step
   "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
   "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
-  "training.accumulate", "data.test_split", "sampling.", "evaluation.",
+  "training.accumulate", "data.test_split", "data.in_memory", "sampling.", "evaluation.",
 )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ class Data(Group):
   `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`. A split is one of the data
   set's, or "folder:PATH" of a folder of its own. `transparency`, `small` and `skip_bad` say what
   happens to images that cannot be taken as they are (see `data.Policy`). `balanced` draws every
-  class of the labels equally often.
+  class of the labels equally often. Of a pack ("pack:PATH") up to `in_memory` GiB are read into
+  memory; more stay in its file.
   """
 
   _group = "data."
@@ -98,6 +99,7 @@ class Data(Group):
   small: Annotated[str, Choice(data.SMALL)] = "leave_out"
   skip_bad: Share = 0.0
   balanced: bool = False
+  in_memory: Annotated[float, Range(0, 1e6)] = 1.0
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -110,15 +112,17 @@ class Data(Group):
     return data.Policy(self.transparency, self.small, self.skip_bad)
 
   def load(self, split: str = "", data_dir: str | None = None, progress: bool = True,
-           say: Callable[[str], None] | None = None) -> Any:  # fmt: skip
+           say: Callable[[str], None] | None = None, room: Any = None) -> Any:  # fmt: skip
     """The `data.Source` of a split, by default of the training split, decoded.
 
     Args:
       say: gets the lines of the doctor's table.
+      room: where the images go instead of memory (see `data.load`).
     """
     return data.load(
       self.name, split or self.train_split, self.image_shape, self.crop,
-      data_dir or self.data_dir or None, progress, self.policy, say,
+      data_dir or self.data_dir or None, progress, self.policy, say, room,
+      int(self.in_memory * 2**30),
     )  # fmt: skip
 
 

@@ -410,7 +410,7 @@ _CODE = re.compile(r"\s*([\w.<>]+:(?!\d)[\w.<>]+)\s*(\(.*\))?\s*", re.DOTALL)
 def code_in(text: str) -> str:
   """The "module:name" of a text such as "module:Class(size=3)", or ""."""
   match = _CODE.fullmatch(text)
-  return match[1] if match and not match[1].startswith("folder:") else ""
+  return match[1] if match and not match[1].startswith(("folder:", "pack:")) else ""
 
 
 def code_of(config: Any) -> set[str]:

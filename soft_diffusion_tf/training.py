@@ -604,11 +604,10 @@ def _check_agreement(strategy, experiment, step, source, prior, model):
     "config": (f"of config {experiment.identity()}", int(experiment.identity(), 16)),
     "images": (f"with {len(source):,} images", len(source)),
   }
-  for name, arrays in (
-    ("data", [source.images, source.labels]), ("prior", [prior.mean, prior.factors]),
-    ("weights", [v.numpy() for v in state]),
+  for name, digest in (
+    ("data", source.digest()), ("prior", sha([prior.mean, prior.factors]).hexdigest()),
+    ("weights", sha([v.numpy() for v in state]).hexdigest()),
   ):  # fmt: skip
-    digest = sha(arrays).hexdigest()
     mine[name] = (f"with {name} {digest[:12]}", int(digest[:12], 16))
   # Pieces of 16 bits, whose squares float64 sums exactly.
   pieces = np.array(

@@ -9,8 +9,12 @@ each: of the digits the first 1,500 and the last 297; of a folder every tenth im
 the paths, is held out for "test"; TFDS sets have their own, and take its slicing ("train[:10%]"). A
 split may also be a folder of its own, "folder:PATH".
 
+"pack:PATH" is a pack: images of any source, prepared and written by `soft-diffusion-data pack`.
+They are read from the disk while training, so that memory does not grow with their number.
+
 `pictures` reads one picture, `policy` says what happens to odd ones, `doctor` tells what is wrong
-with a source, `folders` and `tfds` read sources, `pipeline` makes batches.
+with a source. `folders`, `tfds` and `own` read sources, `pack` writes and reads packs, `pipeline`
+makes batches.
 """
 
 from soft_diffusion_tf.data.doctor import Report

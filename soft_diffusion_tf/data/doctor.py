@@ -53,8 +53,8 @@ def examine(picture, where, shape, crop, policy):
 class Report:
   """What was found in a source: `lines` is the table, `check` the refusal."""
 
-  def __init__(self, name, split, shape, policy, keep=True):
-    self.keep = keep  # the images
+  def __init__(self, name, split, shape, policy, keep=True, room=None):
+    self.keep, self.room = keep, room  # the images, and where: `allocate`
     self.name, self.split, self.shape, self.policy = name, split, shape, policy
     self.facts: list[Facts] = []
     self.places: list[str] = []  # of each of the facts
@@ -63,11 +63,12 @@ class Report:
     self.labels: dict[str, int] = {}
     self.remarks: list[tuple[str, str]] = []  # further rows of the table
     self.what = "files"
+    self.whole = 0  # images of a pack, which are not looked at
 
   @property
   def count(self):
     """Images that were looked at."""
-    return len(self.facts) + len(self.bad) + len(self.small)
+    return self.whole + len(self.facts) + len(self.bad) + len(self.small)
 
   def add(self, where, facts):
     self.places.append(str(where))
@@ -83,6 +84,12 @@ class Report:
     name = lambda k: names[k] if 0 <= k < len(names) else str(k)
     self.labels = {name(int(k)): int(n) for k, n in zip(values, counts)}
 
+  def packed(self, index, count):
+    """Takes what the index of a pack says: its images were looked at when it was made."""
+    self.whole = count
+    made = ", ".join(f"{k} {v}" for k, v in index["prepared"].items())
+    self.remarks += [("packed from", f"{index['source']} by {index['version']}"), ("as", made)]
+
   def duplicates(self):
     """Groups of places whose pixels are equal."""
     groups = collections.defaultdict(list)
@@ -95,7 +102,7 @@ class Report:
     allowed = math.floor(self.policy.skip_bad * self.count + 1e-9)
     if len(self.bad) > allowed:
       raise ValueError(self._refusal())
-    if not self.facts:
+    if not self.facts and not self.whole:
       first = (self.small or self.bad)[0]
       others = f"; so are the other {self.count - 1} {self.what}" if self.count > 1 else ""
       raise ValueError(f"{first}{others}")
@@ -125,7 +132,7 @@ class Report:
     """The table, a line each; all files by name, or the first of each kind."""
     most = None if everything else _LISTED
     shape = "" if self.shape is None else "×".join(map(str, self.shape))
-    rows = [("images", f"{len(self.facts):,} of {self.count:,} {self.what}")]
+    rows = [("images", f"{self.whole + len(self.facts):,} of {self.count:,} {self.what}")]
     rows += self._counted() + self.remarks
     if self.small:
       rows.append(("left out", f"{len(self.small):,} smaller than {shape} (data.small)"))
@@ -197,7 +204,8 @@ def collect(one, items, total, report, shape, bar, disable=None):
     except Unusable as error:
       return error
 
-  images = allocate(report.name, total, shape) if report.keep and shape is not None else None
+  room = report.room or allocate
+  images = room(report.name, total, shape) if report.keep and shape is not None else None
   kept: list[int] = []
   first = ""
   for k, found in enumerate(tqdm.tqdm(in_parallel(guarded, items), bar, total, disable=disable)):
@@ -206,7 +214,7 @@ def collect(one, items, total, report, shape, bar, disable=None):
       continue
     pixels, facts, place = found
     if report.keep and images is None:
-      images, first = allocate(report.name, total, pixels.shape), place
+      images, first = room(report.name, total, pixels.shape), place
     if images is not None and pixels.shape != images.shape[1:]:
       other = shown(os.path.basename(str(first)))
       report.leave_out(Unusable("size", place, f"its size or colour differs from {other}'s"))

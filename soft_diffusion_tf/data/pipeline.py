@@ -50,12 +50,20 @@ def examples(images, index, first, seed=0, flip=False):
     first: the position in the endless stream of the batch's first image: it decides the flips.
     flip: mirror left-right with probability ½.
   """
-  batch = tf.cast(tf.gather(images, index), tf.float32) / 255.0
+  batch = tf.cast(_rows(images, index), tf.float32) / 255.0
   if not flip:
     return batch
   stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(1, tf.int64)])
   draw = rng.uniform(stream, first, tf.shape(index)[0], (1, 1, 1))
   return tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+
+
+def _rows(images, index):
+  """The images at an index; of a pack in a file these alone are read."""
+  if not isinstance(images, np.memmap):
+    return tf.gather(images, index)
+  rows = tf.numpy_function(lambda k: np.asarray(images[k]), [index], tf.uint8, stateful=False)
+  return tf.ensure_shape(rows, [*index.shape, *images.shape[1:]])
 
 
 def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1), labels=False,
@@ -76,7 +84,9 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1),
   if len(source) < 1 or batch_size < 1:
     raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
   with tf.device("CPU:0"):  # a GPU's memory is for the network
-    images = tf.constant(source.images)
+    images = source.images
+    if not isinstance(images, np.memmap):
+      images = tf.constant(images)
     names = tf.constant(source.labels, tf.int64)
 
   def arranged(values):

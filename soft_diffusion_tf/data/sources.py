@@ -9,11 +9,11 @@ import typing
 import numpy as np
 
 from soft_diffusion_tf import packages, parts
-from soft_diffusion_tf.data import doctor, folders, own, pictures, tfds
+from soft_diffusion_tf.data import doctor, folders, own, pack, pictures, tfds
 from soft_diffusion_tf.data.policy import Policy
 
 DIGITS_TRAIN = 1500
-FOLDER = folders.PREFIX
+FOLDER, PACK = folders.PREFIX, pack.PREFIX
 GIVEN = "given"  # how the names of images begin that a program hands over
 
 
@@ -39,6 +39,14 @@ class Source:
 
   def __len__(self):
     return len(self.images)
+
+  def digest(self):
+    """A digest of images and labels, which are not copied for it."""
+    total = hashlib.sha256(repr(self.images.shape).encode())
+    for k in range(0, len(self), 4096):
+      total.update(np.ascontiguousarray(self.images[k : k + 4096]))
+    total.update(np.ascontiguousarray(self.labels))
+    return total.hexdigest()
 
   def floats(self, index=slice(None)):
     """Images float32 in [0, 1]."""
@@ -82,17 +90,17 @@ def survey(name, split="all", image_shape=None, crop="auto", data_dir=None, prog
 
   Without an image shape nothing is asked of the images' sizes.
   """
-  return _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep=False)[-1]
+  return _read_all(name, split, image_shape, crop, data_dir, progress, policy, False)[-1]
 
 
 def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True,
-         policy=None, say=None):  # fmt: skip
+         policy=None, say=None, room=None, most=0):  # fmt: skip
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH" of a folder or a zip file, a TFDS name, a `Reader` or
-      "module:Class" of one; or images themselves, all of them whatever the split: a `Source`, or
-      what `own.read` takes.
+    name: "digits", "folder:PATH" of a folder or a zip file, "pack:PATH" of a pack, a TFDS name, a
+      `Reader` or "module:Class" of one; or images themselves, all of them whatever the split: a
+      `Source`, or what `own.read` takes.
     split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
       another folder, which is the split.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
@@ -104,12 +112,14 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
     data_dir: where TFDS keeps its data sets.
     policy: a `Policy`: what happens to images that cannot be taken as they are.
     say: a function that gets the lines of the doctor's table, before anything is refused.
+    room: a function (name, count, shape) that gives an array for the images, instead of memory.
+    most: bytes of a pack's images that are read into memory; more stay in its file.
 
   Raises:
     ValueError: one line that names the data set or file, the cause and the remedy.
   """
   name, images, labels, names, report = _read_all(
-    name, split, image_shape, crop, data_dir, progress, policy, keep=True
+    name, split, image_shape, crop, data_dir, progress, policy, True, room, most
   )
   if say is not None:
     for line in report.lines():
@@ -118,7 +128,7 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   return Source(name, images, labels, names, report)
 
 
-def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep):
+def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep, room=None, most=0):
   """(name, images or None, labels, their names, report) of a data set."""
   parts.check_choice("the crop", crop, pictures.CROPS)
   if image_shape is not None and len(image_shape) != 3:
@@ -129,7 +139,7 @@ def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep):
   shape = None if image_shape is None else tuple(image_shape)
   known = isinstance(name, str | Reader)
   label = str(name) if known else getattr(name, "name", f"the {type(name).__name__}")
-  report = doctor.Report(label, split if known else "all", shape, policy, keep)
+  report = doctor.Report(label, split if known else "all", shape, policy, keep, room)
   if isinstance(name, Source):
     given = (name.images, name.labels)
     name, names = name.name, name.label_names
@@ -150,6 +160,10 @@ def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep):
   elif name == "digits":
     prepared, labels, _ = own.read(_digits(split), "digit", report, crop)
     names = tuple(map(str, range(10)))
+  elif name.startswith(PACK):
+    path = pathlib.Path(name[len(PACK) :]).expanduser()
+    prepared, labels, names, index = pack.read(path, split, shape, crop, policy, most, progress)
+    report.packed(index, len(prepared))
   elif name.startswith(FOLDER):
     path = name[len(FOLDER) :]
     if not path.strip():
@@ -170,7 +184,7 @@ def check_consent(name, data_dir=None):
   A TFDS name may have TFDS fetch or import a builder of somebody's, and the description of a
   prepared set beside the images, features.json, names classes that TFDS imports.
   """
-  if not (isinstance(name, Reader) or name == "digits" or name.startswith(FOLDER)):
+  if not (isinstance(name, Reader) or name == "digits" or name.startswith((FOLDER, PACK))):
     tfds.check_consent(name, data_dir)
 
 
@@ -178,10 +192,7 @@ def _name_of(images, labels):
   """The name of images that were given by a program: no other images have it."""
   if images is None:
     return GIVEN
-  digest = hashlib.sha256(repr(images.shape).encode())
-  for array in (images, labels):
-    digest.update(np.ascontiguousarray(array))
-  return f"{GIVEN} {digest.hexdigest()[:12]}"
+  return f"{GIVEN} {Source(GIVEN, images, labels).digest()[:12]}"
 
 
 def _refuse_path(name):
