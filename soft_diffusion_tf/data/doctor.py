@@ -14,6 +14,7 @@ from soft_diffusion_tf.data import pictures
 from soft_diffusion_tf.data.policy import REMEDIES, Unusable, shown
 
 _LISTED = 20  # files of a kind, where a training begins
+_FIRST = 256  # images that there is room for where their number is not known
 _NAMED = 3  # files of a kind, in the line of an error
 
 
@@ -193,6 +194,7 @@ def collect(one, items, total, report, shape, bar, disable=None):
   Args:
     one: item → (pixels, `Facts`, place), or raises `Unusable`.
     items: of the source, in order.
+    total: their number, or None where it is not known.
 
   Returns:
     (images uint8 [n, H, W, C], indices of the items kept); images are None where there are none.
@@ -204,8 +206,9 @@ def collect(one, items, total, report, shape, bar, disable=None):
     except Unusable as error:
       return error
 
-  room = report.room or allocate
-  images = room(report.name, total, shape) if report.keep and shape is not None else None
+  room = report.room if report.room and total is not None else allocate
+  rows = _FIRST if total is None else total
+  images = room(report.name, rows, shape) if report.keep and shape is not None else None
   kept: list[int] = []
   first = ""
   for k, found in enumerate(tqdm.tqdm(in_parallel(guarded, items), bar, total, disable=disable)):
@@ -214,12 +217,14 @@ def collect(one, items, total, report, shape, bar, disable=None):
       continue
     pixels, facts, place = found
     if report.keep and images is None:
-      images, first = room(report.name, total, pixels.shape), place
+      images, first = room(report.name, rows, pixels.shape), place
     if images is not None and pixels.shape != images.shape[1:]:
       other = shown(os.path.basename(str(first)))
       report.leave_out(Unusable("size", place, f"its size or colour differs from {other}'s"))
       continue
     if images is not None:
+      if len(kept) == len(images):  # more than was known
+        images = np.concatenate([images, allocate(report.name, len(images), images.shape[1:])])
       images[len(kept)] = pixels
     kept.append(k)
     report.add(place, facts)

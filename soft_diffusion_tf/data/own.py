@@ -37,7 +37,7 @@ def read(source, name, report, crop):
     keep = None if given is not None else numbers
     images, kept = doctor.collect(
       lambda item: _one(item, name, report, crop), enumerate(_items(found, name, keep)),
-      _count(found), report, report.shape, "reading images",
+      None, report, report.shape, "reading images",
     )  # fmt: skip
     if not report.count:
       raise ValueError(f"{name} holds no images")
@@ -61,12 +61,6 @@ def _apart(source):
   if isinstance(source, tuple) and len(source) == 2 and arrays(source[0]) and source[0].ndim == 4:
     return np.asarray(source[0]), np.asarray(source[1])
   return (np.asarray(source) if isinstance(source, tf.Tensor) else source), None
-
-
-def _count(found):
-  if not isinstance(found, tf.data.Dataset):
-    return len(found)
-  return None
 
 
 def _items(found, name, numbers):
