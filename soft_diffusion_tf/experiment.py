@@ -57,6 +57,13 @@ INCIDENTAL = (  # fields, by how their names begin, that do not change the weigh
 )  # fmt: skip
 
 
+# Fields that came later, with the values by which an experiment is what it was before.
+_LATER = {
+  "data.transparency": "white", "data.small": "leave_out", "data.skip_bad": 0.0,
+  "data.balanced": False, "data.augment": [],
+}  # fmt: skip
+
+
 # --- Groups of fields -----------------------------------------------------------------------------
 
 
@@ -83,7 +90,8 @@ class Data(Group):
   set's, or "folder:PATH" of a folder of its own. `transparency`, `small` and `skip_bad` say what
   happens to images that cannot be taken as they are (see `data.Policy`). `balanced` draws every
   class of the labels equally often. Of a pack ("pack:PATH") up to `in_memory` GiB are read into
-  memory; more stay in its file.
+  memory; more stay in its file. `augment` changes training images further: each a
+  `data.Augmentation`, or a text such as "shift(pixels=2)".
   """
 
   _group = "data."
@@ -100,6 +108,7 @@ class Data(Group):
   skip_bad: Share = 0.0
   balanced: bool = False
   in_memory: Annotated[float, Range(0, 1e6)] = 1.0
+  augment: tuple[data.Augmentation, ...] = ()
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -468,7 +477,9 @@ class Experiment(parts.Checked):
 
   def identity(self) -> str:
     """Like `digest`, of what decides the weights at a step alone."""
-    return _digest({k: v for k, v in self.flat().items() if not k.startswith(INCIDENTAL)})
+    new = lambda k, v: k in _LATER and v == _LATER[k]
+    fields = self.flat().items()
+    return _digest({k: v for k, v in fields if not k.startswith(INCIDENTAL) and not new(k, v)})
 
   def differences(self, other: Experiment) -> list[str]:
     """Dotted names of the fields in which two experiments differ."""

@@ -476,6 +476,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
   pipeline = data.batches(
     source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
     replicas=strategies.replicas_by_host(strategy), labels=True, balanced=experiment.data.balanced,
+    augment=experiment.data.augment,
   )  # fmt: skip
   iterator = iter(strategy.experimental_distribute_dataset(pipeline))
   loop, norms = _make_loop(model, strategy), _make_norms(model)

@@ -221,6 +221,32 @@ def test_flips_are_half_and_exact(rng):
   assert 0.4 < same.mean() < 0.6
 
 
+def test_shifts_move_by_whole_pixels_and_mirror_the_edge(rng):
+  """Each image is a cut of what NumPy's reflecting padding gives, and all cuts come."""
+  image = rng.integers(0, 256, [1, 5, 7, 2]).astype(np.uint8)
+  source = data.Source("x", np.repeat(image, 40, axis=0), np.zeros(40, np.int64))
+  shift = data.Shift(pixels=2)
+  take = lambda start, n: [
+    x.numpy() for x in data.batches(source, 40, start=start, augment=(shift,)).take(n)
+  ]
+  padded = np.pad(image[0], [(2, 2), (2, 2), (0, 0)], mode="reflect").astype(np.float32) / 255
+  cuts = {padded[y : y + 5, x : x + 7].tobytes(): (y, x) for y in range(5) for x in range(5)}
+  whole = take(0, 8)
+  assert {cuts[x.tobytes()] for x in np.concatenate(whole)} == set(cuts.values())
+  np.testing.assert_array_equal(take(5, 1)[0], whole[5])
+
+
+def test_augmentations_follow_each_other_with_draws_of_their_own(rng):
+  images = rng.integers(0, 256, [200, 4, 4, 1]).astype(np.uint8)
+  source = data.Source("x", images, np.zeros(200, np.int64))
+  twice = (data.Flip(probability=1.0), data.Flip(probability=1.0))
+  plain, same = (next(iter(data.batches(source, 200, augment=a))).numpy() for a in ((), twice))
+  np.testing.assert_array_equal(plain, same)
+  some = next(iter(data.batches(source, 200, augment=(data.Flip(), data.Flip())))).numpy()
+  unchanged = (some == plain).all(axis=(1, 2, 3)).mean()  # flipped twice, or not at all
+  assert 0.4 < unchanged < 0.6
+
+
 def test_replica_r_gets_the_rth_part_of_a_batch():
   """With the functions by which TensorFlow shares a data set between hosts, and then replicas."""
   from tensorflow.python.data.experimental.ops import distribute

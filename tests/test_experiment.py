@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import soft_diffusion_tf
-from soft_diffusion_tf import corruptions, losses, priors, samplers, schedules
+from soft_diffusion_tf import corruptions, experiment, losses, priors, samplers, schedules
 from soft_diffusion_tf.experiment import (
   Data,
   Evaluation,
@@ -51,6 +51,16 @@ def test_the_identity_is_of_what_decides_the_weights(tiny):
   assert longer.identity() == tiny.identity()
   for change in ({"seed": 1}, {"training": {"learning_rate": 1e-5}}, {"network": {"nf": 20}}):
     assert tiny.replace(**change).identity() != tiny.identity()
+
+
+def test_fields_that_came_later_leave_the_identity_as_it_was(tiny):
+  """As this config had it before there were any, so that its folders of samples go on."""
+  fields = {k: v for k, v in tiny.flat().items() if not k.startswith(experiment.INCIDENTAL)}
+  known = {k: v for k, v in fields.items() if k not in experiment._LATER}
+  assert fields.keys() - known.keys() == experiment._LATER.keys()
+  assert tiny.identity() == experiment._digest(known)
+  for change in ({"transparency": "black"}, {"balanced": True}, {"augment": ("shift(pixels=1)",)}):
+    assert tiny.replace(data=change).identity() != tiny.identity()
 
 
 def _changed(tiny, group, name, value):

@@ -17,6 +17,7 @@ with a source. `folders`, `tfds` and `own` read sources, `pack` writes and reads
 makes batches.
 """
 
+from soft_diffusion_tf.data.augment import Augmentation, Flip, Shift
 from soft_diffusion_tf.data.doctor import Report
 from soft_diffusion_tf.data.folders import list_images
 from soft_diffusion_tf.data.pictures import CROPS, prepare, read_image
@@ -38,9 +39,12 @@ __all__ = [
   "DIGITS_TRAIN",
   "FOLDER",
   "SMALL",
+  "Augmentation",
+  "Flip",
   "Policy",
   "Reader",
   "Report",
+  "Shift",
   "Source",
   "Unusable",
   "balanced_order",

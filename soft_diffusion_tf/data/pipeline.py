@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import rng
+from soft_diffusion_tf.data.augment import augmented
 
 
 def order(position, count, seed, stream=0):
@@ -66,8 +67,10 @@ def _rows(images, index):
   return tf.ensure_shape(rows, [*index.shape, *images.shape[1:]])
 
 
-def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1), labels=False,
-            balanced=False):  # fmt: skip
+def batches(
+  source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1), labels=False,
+  balanced=False, augment=(),
+):  # fmt: skip
   """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
 
   Batch k of the pipeline is batch start + k of the run: a function of (seed, start + k) alone.
@@ -79,6 +82,7 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1),
       into the order in which replica r gets the r-th H·R-th of the batch.
     labels: give pairs, of the images and their labels int64 [batch_size].
     balanced: every class equally often (see `balanced_order`).
+    augment: `augment.Augmentation`s, which change the images in turn.
   """
   hosts, each = replicas
   if len(source) < 1 or batch_size < 1:
@@ -104,7 +108,8 @@ def batches(source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1),
       index = balanced_order(position, source.labels, seed)
     else:
       index = order(position, len(source), seed)
-    batch = arranged(examples(images, index, first, seed, flip))
+    batch = examples(images, index, first, seed, flip)
+    batch = arranged(augmented(batch, augment, seed, first))
     return (batch, arranged(tf.gather(names, index))) if labels else batch
 
   steps = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
