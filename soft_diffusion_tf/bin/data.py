@@ -22,9 +22,10 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
-_SPLIT = flags.DEFINE_string("split", None, "Split to read; by default all images.")
+_SPLIT = flags.DEFINE_string(
+  "split", None, "Split to read; by default all images, and to pack both splits of the config."
+)
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
-
 _OUT = cli.define_path("out", None, "Folder of the pack to write, which must not be there.")
 
 _COMMANDS = ("check", "pack")
@@ -49,17 +50,20 @@ def _check():
 
 def main():
   from soft_diffusion_tf import data, experiment
+  from soft_diffusion_tf.data import pack
 
   source = cli.words()[1] if len(cli.words()) > 1 else None
   d = cli.experiment_of(_CONFIG.value).data if _CONFIG.value else experiment.Data()
   shape = d.image_shape if _CONFIG.value else None
   name = d.name if source is None else source
-  if isinstance(name, str) and os.path.isdir(os.path.expanduser(name)):
-    name = f"{data.FOLDER}{name}"
+  if isinstance(name, str) and os.path.exists(os.path.expanduser(name)):
+    is_pack = os.path.exists(os.path.join(os.path.expanduser(name), pack.INDEX))
+    name = f"{pack.PREFIX if is_pack else data.FOLDER}{name}"
   if cli.words()[0] == "pack":
     _pack(dataclasses.replace(d, name=name))
     return
-  split = _SPLIT.value or (d.train_split if isinstance(name, data.Reader) else "all")
+  whole = isinstance(name, str) and not name.startswith(pack.PREFIX)
+  split = _SPLIT.value or ("all" if whole else d.train_split)
   report = data.survey(
     name, split, shape, d.crop, _DATA_DIR.value or d.data_dir or None, policy=d.policy
   )
