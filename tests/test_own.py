@@ -43,6 +43,26 @@ def test_every_way_to_hand_images_over_gives_the_same(images):
   assert data.load(images).name == data.load(floats).name != data.load(images[1:]).name
 
 
+def test_a_file_of_arrays_is_a_data_set(tmp_path, images):
+  labels = np.arange(12)
+  np.save(tmp_path / "a.npy", images)
+  np.savez(tmp_path / "b.npz", images=images, labels=labels)
+  for name in ("a.npy", "b.npz"):
+    for split, keep in (("all", labels >= 0), ("train", labels != 9), ("test", labels == 9)):
+      source = data.load(f"folder:{tmp_path / name}", split)
+      np.testing.assert_array_equal(source.images, images[keep])
+      assert (
+        source.labels.tolist() == (labels[keep] if name == "b.npz" else 0 * labels[keep]).tolist()
+      )
+  for k, content in enumerate((b"", b"\x93NUMPY", b"PK\3\4")):
+    (tmp_path / f"{k}.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{k}.npy: cannot be read .*give images"):
+      data.load(f"folder:{tmp_path / f'{k}.npy'}")
+  np.save(tmp_path / "c.npy", images[0])
+  with pytest.raises(ValueError, match="is no set of images"):
+    data.load(f"folder:{tmp_path / 'c.npy'}")
+
+
 def test_texts_are_labels(images):
   source = data.load(Listed(images[:3], ["b", "a", "b"]))
   assert source.labels.tolist() == [1, 0, 1]

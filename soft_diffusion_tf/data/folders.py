@@ -10,6 +10,7 @@ import numpy as np
 from soft_diffusion_tf.data import celeba, doctor, pictures
 from soft_diffusion_tf.data.policy import shown
 
+_LARGEST = 1 << 30  # bytes of a file in a zip file
 PREFIX = "folder:"  # before the path of a folder of images
 SPLIT = 'every tenth file, in the order of the paths, is "test", the others "train"'
 
@@ -95,6 +96,8 @@ class Member:
     return self.inside.name
 
   def open(self, mode="rb"):
+    if self.archive.getinfo(str(self.inside)).file_size > _LARGEST:
+      raise MemoryError("it is larger unpacked than a picture may be")
     return io.BytesIO(self.archive.read(str(self.inside)))
 
   def __fspath__(self):
@@ -104,7 +107,10 @@ class Member:
 
 
 def _scan_zip(path):
-  archive = zipfile.ZipFile(path)
+  try:
+    archive = zipfile.ZipFile(path)
+  except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    raise ValueError(f"{path}: cannot be read as a zip file ({error}); copy it again") from None
   files, other, hidden = [], [], 0
   for info in archive.infolist():
     member = Member(pathlib.PurePosixPath(info.filename), archive)

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf.data import doctor, labels, pictures
+from soft_diffusion_tf.data import doctor, folders, pictures
+from soft_diffusion_tf.data.labels import numbered
 from soft_diffusion_tf.data.policy import Unusable
 
 
@@ -13,6 +14,29 @@ def is_own(source):
   """Whether an object holds images that can be read one after the other."""
   like_a_list = hasattr(source, "__len__") and hasattr(source, "__getitem__")
   return isinstance(source, tf.data.Dataset) or (like_a_list and not isinstance(source, str | dict))
+
+
+def of_file(path, split):
+  """(images, labels or None) of a split of a .npy file, or of images and labels in a .npz file."""
+  remedy = "give images [N, H, W, C], in a .npz file by the name images, with or without labels"
+  try:
+    content = np.load(path, mmap_mode="r", allow_pickle=False)
+    labels = None
+    if not isinstance(content, np.ndarray):
+      images = content["images"]
+      labels = content["labels"] if "labels" in content.files else None
+    else:
+      images = content
+  except Exception as error:  # NumPy raises many kinds for what is no such file
+    text = " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"{path}: cannot be read ({text}); {remedy}") from None
+  if images.ndim != 4 or not len(images) or (labels is not None and len(labels) != len(images)):
+    raise ValueError(f"{path}: an array {list(images.shape)} is no set of images; {remedy}")
+  keep = folders.held_out(len(images), split, str(path))
+  images = np.asarray(images) if keep.all() else np.asarray(images[keep])
+  if not len(images):
+    raise ValueError(f"{path}: the split {split!r} is empty; it takes at least 10 images")
+  return images, None if labels is None else labels[keep]
 
 
 def read(source, name, report, crop):
@@ -49,7 +73,7 @@ def read(source, name, report, crop):
       raise ValueError(f"{name}: some items have a label and some have none")
   if numbers is None:
     return images, np.zeros([0 if images is None else len(images)], np.int64), ()
-  numbers, names = labels.numbered(list(numbers))
+  numbers, names = numbered(list(numbers))
   if numbers is None:
     raise ValueError(f"{name}: labels must be one whole number or text for each image")
   return images, numbers, names
@@ -59,7 +83,7 @@ def _apart(source):
   """(images, labels or None) of a pair of arrays; what else there is, and None."""
   arrays = lambda x: isinstance(x, np.ndarray | tf.Tensor)
   if isinstance(source, tuple) and len(source) == 2 and arrays(source[0]) and source[0].ndim == 4:
-    return np.asarray(source[0]), np.asarray(source[1])
+    return np.asarray(source[0]), None if source[1] is None else np.asarray(source[1])
   return (np.asarray(source) if isinstance(source, tf.Tensor) else source), None
 
 

@@ -98,9 +98,9 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH" of a folder or a zip file, "pack:PATH" of a pack, a TFDS name, a
-      `Reader` or "module:Class" of one; or images themselves, all of them whatever the split: a
-      `Source`, or what `own.read` takes.
+    name: "digits", "folder:PATH" of a folder or of a zip, .npy or .npz file, "pack:PATH" of a pack,
+      a TFDS name, a `Reader` or "module:Class" of one; or images themselves, all of them whatever
+      the split: a `Source`, or what `own.read` takes.
     split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
       another folder, which is the split.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
@@ -169,7 +169,10 @@ def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep, 
     if not path.strip():
       raise ValueError(f"data set {name!r} names no folder; give {FOLDER}PATH")
     folder = pathlib.Path(path).expanduser()
-    prepared, labels, names = folders.read(folder, split, shape, crop, report)
+    if folder.suffix in (".npy", ".npz") and folder.is_file():
+      prepared, labels, names = own.read(own.of_file(folder, split), folder, report, crop)
+    else:
+      prepared, labels, names = folders.read(folder, split, shape, crop, report)
   else:
     _refuse_path(name)
     crop = "celeb_a_140" if crop == "auto" and name == "celeb_a" else crop
