@@ -52,6 +52,20 @@ def test_a_workdir_holds_everything(tiny, tmp_path):
   np.testing.assert_array_equal(images, run.sampler()(run.table(), range(3)))
 
 
+def test_images_of_ones_own_are_trained_on_and_their_labels_are_named(tiny, tmp_path, rng):
+  images, labels = rng.random([40, 8, 8, 1]), np.array(["cat", "tree"] * 20)
+  short = tiny.replace(training={"steps": 2}, data={"balanced": True, "augment": ("shift",)})
+  run = training.train(short, tmp_path, progress=False, source=(images, labels))
+  assert run.step == 2
+  assert json.loads((tmp_path / "labels.json").read_text()) == {
+    "names": ["cat", "tree"], "counts": {"0": 20, "1": 20}
+  }  # fmt: skip
+  longer = short.replace(training={"steps": 4})
+  with pytest.raises(ValueError, match=r"another config \(it differs in data.name\)"):
+    training.train(longer, tmp_path, progress=False, source=(images[1:], labels[1:]))
+  assert training.train(longer, tmp_path, progress=False, source=(images, labels)).step == 4
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
   whole = training.train(tiny, tmp_path / "whole", progress=False)
   training.train(tiny.replace(training={"steps": 2}), tmp_path / "parts", progress=False)
