@@ -103,7 +103,7 @@ class Report:
     allowed = math.floor(self.policy.skip_bad * self.count + 1e-9)
     if len(self.bad) > allowed:
       raise ValueError(self._refusal())
-    if not self.facts and not self.whole:
+    if self.count and not self.facts and not self.whole:
       first = (self.small or self.bad)[0]
       others = f"; so are the other {self.count - 1} {self.what}" if self.count > 1 else ""
       raise ValueError(f"{first}{others}")

@@ -125,6 +125,8 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
     for line in report.lines():
       say(line)
   report.check()
+  if images is None:
+    raise ValueError(f"{name}: the split {split!r} holds no images; take another")
   return Source(name, images, labels, names, report)
 
 
