@@ -17,6 +17,7 @@ than the Gaussian is wanted a class derived from `Prior` with a `draw` of its ow
 import base64
 import dataclasses
 import pathlib
+import re
 import reprlib
 from collections.abc import Mapping
 
@@ -48,8 +49,8 @@ class Prior:
   factors: np.ndarray
 
   def __post_init__(self):
-    if not isinstance(self.kind, str) or not self.kind:
-      raise ValueError(f"the kind of a prior is a text, not {reprlib.repr(self.kind)}")
+    if not isinstance(self.kind, str) or not re.fullmatch(r"[\w.]+(:[\w.]+)?", self.kind):
+      raise ValueError(f"the kind of a prior is a name, not {reprlib.repr(self.kind)}")
     mean, factors = np.shape(self.mean), np.shape(self.factors)
     most = 0 if self.kind == "zero" else np.size(self.mean)
     if len(mean) != 3 or factors[1:] != mean or factors[0] > most:

@@ -81,7 +81,7 @@ MEAN, FACTORS = np.zeros([4, 4, 1]), np.zeros([2, 4, 4, 1])
 @pytest.mark.parametrize(
   ("kind", "mean", "factors", "text"),
   [
-    (5, MEAN, FACTORS, "a text, not 5"),
+    (5, MEAN, FACTORS, "a name, not 5"),
     ("zero", MEAN, FACTORS, "up to 0 factors"),
     ("colour", MEAN, FACTORS[:, :3], r"got shapes \(4, 4, 1\) and \(2, 3, 4, 1\)"),
     ("colour", MEAN[..., 0], FACTORS[..., 0], "has a mean"),

@@ -377,12 +377,12 @@ def _parse(argv, check=None):
     except ValueError as error:
       _fail(f"--config={path}: {error}")
   try:
-    rest = flags.FLAGS(_last_overrides(argv if path is None else _without_config(argv)))
+    rest = flags.FLAGS(argv if path is None else _without_config(argv))
     _check_values()
     if check is not None:
       _run_check(check)
     if path is not None:
-      rest = flags.FLAGS(argv)
+      rest = flags.FLAGS(_last_overrides(argv))
       _check_values()
     return rest
   except Exception as error:
