@@ -94,6 +94,7 @@ def network_options(config):
       "fir": False,
       "skip_rescale": False,
       "embedding_type": "positional",
+      "progressive_input": "none",
     }
     return options
   options |= {
