@@ -542,11 +542,11 @@ def write_report(out, data_dir):
   from soft_diffusion_tf import laboratory
 
   img, results = out / "img", out / "results"
-  for folder in (img, results):
-    folder.mkdir(parents=True, exist_ok=True)
   if _FORCE.value:
     (results / "samplers.json").unlink(missing_ok=True)
-  book = Book(results / "samplers.json", REPORT)
+  book = Book(results / "samplers.json", REPORT)  # a damaged one is refused before anything is made
+  for folder in (img, results):
+    folder.mkdir(parents=True, exist_ok=True)
   labs = Labs(*laboratory.load("digits", REPORT["images"]))
   convergence, needs = section_convergence(book, labs, img)
   errors, valleys = section_errors(book, labs, img)

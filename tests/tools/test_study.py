@@ -164,7 +164,7 @@ def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
   assert differences["blur"] == []
   assert len(differences["stratified_t"]) == len(differences["unweighted"]) == 1
   assert defaults.models["stratified_t"].training.low_variance_t
-  assert defaults.models["unweighted"].training.weight == "one"
+  assert defaults.models["unweighted"].loss.weight == "one"
 
   def value(model, draw, nfe):
     worse = {"stratified_t": 0.8, "unweighted": 3.0}.get(model, 1.0)
