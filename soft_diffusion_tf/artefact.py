@@ -770,6 +770,8 @@ def from_pretrained(name, trust_code=False):
       if hashlib.sha256(path.read_bytes()).hexdigest() != known[str(name)]:
         raise ValueError(f"{path}: damaged (its SHA-256 is another); install the package again")
       return unpack(path)
+  if not str(name).strip():  # as of a variable that is not set; a path would be this folder
+    raise ValueError("the name of a model is empty; give one, a file or a folder")
   path = pathlib.Path(name)
   if (path / EXTRA).is_dir():
     return load(path, trust_code)

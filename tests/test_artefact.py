@@ -413,6 +413,8 @@ def test_a_packed_model_comes_back(exported, tmp_path):
     artefact.from_pretrained(broken)
   with pytest.raises(ValueError, match="no such model comes with the package"):
     artefact.from_pretrained("digitz")
+  with pytest.raises(ValueError, match="name of a model is empty"):
+    artefact.from_pretrained("")
 
 
 @pytest.fixture(scope="module")
