@@ -82,7 +82,7 @@ class Rule(parts.Part, role="sampler"):
   """A sampler: gives the coefficients of its steps. A part (see `parts`).
 
   `evaluations` is how often a step evaluates the denoiser: 2 with a corrector. `adaptive` rules
-  choose their own steps and have no plan.
+  choose their own steps, by their `tolerance`, and have no plan.
   """
 
   evaluations: ClassVar[int] = 1
