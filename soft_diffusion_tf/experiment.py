@@ -350,6 +350,14 @@ class Experiment(parts.Checked):
       for name, value in fields.items()
     }
 
+  def code(self) -> set[str]:
+    """The names "module:name" of the code of its parts (see `parts.code_of`)."""
+    named = [self.sampling.sampler, self.data.name, *self.evaluation.metrics]
+    texts = [str(part) for part in named if isinstance(part, parts.Part)]
+    if self.prior.makes is not priors.Prior:
+      texts.append(priors.class_name(self.prior.makes))
+    return parts.code_of([getattr(self, name).get_config() for name in self._PARTS] + texts)
+
   def to_config(self) -> ml_collections.ConfigDict:
     """For a config file's `get_config`: fields keep their types under flag overrides."""
     config = ml_collections.ConfigDict(self.to_dict(), convert_dict=True)
@@ -559,8 +567,9 @@ def options_from_config(kind: Any, values: Mapping[str, Any]) -> Any:
 
 def PriorOptions(kind: str = "subspace", rank: int = 16) -> priors.Estimator:
   """Deprecated: an estimator of `priors`, as version 0.1 named it."""
+  estimator = parts.make(priors.Estimator, kind, "prior.kind")
   warnings.warn(
-    f"PriorOptions is deprecated; use priors.{type(parts.make(priors.Estimator, kind)).__name__}()",
+    f"PriorOptions is deprecated; use priors.{type(estimator).__name__}()",
     DeprecationWarning, stacklevel=2,
   )  # fmt: skip
-  return dataclasses.replace(parts.make(priors.Estimator, kind, "prior.kind"), rank=rank)
+  return dataclasses.replace(estimator, rank=rank)

@@ -108,7 +108,7 @@ def _changes(workdir, experiment):
   if not (workdir / "config.json").exists():
     return {}
   # What this run names is trusted, and no other code that a config.json of unknown origin names.
-  with trust.trust_code(parts.code_of(experiment.to_dict())):
+  with trust.trust_code(experiment.code()):
     try:
       before = Experiment.load(workdir)
     except trust.UntrustedCode:
@@ -372,7 +372,7 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False):
   apart = bool(tf.config.list_physical_devices("GPU"))
   apart |= isinstance(strategy, tf.distribute.TPUStrategy)
   memory.check(experiment, *strategies.replicas_by_host(strategy), apart)
-  parts.check_importable(experiment.to_dict())
+  parts.check_importable(list(experiment.code()))
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data
@@ -420,7 +420,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     _say(progress, text)
 
   if (workdir / PRIOR_FILE).exists():
-    prior = priors.Prior.load(workdir / PRIOR_FILE)
+    with trust.trust_code(experiment.code()):  # its class is one that this run names
+      prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
