@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar
 
 import keras
 import ml_collections
+import numpy as np
 
 import soft_diffusion_tf
 from soft_diffusion_tf import (
@@ -321,12 +322,31 @@ class Experiment(parts.Checked):
           f"network.prediction = {prediction!r} needs the corruption {kind.__name__}, not "
           f"{type(self.corruption).__name__}; use 'residual'"
         )
+    if schedules.is_found(self.sigma):
+      self.network.check_sigma(self.sigma)
+      self.loss.check_sigma(self.sigma, self.training.t_min)
 
   # --- Parts --------------------------------------------------------------------------------------
 
   def build_diffusion(self) -> diffusion.Diffusion:
     """The forward process, without a prior."""
     return diffusion.Diffusion(self.data.image_shape, self.corruption, self.level, self.sigma)
+
+  def weight_range(self) -> tuple[float, float]:
+    """The least and the largest weight over t of an error in the network's own numbers.
+
+    That is w(t) of a residual; of a score or a noise, which x̂_0 takes times σ² or σ, w(t) σ⁴ or
+    w(t) σ²: 1 at all t for 1/σ², where a score is divided by σ already. (1, 1) of other losses.
+    """
+    if not isinstance(self.loss, losses.SoftScoreMatching | losses.Mixture):
+      return 1.0, 1.0
+    times = np.linspace(self.training.t_min, 1.0, 1001)
+    sigma = np.asarray(self.sigma(times), np.float64)
+    power = {"residual": 0, "score": 2, "noise": 1}[self.network.prediction]
+    power -= bool(getattr(self.network, "scale_by_sigma", False))
+    power -= self.loss.weight == "inverse_variance"
+    weights = sigma ** (2.0 * power)
+    return float(weights.min()), float(weights.max())
 
   def check_network(self) -> None:
     """Raises the ValueError of options that make no network, without making its weights."""
@@ -442,7 +462,12 @@ class Experiment(parts.Checked):
       ) from None
     except (ValueError, RecursionError) as error:
       kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
-      raise kind(f"{path}: {' '.join(str(error).split())}") from error
+      version, own = content.get("version"), soft_diffusion_tf.__version__
+      remedy = (
+        f"; it is of version {version}, and this is {own}, which may refuse more: use that one "
+        "for this folder, or train anew" if isinstance(version, str) and version != own else ""
+      )  # fmt: skip
+      raise kind(f"{path}: {' '.join(str(error).split())}{remedy}") from error
 
   def flat(self) -> dict[str, Any]:
     """Every field by its dotted name, as plain values."""

@@ -142,6 +142,7 @@ class SoftDiffusionModel(keras.Model):
         f"the network is made for images of {made_for}, and the process for "
         f"{tuple(diffusion.image_shape)}; make both for one size"
       )
+    options.check_sigma(diffusion.sigma)
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
     self.ema_network.set_weights(network.get_weights())

@@ -183,6 +183,11 @@ class BlurredColour(Estimator, name="blurred_colour"):
   """C_1 of a constant image in one colour, fitted to the images' mean colours."""
 
   def fit(self, images, diffusion):
+    if not diffusion.corruption.linear:
+      raise ValueError(
+        "the prior 'blurred_colour' adds up corrupted colours, and the corruption "
+        f"{type(diffusion.corruption).__name__} is not linear; use 'subspace'"
+      )
     constant = diffusion.corrupt(_constants(images), 1.0).numpy()
     return Prior("blurred_colour", constant[0], constant[1:])
 

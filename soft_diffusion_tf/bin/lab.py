@@ -63,6 +63,7 @@ COLOURS = {
   "naive": "tab:gray", "momentum": "tab:red", "probability_flow": "tab:orange",
   "ddim": "tab:green", "predictor_corrector": "tab:olive", "ancestral": "tab:pink",
   "two_step": "tab:blue", "stochastic_two_step": "tab:purple", "heun": "tab:brown",
+  "langevin": "tab:cyan",
 }  # fmt: skip
 
 
