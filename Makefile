@@ -16,7 +16,7 @@ FAST := $(addprefix tests/test_,architecture.py project.py arrays.py schedules.p
 	experiment.py losses.py configs.py)
 
 .PHONY: help install quickstart test test-fast test-slow test-portable lint format build docs study-digits \
-	study-defaults study-cifar clean
+	study-defaults study-mixtures study-cifar clean
 
 help:
 	@echo "make quickstart  train on the built-in digits and look at the samples (minutes)"
@@ -25,8 +25,9 @@ help:
 	@echo "make test-portable  the portable program by JAX, in an environment that it makes"
 	@echo "make lint        ruff, mypy, and whether BUILD is up to date;  make format: rewrite by ruff"
 	@echo "make build       write BUILD again from the imports of the sources"
-	@echo "make study-digits, make study-cifar  the paper's claims, tried (an hour; hours); both go on"
+	@echo "make study-digits, make study-cifar  the paper's claims, tried (hours; days); both go on"
 	@echo "make study-defaults  what the paper leaves open, tried on digits (20 minutes)"
+	@echo "make study-mixtures  losses between the filtered and the unfiltered one, on digits (an hour)"
 	@echo "make docs        the site, in site/"
 	@echo "make install     only the virtual environment in $(VENV)"
 
@@ -82,6 +83,9 @@ study-digits: $(STAMP)
 
 study-defaults: $(STAMP)
 	$(BIN)/python tools/study.py --study=defaults --out=runs/study_defaults
+
+study-mixtures: $(STAMP)
+	$(BIN)/python tools/study.py --study=mixtures --out=runs/study_mixtures
 
 # DATA_DIR: where TFDS keeps CIFAR-10; FEATURE_NET: the folder of a SavedModel that judges images.
 study-cifar: $(STAMP)

@@ -1,15 +1,19 @@
 """Package metadata and dependency ranges; exact versions live in requirements.lock."""
 
 import pathlib
+import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r'^__version__ = "(.+)"$', (HERE / "soft_diffusion_tf/__init__.py").read_text("utf-8"), re.M
+)[1]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"]
 
 setuptools.setup(
   name="soft-diffusion-tf",
-  version="0.1.0",
+  version=VERSION,
   description="Soft Diffusion (score matching with general corruptions) in TensorFlow 2 / Keras 3",
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",

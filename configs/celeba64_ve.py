@@ -1,4 +1,6 @@
-"""The baseline: NCSN++ with the VE process on CelebA-64 (Song et al. 2021), as C = I.
+"""The baseline: NCSN++ with the VE process on CelebA-64, as Song et al. (2021) have it: C = I.
+
+The network gives the score, divided by the σ that it is told (see cifar10_ve).
 
   soft-diffusion-train --config=configs/celeba64_ve.py --workdir=runs/celeba64_ve
 
@@ -19,6 +21,7 @@ def get_config():
       level=schedules.Constant(0.0),
       sigma=schedules.Geometric(0.01, 90.0),
       prior={"kind": "zero"},
+      network={"prediction": "score", "scale_by_sigma": True, "cond_min": 0.01, "cond_max": 90.0},
       sampling={"steps": 1000},
     )
     .to_config()

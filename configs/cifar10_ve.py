@@ -1,4 +1,7 @@
-"""The baseline: NCSN++ with the VE process on CIFAR-10 (Song et al. 2021), as C = I.
+"""The baseline: NCSN++ with the VE process on CIFAR-10, as Song et al. (2021) have it: C = I.
+
+The network gives the score and divides it by the σ that it is told, from 0.01 to 50: its own
+numbers are of size 1 at every σ. As a residual they would have to be as large as σ.
 
   soft-diffusion-train --config=configs/cifar10_ve.py --workdir=runs/cifar10_ve
 
@@ -18,5 +21,6 @@ def get_config():
     level=schedules.Constant(0.0),
     sigma=schedules.Geometric(0.01, 50.0),
     prior={"kind": "zero"},
+    network={"prediction": "score", "scale_by_sigma": True, "cond_min": 0.01, "cond_max": 50.0},
     sampling={"steps": 1000},
   ).to_config()

@@ -21,4 +21,4 @@ elif (_backend := sys.modules["keras"].config.backend()) != "tensorflow":
     "import soft_diffusion_tf before keras, or set KERAS_BACKEND=tensorflow"
   )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

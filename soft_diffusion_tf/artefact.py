@@ -715,7 +715,10 @@ def unpack(path, trust_code=False):
     about = json.loads(content.text("about"))
     _check_about(about)
   try:
-    experiment = Experiment.from_config(about.get("experiment"), trust_code)
+    config = about.get("experiment")
+    if isinstance(config, dict):
+      config = {**config, "version": about["version"]}
+    experiment = Experiment.from_config(config, trust_code)
   except trust.UntrustedCode as error:
     raise trust.UntrustedCode(f"{path}: {error}") from None
   except (ValueError, RecursionError) as error:
@@ -770,6 +773,8 @@ def from_pretrained(name, trust_code=False):
       if hashlib.sha256(path.read_bytes()).hexdigest() != known[str(name)]:
         raise ValueError(f"{path}: damaged (its SHA-256 is another); install the package again")
       return unpack(path)
+  if not str(name).strip():  # as of a variable that is not set; a path would be this folder
+    raise ValueError("the name of a model is empty; give one, a file or a folder")
   path = pathlib.Path(name)
   if (path / EXTRA).is_dir():
     return load(path, trust_code)

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -30,7 +30,9 @@ __all__ = [
   "BlockAverage",
   "Compose",
   "Family",
+  "Gamma",
   "GaussianBlur",
+  "HeatDissipation",
   "Identity",
   "Mask",
   "Matrix",
@@ -81,9 +83,14 @@ def _verified(corruption, svd, level, image_shape):
 
 
 class Corruption(parts.Part, abc.ABC, role="corruption"):
-  """A linear operator for every level, the identity at the first end of `level_range`."""
+  """A linear operator for every level, the identity at the first end of `level_range`.
+
+  A class that says `linear = False` may be another function of images. It is trained by the error
+  after the corruption, C(x̂_0) − C(x_0), and sampled; it has no matrix, adjoint or singular values.
+  """
 
   level_range = (0.0, math.inf)  # from the identity to the strongest corruption
+  linear: ClassVar[bool] = True
 
   @abc.abstractmethod
   def apply(self, x, level):
@@ -93,8 +100,37 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
     """C x in float32, whatever the dtype policy: [B, H, W, C], [] or [B] → [B, H, W, C]."""
     return self.apply(*self._prepare(x, level))
 
+  def _check_linear(self, what):
+    if not self.linear:
+      raise ValueError(f"{type(self).__name__} is not linear and has no {what}; take another route")
+
+  def check_images(self, image_shape, levels):
+    """Raises the ValueError of a C that changes the size of images, or is not linear unsaid.
+
+    Args:
+      image_shape: (H, W, C).
+      levels: where to try it.
+    """
+    x, y = np.random.default_rng(0).random([2, *image_shape], np.float32)
+    images = np.stack([x, y, 2.0 * x - 3.0 * y])
+    name = type(self).__name__
+    for level in levels:
+      c = np.asarray(self(images, level))
+      if c.shape != images.shape:
+        raise ValueError(
+          f"{name} at level {level:g} makes images of {c.shape[1:]} of those of "
+          f"{tuple(image_shape)}; C must keep their shape: scale its result up again"
+        )
+      error, scale = np.max(np.abs(c[2] - (2.0 * c[0] - 3.0 * c[1]))), max(1.0, np.max(np.abs(c)))
+      if self.linear and error > 1e-3 * scale:
+        raise ValueError(
+          f"{name} at level {level:g} is not linear: C(2x − 3y) is off by {error:.2g} from 2Cx − "
+          "3Cy; give its class linear = False, or correct it"
+        )
+
   def adjoint(self, y, level):
     """Cᵀ y. The default transposes `apply` by reverse-mode differentiation."""
+    self._check_linear("adjoint")
     y, level = self._prepare(y, level)
     with tf.GradientTape() as tape:
       x = tf.zeros_like(y)
@@ -119,6 +155,7 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
 
     One that mixes channels has a matrix on all H·W·C numbers instead (channels last).
     """
+    self._check_linear("matrix")
     h, w = image_shape[:2]
     if self.mixes_channels(image_shape):
       size = math.prod(image_shape)
@@ -277,6 +314,46 @@ class GaussianBlur(_Separable):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeatDissipation(_Separable):
+  """The heat equation with reflecting borders (Rissanen et al. 2022); the level is the standard
+  deviation in pixels of the Gaussian blur that it equals away from the borders.
+
+  Cosines are its eigenvectors: C = Vᵀ exp(−½ level² λ) V, V the orthonormal DCT-II and
+  λ = π² (n²/H² + m²/W²). No light leaves the image, so a constant image stays as it is at every
+  level, where `GaussianBlur` darkens its borders. Blurs of levels a and b in a row are one of
+  √(a² + b²).
+  """
+
+  def _cosines(self, n):
+    k = np.arange(n)
+    rows = np.cos(np.pi * np.outer(k, k + 0.5) / n) * np.sqrt(np.where(k == 0, 1, 2) / n)[:, None]
+    return tf.constant(rows, tf.float32)
+
+  def _gains(self, level, n):
+    frequencies = tf.constant(np.pi * np.arange(n) / n, tf.float32)
+    return tf.exp(-0.5 * (level[:, tf.newaxis] * frequencies) ** 2)
+
+  def _matrix(self, level, n):
+    v = self._cosines(n)
+    return products.matmul(v * self._gains(level, n)[..., tf.newaxis], v, transpose_a=True)
+
+  def matrices(self, level, h, w):
+    a = self._matrix(level, h)
+    return a, a if w == h else self._matrix(level, w)
+
+  def svd(self, level, image_shape):
+    h, w = image_shape[:2]
+    v_h, v_w = self._cosines(h), self._cosines(w)
+    flat = tf.reshape(tf.cast(level, tf.float32), [1])
+    values = self._gains(flat, h)[0, :, tf.newaxis] * self._gains(flat, w)[0]
+    to = lambda x: products.two_sided(v_h, x, v_w)
+    back = lambda c: products.two_sided(tf.transpose(v_h), c, tf.transpose(v_w))
+    return _verified(
+      self, Svd(to, back, to, back, values[..., tf.newaxis]), level, image_shape
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Mask(_Diagonal):
   """Centred mask (P App. G); the level is the hidden share of the pixels, from 0 to 1.
 
@@ -358,6 +435,16 @@ class BlockAverage(Corruption):
     return self(y, level)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gamma(Corruption):
+  """Contrast that is lost in the shadows: C x = sign(x) |x|^(1 + level), which is not linear."""
+
+  linear = False
+
+  def apply(self, x, level):
+    return tf.sign(x) * tf.abs(x) ** (1.0 + level)
+
+
 # --- Corruptions made of others, and a user's own -----------------------------------------------
 
 
@@ -390,10 +477,15 @@ class Compose(Corruption):
           f"[{low:g}, {high:g}]; correct its schedule in Compose"
         )
 
+  @property
+  def linear(self):
+    return self.inner.linear and self.outer.linear
+
   def apply(self, x, level):
     return self.outer.apply(self.inner.apply(x, self.inner_level(level)), self.outer_level(level))
 
   def adjoint(self, y, level):
+    self._check_linear("adjoint")
     y, level = self._prepare(y, level)
     flat = tf.reshape(level, [-1])
     return self.inner.adjoint(self.outer.adjoint(y, self.outer_level(flat)), self.inner_level(flat))
@@ -534,7 +626,8 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
   "matrix" (equals its own matrix, channels alike), "adjoint" (⟨Cx, y⟩ = ⟨x, Cᵀy⟩), "svd",
   "gradients" (finite in x and level), "broadcast" (one level per image equals one image at a time),
   "graph" (the same when compiled for any number of images), "float32" (also from bfloat16),
-  "finite" and "config" (get_config and from_config give the same operator).
+  "finite" and "config" (get_config and from_config give the same operator). Of one that says that
+  it is not linear, "linear", "matrix", "adjoint" and "svd" are not asked.
 
   Args:
     corruption: a `Corruption`.
@@ -658,8 +751,7 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
   attempt("product", product)
   if "product" in failures:
     return Verdict(type(corruption).__name__, failures)  # the rest could end this process
-  for check in (
-    linear, identity, finite, matrix, adjoint, svd, gradients, broadcast, graph, float32, config
-  ):  # fmt: skip
+  of_linear = (linear, matrix, adjoint, svd) if corruption.linear else ()
+  for check in (*of_linear, identity, finite, gradients, broadcast, graph, float32, config):
     attempt(check.__name__, check)
   return Verdict(type(corruption).__name__, failures)

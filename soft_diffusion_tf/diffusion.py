@@ -50,7 +50,8 @@ class Diffusion:
     prior: the noise-free part of p_1; None until fitted.
 
   Raises:
-    ValueError: a level out of the corruption's range, C_0 ≠ I, or σ that falls or is not finite.
+    ValueError: a level out of the corruption's range, C_0 ≠ I, a C that changes the size of images
+      or is not linear unsaid, or σ that falls or is not finite.
   """
 
   image_shape: tuple[int, int, int]
@@ -88,6 +89,7 @@ class Diffusion:
         f"σ falls from {sigmas[k]:g} to {sigmas[k + 1]:g} at t = {_CHECKED_TIMES[k]:g}; "
         "P Eq. 4 needs noise that never falls with t: swap the ends of the noise schedule"
       )
+    self.corruption.check_images(self.image_shape, levels[:: len(levels) // 4])
     probe = np.random.default_rng(0).random([1, *self.image_shape], np.float32)
     gap = float(np.max(np.abs(self.corruption(probe, levels[0]).numpy() - probe)))
     if not gap <= 1e-3:  # NaN as well

@@ -646,15 +646,16 @@ def with_reference(network, one, real, k=3, conditions=None):
   return dataclasses.replace(result, floor=floor, why_no_floor=why)
 
 
-def by_metrics(metrics, images, real):
-  """{"metric/name": number} of the metrics of a config, on images and real ones, uint8.
+def by_metrics(options, images, real):
+  """{"metric/name": number} by the metrics of `experiment.Evaluation`, on the first `subset` images
+  and real ones, uint8.
 
   Raises:
     ValueError: a metric gives something else than numbers by name.
   """
   numbers = {}
-  for metric in metrics:
-    found = metric(np.asarray(images), np.asarray(real))
+  for metric in options.metrics:
+    found = metric(images[: options.subset], real[: options.subset])
     try:
       numbers |= {f"{metric}/{name}": float(value) for name, value in found.items()}
     except (AttributeError, TypeError, ValueError):
@@ -706,8 +707,7 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
       real_images = run.experiment.data.load(progress=False).images
     if kept is None:  # a part of the samples may have been drawn by a process before this one
       kept = [run.images(seeds[: e.subset], options)]
-    images = plots.to_uint8(np.concatenate(kept)[: e.subset])
-    metrics = by_metrics(e.metrics, images, real_images[: e.subset])
+    metrics = by_metrics(e, plots.to_uint8(np.concatenate(kept)), real_images)
   return dataclasses.replace(result, remark=run.remark, metrics=metrics)
 
 

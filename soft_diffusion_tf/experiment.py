@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar
 
 import keras
 import ml_collections
+import numpy as np
 
 import soft_diffusion_tf
 from soft_diffusion_tf import (
@@ -352,12 +353,31 @@ class Experiment(parts.Checked):
           f"network.prediction = {prediction!r} needs the corruption {kind.__name__}, not "
           f"{type(self.corruption).__name__}; use 'residual'"
         )
+    if schedules.is_found(self.sigma):
+      self.network.check_sigma(self.sigma)
+      self.loss.check_sigma(self.sigma, self.training.t_min)
 
   # --- Parts --------------------------------------------------------------------------------------
 
   def build_diffusion(self) -> diffusion.Diffusion:
     """The forward process, without a prior."""
     return diffusion.Diffusion(self.data.image_shape, self.corruption, self.level, self.sigma)
+
+  def weight_range(self) -> tuple[float, float]:
+    """The least and the largest weight over t of an error in the network's own numbers.
+
+    That is w(t) of a residual; of a score or a noise, which x̂_0 takes times σ² or σ, w(t) σ⁴ or
+    w(t) σ²: 1 at all t for 1/σ², where a score is divided by σ already. (1, 1) of other losses.
+    """
+    if not isinstance(self.loss, losses.SoftScoreMatching | losses.Mixture):
+      return 1.0, 1.0
+    times = np.linspace(self.training.t_min, 1.0, 1001)
+    sigma = np.asarray(self.sigma(times), np.float64)
+    power = {"residual": 0, "score": 2, "noise": 1}[self.network.prediction]
+    power -= bool(getattr(self.network, "scale_by_sigma", False))
+    power -= self.loss.weight == "inverse_variance"
+    weights = sigma ** (2.0 * power)
+    return float(weights.min()), float(weights.max())
 
   def check_network(self) -> None:
     """Raises the ValueError of options that make no network, without making its weights."""
@@ -380,6 +400,14 @@ class Experiment(parts.Checked):
       name: value.to_dict() if isinstance(value, Group) else parts.plain(value)
       for name, value in fields.items()
     }
+
+  def code(self) -> set[str]:
+    """The names "module:name" of the code of its parts (see `parts.code_of`)."""
+    named = [self.sampling.sampler, self.data.name, *self.evaluation.metrics]
+    texts = [str(part) for part in named if isinstance(part, parts.Part)]
+    if self.prior.makes is not priors.Prior:
+      texts.append(priors.class_name(self.prior.makes))
+    return parts.code_of([getattr(self, name).get_config() for name in self._PARTS] + texts)
 
   def to_config(self) -> ml_collections.ConfigDict:
     """For a config file's `get_config`: fields keep their types under flag overrides."""
@@ -405,8 +433,10 @@ class Experiment(parts.Checked):
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
       raise ValueError(f"a config is an object of fields, not {reprlib.repr(config)}")
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    content.pop("version", None)  # of the program that wrote it
+    version = content.pop("version", "")  # of the program that wrote it
     content = _of_now(content)
+    if str(version).startswith("0.1."):
+      content = _attending_by_width(content)
     fields = {field.name for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     made: dict[str, Any] = {}
@@ -465,7 +495,12 @@ class Experiment(parts.Checked):
       ) from None
     except (ValueError, RecursionError) as error:
       kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
-      raise kind(f"{path}: {' '.join(str(error).split())}") from error
+      version, own = content.get("version"), soft_diffusion_tf.__version__
+      remedy = (
+        f"; it is of version {version}, and this is {own}, which may refuse more: use that one "
+        "for this folder, or train anew" if isinstance(version, str) and version != own else ""
+      )  # fmt: skip
+      raise kind(f"{path}: {' '.join(str(error).split())}{remedy}") from error
 
   def flat(self) -> dict[str, Any]:
     """Every field by its dotted name, as plain values."""
@@ -570,6 +605,24 @@ def _of_now(content: dict[str, Any]) -> dict[str, Any]:
   return content
 
 
+def _attending_by_width(content: dict[str, Any]) -> dict[str, Any]:
+  """A config of version 0.1, whose attn_resolutions are heights also where the width is less."""
+  network, images = content.get("network", {}), content.get("data", {})
+  shape: Any = images.get("image_shape") if isinstance(images, Mapping) else None
+  if not isinstance(network, Mapping) or network.get("kind", "NCSNpp") != "NCSNpp":
+    return content
+  default = Network()
+  levels = network.get("ch_mult", default.ch_mult)
+  heights = network.get("attn_resolutions", default.attn_resolutions)
+  for sizes in (shape, levels, heights):
+    if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
+      return content  # the fields' own checks say what is wrong
+  if len(shape) != 3 or shape[0] <= shape[1]:
+    return content
+  widths = [shape[1] >> k for k in range(len(levels)) if shape[0] >> k in heights]
+  return {**content, "network": {**network, "attn_resolutions": widths}}
+
+
 def _of_rule(sampler: Any, values: Mapping[str, Any]) -> samplers.Rule:
   """The rule of a config of version 0.1; each value must be one that its rule takes."""
   for name, kind in zip(_OF_RULES, (samplers.DDIM, samplers.StochasticTwoStep,
@@ -592,8 +645,9 @@ def options_from_config(kind: Any, values: Mapping[str, Any]) -> Any:
 
 def PriorOptions(kind: str = "subspace", rank: int = 16) -> priors.Estimator:
   """Deprecated: an estimator of `priors`, as version 0.1 named it."""
+  estimator = parts.make(priors.Estimator, kind, "prior.kind")
   warnings.warn(
-    f"PriorOptions is deprecated; use priors.{type(parts.make(priors.Estimator, kind)).__name__}()",
+    f"PriorOptions is deprecated; use priors.{type(estimator).__name__}()",
     DeprecationWarning, stacklevel=2,
   )  # fmt: skip
-  return dataclasses.replace(parts.make(priors.Estimator, kind, "prior.kind"), rank=rank)
+  return dataclasses.replace(estimator, rank=rank)

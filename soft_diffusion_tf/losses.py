@@ -6,10 +6,12 @@ import dataclasses
 import warnings
 from typing import Annotated, Any
 
+import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import parts
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
+from soft_diffusion_tf.schedules import Schedule
 
 WEIGHTS = ("inverse_variance", "one")
 
@@ -29,13 +31,17 @@ class Loss(parts.Part, role="loss"):
     """
     raise NotImplementedError
 
+  def check_sigma(self, sigma: Schedule, t_min: float) -> None:
+    """Raises the ValueError of noise that this loss cannot be trained with, from t_min to 1."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftScoreMatching(Loss):
   """w(t) ‖C_t (x̂_0 − x_0)‖² for each example, with x̂_0 = denoiser(x_t, t) (P Eq. 12).
 
   The squared norm is the sum over the image's numbers, not their mean. With C_t = I and
-  w = 1/σ_t² this is the VE loss of Song et al. 2021 (which has a factor ½ in front).
+  w = 1/σ_t² this is the VE loss of Song et al. 2021 (which has a factor ½ in front). Of a C that is
+  not linear it is w(t) ‖C_t(x̂_0) − C_t(x_0)‖².
 
   Attributes:
     weight: w(t), "inverse_variance" (1/σ_t²: P's choice) or "one".
@@ -59,14 +65,76 @@ class SoftScoreMatching(Loss):
         "loss.filtered = False takes it away; set one of them only"
       )
 
+  def check_sigma(self, sigma: Schedule, t_min: float) -> None:
+    times = np.linspace(t_min, 1.0, 257, dtype=np.float32)
+    none = sigma(times).numpy() <= 0
+    if self.weight == "inverse_variance" and none.any():
+      raise ValueError(
+        f"loss.weight = 'inverse_variance' is 1/σ², and σ is 0 at t = {times[none.argmax()]:g}; "
+        "use loss.weight = 'one' to train without noise, or a larger training.t_min"
+      )
+
+  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
+               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+    x_0 = tf.cast(x_0, tf.float32)
+    x0_hat = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32)
+    error, earlier = x0_hat - x_0, tf.maximum(t - self.look_ahead, 0.0)
+    if self.filtered and diffusion.corruption.linear:
+      error = diffusion.corrupt(error, earlier)
+    elif self.filtered:
+      error = diffusion.corrupt(x0_hat, earlier) - diffusion.corrupt(x_0, earlier)
+    loss = tf.reduce_sum(error**2, axis=[1, 2, 3])
+    return loss / diffusion.sigma(t) ** 2 if self.weight == "inverse_variance" else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Loss):
+  """A share of the unfiltered loss beside Soft Score Matching, for each example:
+
+  w(t) ((1 − share) ‖C_t (x̂_0 − x_0)‖² + share ‖x̂_0 − x_0‖²).
+
+  The first part gives what is seen at t its weight, the second one teaches the detail that C_t
+  hides and the sampler's next steps show. E[x_0|x_t] minimises both, and so every mixture.
+
+  Attributes:
+    share: 0 is Eq. 12 as printed, 1 the unfiltered loss.
+    weight: w(t), as of `SoftScoreMatching`.
+  """
+
+  _group = "loss."
+
+  share: Annotated[float, parts.Range(0, 1)] = 0.1
+  weight: Annotated[str, parts.Choice(WEIGHTS)] = "inverse_variance"
+
+  @property
+  def _parts(self) -> tuple[SoftScoreMatching, SoftScoreMatching]:
+    return SoftScoreMatching(self.weight), SoftScoreMatching(self.weight, filtered=False)
+
+  def check_sigma(self, sigma: Schedule, t_min: float) -> None:
+    self._parts[0].check_sigma(sigma, t_min)
+
+  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
+               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+    x0_hat = denoiser(diffusion.forward(x_0, t, eta), t)  # once for both
+    filtered, plain = (
+      part(diffusion, lambda *_: x0_hat, x_0, t, eta) for part in self._parts
+    )  # fmt: skip
+    return (1.0 - self.share) * filtered + self.share * plain
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsoluteError(Loss):
+  """‖x̂_0 − x_0‖₁ for each example, without weight or filter: Cold Diffusion (Bansal et al. 2022).
+
+  Its minimiser is the median of x_0 given x_t, number by number, and not the mean: x̂_0 gives no
+  score. Cold Diffusion has no noise, so it needs none.
+  """
+
   def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
                eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
     x_0 = tf.cast(x_0, tf.float32)
     error = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32) - x_0
-    if self.filtered:
-      error = diffusion.corrupt(error, tf.maximum(t - self.look_ahead, 0.0))
-    loss = tf.reduce_sum(error**2, axis=[1, 2, 3])
-    return loss / diffusion.sigma(t) ** 2 if self.weight == "inverse_variance" else loss
+    return tf.reduce_sum(tf.abs(error), axis=[1, 2, 3])
 
 
 def soft_score_matching(diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,

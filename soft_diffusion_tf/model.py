@@ -142,6 +142,7 @@ class SoftDiffusionModel(keras.Model):
         f"the network is made for images of {made_for}, and the process for "
         f"{tuple(diffusion.image_shape)}; make both for one size"
       )
+    options.check_sigma(diffusion.sigma)
     self.network = network
     self.ema_network = type(network).from_config(network.get_config())
     self.ema_network.set_weights(network.get_weights())
@@ -250,7 +251,8 @@ class SoftDiffusionModel(keras.Model):
     return super().evaluate(x, y, **kwargs)
 
   @staticmethod
-  def _refuse_weights(options):  # Keras drops them without a word where there is no y
+  def _refuse_weights(options):
+    """Raises the ValueError of weights; Keras drops them without a word where there is no y."""
     if any(options.get(name) is not None for name in ("sample_weight", "class_weight")):
       raise ValueError("sample_weight and class_weight have no use here; leave them out")
 
@@ -485,8 +487,7 @@ class SoftDiffusionModel(keras.Model):
     NaN instead of images gives a gradient that is not finite, so nothing is learnt from them.
     """
     x_0, _, weights = keras.utils.unpack_x_y_sample_weight(data)
-    if weights is not None:
-      raise ValueError("sample_weight and class_weight have no use here; leave them out")
+    self._refuse_weights({"sample_weight": weights})
     if isinstance(x_0, (dict, list, tuple)):
       what = f"a dictionary of {', '.join(x_0)}" if isinstance(x_0, dict) else "several arrays"
       raise ValueError(f"a batch must be images [N, H, W, C], not {what}; map the data to images")

@@ -98,6 +98,9 @@ class Monitor:
 
     Args:
       values: further curves, by name: numbers, or one for each part of t.
+
+    Returns:
+      The line, as a dictionary.
     """
     steps, now = step - self._window_step, time.monotonic()
     window, elapsed = self._window, now - self._begin
@@ -129,6 +132,7 @@ class Monitor:
         f"{tqdm.tqdm.format_interval(left)} left",
         file=sys.stderr,
       )
+    return record
 
   def image(self, name, picture, step):
     """A uint8 picture [H, W, 3] in TensorBoard."""

@@ -246,14 +246,6 @@ class Part(Checked):
     elif cls.__module__.partition(".")[0] == _PACKAGE and not cls.__name__.startswith("_"):
       cls._members[name or cls.__name__] = cls
 
-  @classmethod
-  def _kind(cls) -> str:
-    """The name by which a config finds this class."""
-    for name, member in cls._members.items():
-      if member is cls:
-        return name
-    return f"{cls.__module__}:{cls.__qualname__}"
-
   def get_config(self) -> dict[str, Any]:
     """The name of its class under "kind" and its fields, ready for JSON.
 
@@ -261,7 +253,7 @@ class Part(Checked):
       ValueError: a field, or an attribute that is none, would be lost.
     """
     cls = type(self)
-    config: dict[str, Any] = {"kind": cls._kind()}
+    config: dict[str, Any] = {"kind": kind_of(self)}
     names: list[str] = (
       [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
       if dataclasses.is_dataclass(self) else []
@@ -302,8 +294,11 @@ def members(base: type[Part]) -> dict[str, Any]:
 
 def kind_of(part: Any) -> str:
   """The name by which a config finds a part's class."""
-  kind: Any = part if isinstance(part, type) else type(part)
-  return kind._kind()
+  kind = type(part)
+  for name, member in kind._members.items():
+    if member is kind:
+      return name
+  return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def plain(value: Any) -> Any:
@@ -317,7 +312,7 @@ def spell(part: Part) -> str:
   """A part as a text that `make` reads, with the fields that differ from their defaults."""
   fields: Any = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()  # type: ignore[arg-type]
   changed = [f"{f.name}={value!r}" for f in fields if (value := getattr(part, f.name)) != f.default]
-  return type(part)._kind() + (f"({', '.join(changed)})" if changed else "")
+  return kind_of(part) + (f"({', '.join(changed)})" if changed else "")
 
 
 def parse(text: str) -> dict[str, Any]:

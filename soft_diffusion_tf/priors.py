@@ -17,8 +17,10 @@ than the Gaussian is wanted a class derived from `Prior` with a `draw` of its ow
 import base64
 import dataclasses
 import pathlib
+import re
 import reprlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -48,8 +50,8 @@ class Prior:
   factors: np.ndarray
 
   def __post_init__(self):
-    if not isinstance(self.kind, str) or not self.kind:
-      raise ValueError(f"the kind of a prior is a text, not {reprlib.repr(self.kind)}")
+    if not isinstance(self.kind, str) or not re.fullmatch(r"[\w.]+(:[\w.]+)?", self.kind):
+      raise ValueError(f"the kind of a prior is a name, not {reprlib.repr(self.kind)}")
     mean, factors = np.shape(self.mean), np.shape(self.factors)
     most = 0 if self.kind == "zero" else np.size(self.mean)
     if len(mean) != 3 or factors[1:] != mean or factors[0] > most:
@@ -125,6 +127,11 @@ class Prior:
       return _class_of(kind)(kind, np.float32(mean), np.float32(factors))
 
 
+def class_name(kind):
+  """The "module:Class" of a class derived from `Prior`, which is the `kind` of its priors."""
+  return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def _class_of(kind):
   """The class of a saved prior: `Prior`, or the one that "module:Class" names, by consent."""
   if not isinstance(kind, str) or ":" not in kind:
@@ -149,7 +156,11 @@ class Estimator(parts.Part, role="prior"):
 
   Attributes:
     rank: the number of components to keep, at the most; "subspace" alone has more than it needs.
+
+  `makes` is the class of what it fits, `Prior` or one derived from it.
   """
+
+  makes: ClassVar[type] = Prior
 
   rank: parts.Count = 16
 
@@ -172,6 +183,11 @@ class BlurredColour(Estimator, name="blurred_colour"):
   """C_1 of a constant image in one colour, fitted to the images' mean colours."""
 
   def fit(self, images, diffusion):
+    if not diffusion.corruption.linear:
+      raise ValueError(
+        "the prior 'blurred_colour' adds up corrupted colours, and the corruption "
+        f"{type(diffusion.corruption).__name__} is not linear; use 'subspace'"
+      )
     constant = diffusion.corrupt(_constants(images), 1.0).numpy()
     return Prior("blurred_colour", constant[0], constant[1:])
 
@@ -249,11 +265,14 @@ def fit(kind, images, diffusion, rank=16):
     )
   check_range(images, "the images to fit a prior to")
   prior = estimator.fit(images, diffusion)
-  if not isinstance(prior, Prior) or prior.mean.shape != shape:
+  makes, name = estimator.makes, type(estimator).__name__
+  if type(prior) is not makes or prior.mean.shape != shape:
     raise ValueError(
-      f"{type(estimator).__name__}.fit must give a Prior of images of {shape}, got "
-      f"{reprlib.repr(prior)}"
+      f"{name}.fit must give a {makes.__name__} of images of {shape}, got {reprlib.repr(prior)}; "
+      f"of a class of your own say so in {name}, by makes = its class"
     )
+  if makes is not Prior and prior.kind != class_name(makes):  # it would be read as another class
+    raise ValueError(f"the kind of a {makes.__name__} is {class_name(makes)!r}, not {prior.kind!r}")
   return prior
 
 

@@ -31,7 +31,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -39,7 +39,7 @@ import tensorflow as tf
 from soft_diffusion_tf import packages, parts, rng
 from soft_diffusion_tf.corruptions import Scale
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
-from soft_diffusion_tf.parts import NotNegative, Positive
+from soft_diffusion_tf.parts import NotNegative, Positive, Range
 
 Array = np.ndarray
 
@@ -64,25 +64,36 @@ class Step(NamedTuple):
   level_s: Array
   diffusion: Diffusion
 
+  def over(self, sizes: Array) -> Array:
+    """Sizes of noise at s over σ_t, and 1 where there is no noise at all: there it stands still."""
+    return np.divide(sizes, self.sigma_t, out=np.ones_like(self.sigma_t), where=self.sigma_t > 0)
+
+  @property
+  def ratio(self) -> Array:
+    """σ_s/σ_t, and 1 where there is no noise at all."""
+    return self.over(self.sigma_s)
+
 
 class Update(NamedTuple):
   """What a rule gives for each step: numbers, or arrays with an entry for each step.
 
   `corrector`, where it is not None, is the γ of a second evaluation, by which the step is taken
-  again: −½ averages the predictions at both of its ends.
+  again: −½ averages the predictions at both of its ends. `stay`, where it is not None, is (a, b) of
+  a second evaluation at s, which moves x there without a change of time.
   """
 
   a: Array | float
   b: Array | float
   gamma: Array | float = 0.0
   corrector: float | None = None
+  stay: tuple[Array | float, Array | float] | None = None
 
 
 class Rule(parts.Part, role="sampler"):
   """A sampler: gives the coefficients of its steps. A part (see `parts`).
 
   `evaluations` is how often a step evaluates the denoiser: 2 with a corrector. `adaptive` rules
-  choose their own steps and have no plan.
+  choose their own steps, by their `tolerance`, and have no plan.
   """
 
   evaluations: ClassVar[int] = 1
@@ -110,10 +121,17 @@ class Rule(parts.Part, role="sampler"):
 
 @dataclasses.dataclass(frozen=True)
 class Naive(Rule, name="naive"):
-  """Algorithm 1: corrupt the prediction again, with fresh noise."""
+  """Algorithm 1: corrupt the prediction again, with fresh noise.
+
+  Attributes:
+    size: of the fresh noise, in σ_s; 1 is P's. IHDM (Rissanen et al. 2022) draws 1.25 times the
+      noise that it is trained with.
+  """
+
+  size: NotNegative = 1.0
 
   def coefficients(self, step: Step) -> Update:
-    return Update(0.0, step.sigma_s)
+    return Update(0.0, self.size * step.sigma_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +139,7 @@ class Momentum(Rule, name="momentum"):
   """Algorithm 2 (P Eq. 17): Euler-Maruyama on the reverse SDE."""
 
   def coefficients(self, step: Step) -> Update:
-    return Update(
-      (step.sigma_s / step.sigma_t) ** 2, np.sqrt(step.sigma_t**2 - step.sigma_s**2)
-    )  # fmt: skip
+    return Update(step.ratio**2, np.sqrt(step.sigma_t**2 - step.sigma_s**2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +147,19 @@ class ProbabilityFlow(Rule, name="probability_flow"):
   """P Eq. 51: Euler on the probability-flow ODE."""
 
   def coefficients(self, step: Step) -> Update:
-    return Update(0.5 * (1.0 + (step.sigma_s / step.sigma_t) ** 2), 0.0)
+    return Update(0.5 * (1.0 + step.ratio**2), 0.0)
 
 
 def _ddim(step: Step, k: float | Array) -> Update:
   k = np.minimum(k, step.sigma_s)
-  return Update(np.sqrt(step.sigma_s**2 - k**2) / step.sigma_t, k)
+  return Update(step.over(np.sqrt(step.sigma_s**2 - k**2)), k)
 
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Rule, name="ddim"):
   """P Eq. 52: keep the estimated noise, exchange a part of size k for fresh noise.
+
+  With k = 0 and without noise (σ = 0) it is Algorithm 2 of Cold Diffusion (Bansal et al. 2022).
 
   Attributes:
     k: the fresh noise of a step, at the most σ_s.
@@ -163,10 +181,36 @@ class Ancestral(Rule, name="ancestral"):
   """
 
   def coefficients(self, step: Step) -> Update:
-    ratio = step.sigma_s / step.sigma_t
+    ratio = step.ratio
     if isinstance(step.diffusion.corruption, Scale):
       ratio = ratio * step.level_t / step.level_s
     return _ddim(step, step.sigma_s * np.sqrt(1.0 - np.minimum(ratio, 1.0) ** 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin(Rule, name="langevin"):
+  """The predictor-corrector of Song et al. 2021: after each step one of Langevin's at its end.
+
+  The predictor is "momentum" (their reverse diffusion), or "ancestral" for C = α I (VP). The
+  corrector is x + ε s + √(2ε) z with s the score and ε = 2 (snr ‖z‖/‖s‖)². They take the norms of
+  the batch at hand; here both are what they are on average, ‖s‖ = ‖z‖/σ, so that an image does not
+  depend on its neighbours: ε = 2 (snr σ)². Their VP scales ε by 1 − β/1000, which is left out.
+
+  Attributes:
+    snr: their signal-to-noise ratio, by default that of their CIFAR-10 models. 0 leaves the
+      predictor, evaluated twice a step.
+  """
+
+  evaluations: ClassVar[int] = 2
+
+  snr: Annotated[float, Range(0, 0.5)] = 0.16
+
+  def coefficients(self, step: Step) -> Update:
+    scaled = isinstance(step.diffusion.corruption, Scale)
+    update = (Ancestral() if scaled else Momentum()).coefficients(step)
+    # x + ε s = C x̂_0 + (1 − ε/σ²) r.
+    kept = np.where(step.sigma_s > 0, 1.0 - 2.0 * self.snr**2, 1.0)  # no noise: ε = 0
+    return update._replace(stay=(kept, 2.0 * self.snr * step.sigma_s))
 
 
 def _half_of_the_step_before(step: Step) -> Array:
@@ -200,7 +244,7 @@ class StochasticTwoStep(Rule, name="stochastic_two_step"):
 
   def coefficients(self, step: Step) -> Update:
     kept = np.exp(-self.noise * (step.t - step.s))
-    a, b = kept * step.sigma_s / step.sigma_t, step.sigma_s * np.sqrt(1.0 - kept**2)
+    a, b = step.over(kept * step.sigma_s), step.sigma_s * np.sqrt(1.0 - kept**2)
     return Update(a, b, _half_of_the_step_before(step))
 
 
@@ -419,20 +463,19 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
       f"the reverse step from t = {t[place]:g} raises the noise from {sigma_t[place]:g} to "
       f"{sigma_s[place]:g}; the noise schedule must not fall with t"
     )
-  if np.any(sigma_t <= 0):
-    raise ValueError(f"σ is 0 at t = {t[np.argmax(sigma_t <= 0)]:g}; no step can start there")
   step = Step(t, s, sigma_t, np.minimum(sigma_s, sigma_t), level[:-1], level[1:], diffusion)
   turns = rule.turns
   updates = []
   for each in turns:
     update = each.coefficients(step)
-    if (update.corrector is not None) != (each.evaluations > 1):
+    if (update.corrector is not None) + (update.stay is not None) != each.evaluations - 1:
       raise ValueError(f"{each}: a rule with a corrector, and no other, has evaluations = 2")
     columns = [np.broadcast_to(v, t.shape) for v in (update.a, update.b, update.gamma)]
-    updates.append((*columns, update.corrector))
+    stay = update.stay and [np.broadcast_to(v, t.shape) for v in update.stay]
+    updates.append((*columns, update.corrector, stay))
   rows = []
   for n in range(len(t)):
-    *columns, corrector = updates[n % len(turns)]
+    *columns, corrector, stay = updates[n % len(turns)]
     a, b, gamma = (column[n] for column in columns)
     final = s[n] == 0
     if final:
@@ -442,6 +485,8 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
     rows.append((t[n], s[n], a, b, gamma, 0.0))
     if corrector is not None and not final:
       rows.append((t[n], s[n], a, b, corrector, 1.0))
+    if stay is not None and not final:
+      rows.append((s[n], s[n], stay[0][n], stay[1][n], 0.0, 0.0))
   with np.errstate(over="ignore"):
     content = np.array(rows, np.float32)
   if not (finite := np.isfinite(content).all(axis=1)).all():  # a rule's, or beyond float32
@@ -463,7 +508,8 @@ def table(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *, k:
 def steps_for(rule: Any, nfe: int) -> int:
   """The largest number of steps into t = 0 that take at most `nfe` evaluations of the denoiser.
 
-  "heun" takes two a step and one on the last; every other sampler of this package one a step.
+  "heun" and "langevin" take two a step and one on the last; every other sampler of this package one
+  a step.
   """
   if nfe < 1:
     raise ValueError(f"sampling takes at least 1 evaluation of the denoiser, got nfe = {nfe}")
@@ -584,11 +630,14 @@ def sample(
 
 
 def velocity(diffusion: Diffusion, denoiser: Denoiser, x: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-  """dx/dt of the probability flow (P Eq. 19): Ċ_t x̂_0 + (σ̇_t / σ_t)(x − C_t x̂_0), t scalar."""
+  """dx/dt of the probability flow (P Eq. 19): Ċ_t x̂_0 + (σ̇_t / σ_t)(x − C_t x̂_0), t scalar.
+
+  Without noise it is Ċ_t x̂_0 alone (P Eq. 18).
+  """
   x0_hat = denoiser(x, tf.fill([tf.shape(x)[0]], t))
   c_x, c_dot = _with_rate(lambda t: diffusion.corrupt(x0_hat, t), t)
   sigma, sigma_dot = _with_rate(diffusion.sigma, t)
-  return c_dot + sigma_dot / sigma * (x - c_x)
+  return c_dot + tf.math.divide_no_nan(sigma_dot, sigma) * (x - c_x)
 
 
 def _with_rate(function: Callable[[tf.Tensor], tf.Tensor], t: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -223,6 +223,13 @@ def ends(schedule: Schedule) -> tuple[float, float]:
   return float(first), float(last)
 
 
+def is_found(schedule: Schedule) -> bool:
+  """Whether a schedule has values: that it is no `Unfound`, nor a stage of one."""
+  while isinstance(schedule, Staged | Scaled):
+    schedule = schedule.inner
+  return not isinstance(schedule, Unfound)
+
+
 def from_config(config: Mapping[str, Any] | float, trust_code: Any = False) -> Schedule:
   """The schedule that `get_config` described; a lone number means Constant. See `parts.make`."""
   return parts.make(Schedule, config, trust_code=trust_code)

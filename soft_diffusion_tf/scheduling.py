@@ -99,6 +99,8 @@ def _roots(corruption: Corruption, images: Array) -> tuple[Array, bool]:
     float32 [1, H, W, K] (True) for a corruption that treats channels alike, else [K, H, W, C].
   """
   n, h, w, c = images.shape
+  if not corruption.linear:  # only the images themselves will do, and `_weight` takes their mean
+    return images, False
   alike = not corruption.mixes_channels((h, w, c))
   rows = np.moveaxis(images, 3, 1).reshape(n * c, h * w) if alike else images.reshape(n, -1)
   if len(rows) <= rows.shape[1]:
@@ -114,6 +116,11 @@ def _roots(corruption: Corruption, images: Array) -> tuple[Array, bool]:
   if not alike:
     return roots.reshape(-1, h, w, c), False
   return np.ascontiguousarray(roots.T).reshape(1, h, w, -1), True
+
+
+def _weight(corruption: Corruption, images: Array) -> float:
+  """What Σ‖C x‖² over `_roots` is multiplied by: roots of a linear C have their share in them."""
+  return 1.0 if corruption.linear else 1.0 / len(images)
 
 
 def check_closed_form(corruption: Corruption, levels: Array, images: Array) -> dict[str, float]:
@@ -209,6 +216,7 @@ def closed_form_distances(corruption: Corruption, levels: Array, images: Array,
       gram[np.ix_(kept, kept)] += part @ part.T
     if progress:
       progress("closed form", k + 1, len(starts))
+  gram *= _weight(corruption, images)
   sums = np.zeros([len(levels)] * 2)
   sums[1:, 1:] = gram.cumsum(axis=0).cumsum(axis=1)
   squares = np.diag(sums)[:, None] + np.diag(sums)[None, :] - sums - sums.T
@@ -1056,7 +1064,7 @@ def mse_matched(corruption: Corruption, images: Array, first: float, last: float
   fine = candidate_levels(corruption, first, last, 512, "transport", images)
   roots, _ = _roots(corruption, images)
   gaps = (np.asarray(corruption(roots, float(level))).ravel() - roots.ravel() for level in fine)
-  mse = np.array([float(gap @ gap) for gap in gaps])
+  mse = np.array([float(gap @ gap) for gap in gaps]) * _weight(corruption, images)
   mse = np.maximum.accumulate(mse)  # a blur's error grows with its level; rounding need not
   t = np.linspace(0, 1, nodes).astype(np.float32)
   noise = images[0].size * np.asarray(sigma(t), np.float64) ** 2

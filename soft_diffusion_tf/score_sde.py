@@ -93,6 +93,7 @@ def network_options(config):
       "resblock_type": "ddpm",
       "fir": False,
       "skip_rescale": False,
+      "progressive_input": "none",
       "embedding_type": "positional",
     }
     return options
@@ -311,7 +312,8 @@ def experiment(config):
   """The `Experiment` of a published configuration: its process, network and hyper-parameters.
 
   VE, VP and sub-VP as in Song et al. 2021. VP and sub-VP networks are made for images in [−1, 1];
-  here images are in [0, 1], which is the same process with half the noise.
+  here images are in [0, 1], which is the same process with half the noise. Each is sampled by 1,000
+  steps of its own predictor: VE by reverse diffusion ("momentum"), VP and sub-VP by "ancestral".
 
   Raises:
     ValueError: an unknown process, or data whose range does not fit it.
@@ -342,6 +344,7 @@ def experiment(config):
       "sigma": schedules.Geometric(low, high),
     }  # fmt: skip
     positional = options["embedding_type"] == "positional"
+    sampler = "momentum"
     told = {"prediction": "score", "conditioning": "ve_label" if positional else "log_linear",
             "cond_min": float(low), "cond_max": float(high)}  # fmt: skip
   else:
@@ -352,6 +355,7 @@ def experiment(config):
       "corruption": corruptions.Scale(), "level": schedules.VPScale(**beta),
       "sigma": schedules.Scaled(kind(**beta), 0.5),
     }  # fmt: skip
+    sampler = "ancestral"
     told = {"prediction": "noise", "conditioning": "vp_label"}
   if tuple(options.get("fir_kernel", _FIR)) != _FIR:
     raise ValueError(
@@ -367,7 +371,7 @@ def experiment(config):
     prior=priors.Zero(),
     network=Network(**network),
     training=Training(ema_decay=float(model.get("ema_rate", 0.999))),
-    sampling=Sampling(sampler="momentum", steps=1000),
+    sampling=Sampling(sampler=sampler, steps=1000),
     **process,
   )
 

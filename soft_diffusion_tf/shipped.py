@@ -4,9 +4,10 @@ In a wheel they lie in the package, as `soft_diffusion_tf/configs`; in a checkou
 folder `configs`, of which the wheel's are copies.
 """
 
-import difflib
 import os
 import pathlib
+
+from soft_diffusion_tf import parts
 
 _HERE = pathlib.Path(__file__).parent
 
@@ -29,8 +30,9 @@ def config(name):
   known = configs()
   if str(name) in known:
     return str(known[str(name)])
-  near = difflib.get_close_matches(pathlib.Path(name).stem, known, 1, cutoff=0)
-  hint = f"did you mean {near[0]}?" if near else "give the path of a config file"
+  hint = "give the path of a config file"
+  if known:
+    hint = f"did you mean {parts.nearest(pathlib.Path(name).stem, known)}?"
   raise ValueError(
     f"no such config file, and none of that name comes with soft-diffusion-tf; {hint}"
   )

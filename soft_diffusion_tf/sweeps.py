@@ -191,15 +191,33 @@ def last_sweep(workdir):
   ]  # fmt: skip
 
 
-def plot(path, cells):
-  """Distance against NFE for each sampler (P Figure 3), at the best cell's checkpoint."""
-  found = best_of(cells)
-  lines = {}
-  for c in sorted(cells, key=lambda c: c["nfe"]):
-    if c["step"] == found["step"] and "error" not in c:
-      lines.setdefault(c["sampler"], []).append((c["nfe"], c["value"]))
+def plot(path, *runs, names=()):
+  """Distance against NFE for each sampler (P Figures 3 and 10), at the best cell's checkpoint.
+
+  Args:
+    runs: the cells of one run, or of several, whose distances must compare.
+    names: of the runs.
+
+  Raises:
+    ValueError: runs with another measure, number of samples or reference.
+  """
+  lines, steps = {}, []
+  bests = [best_of(cells) for cells in runs]
+  found = bests[0]
+  for k, (best, cells) in enumerate(zip(bests, runs)):
+    for field in ("label", "samples", "reference"):
+      if best[field] != found[field]:
+        raise ValueError(
+          f"{names[k]} is measured with {field} = {best[field]!r} and {names[0]} with "
+          f"{found[field]!r}, so that their distances do not compare: sweep them alike"
+        )
+    steps.append(str(best["step"]))
+    for c in sorted(cells, key=lambda c: c["nfe"]):
+      if c["step"] == best["step"] and "error" not in c:
+        name = f"{names[k]}, {c['sampler']}" if len(runs) > 1 else c["sampler"]
+        lines.setdefault(name, []).append((c["nfe"], c["value"]))
   floor = found["floor"]["value"] if found["floor"] else None
-  title = f"step {found['step']}, N = {found['samples']}"
+  title = f"step {', '.join(dict.fromkeys(steps))}, N = {found['samples']}"
   plots.curves(path, lines, "function evaluations (NFE)", found["label"], title, floor)
 
 

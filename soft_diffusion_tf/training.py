@@ -56,6 +56,9 @@ RECORDS = (  # of steps that were taken
 # not incidental, but who is told to lower it has to be able to.
 _MAY_CHANGE = (*INCIDENTAL, "training.learning_rate")
 
+_WIDEST = 1e6  # ratio of the loss's weights over t that goes without a warning
+_FIERCE, _LONG = 100, 500  # a gradient of so many times clip_norm, for so many steps
+
 
 class Preempted(RuntimeError):
   """The run was asked to end (SIGTERM) and has saved its state."""
@@ -110,7 +113,7 @@ def _changes(workdir, experiment):
   if not (workdir / "config.json").exists():
     return {}
   # What this run names is trusted, and no other code that a config.json of unknown origin names.
-  with trust.trust_code(parts.code_of(experiment.to_dict())):
+  with trust.trust_code(experiment.code()):
     try:
       before = Experiment.load(workdir)
     except trust.UntrustedCode:
@@ -378,7 +381,7 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False, source=
   apart = bool(tf.config.list_physical_devices("GPU"))
   apart |= isinstance(strategy, tf.distribute.TPUStrategy)
   memory.check(experiment, *strategies.replicas_by_host(strategy), apart)
-  parts.check_importable(experiment.to_dict())
+  parts.check_importable(list(experiment.code()))
   diffusion = experiment.build_diffusion()
   experiment.check_network()
   d = experiment.data
@@ -431,7 +434,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     _say(progress, text)
 
   if (workdir / PRIOR_FILE).exists():
-    prior = priors.Prior.load(workdir / PRIOR_FILE)
+    with trust.trust_code(experiment.code()):  # its class is one that this run names
+      prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
@@ -469,6 +473,13 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
       say(f"going on from step {step:,} of {options.steps:,}")
     if remark := _ema_remark(experiment, options.steps):
       say(f"warning: {remark}; take at most {0.01 ** (1 / options.steps):.4g}")
+    low, high = experiment.weight_range()
+    if high > _WIDEST * low:
+      say(
+        f"warning: over t the loss weighs what the network gives by {low:.1g} to {high:.1g}, so "
+        "that the heaviest times are all it learns; take the prediction whose errors are of one "
+        "size (score with scale_by_sigma, or noise), loss.weight = 'one', or a larger t_min"
+      )
     held_out = _make_held_out(experiment, model, strategy, say)
     _say_what_evaluation_lacks(experiment, source, say)
   if restored is None:
@@ -482,6 +493,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
   loop, norms = _make_loop(model, strategy), _make_norms(model)
   anywhere = _make_anywhere(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
+  clipped = _Clipped(options.clip_norm, say)
   asked: list[int] = []  # not empty once SIGTERM has come
   with monitor, checkpoints.finishing(), _on_sigterm(lambda number, frame: asked.append(number)):
     show = _Pictures(run, source, monitor) if chief else None
@@ -509,7 +521,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
         values = {"learning_rate": model.optimizer.learning_rate, **norms()}
         if chief and held_out and (monitor.passed(step, options.checkpoint_every) or last):
           values |= held_out()
-        monitor.record(step, **values)
+        clipped.add(monitor.record(step, **values))
       if show and options.sample_every and (_due(step, options.sample_every) or last):
         say(f"drawing {GRID_IMAGES} samples at step {step:,}")
         show.samples()
@@ -532,6 +544,24 @@ def _save_labels(source, workdir):
   content = {"names": names, "counts": dict(zip(map(str, values), map(int, counts)))}
   text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
   (workdir / LABELS_FILE).write_text(text, encoding="utf-8")
+
+
+class _Clipped:
+  """Says once that the clip has decided the steps' length for long."""
+
+  def __init__(self, clip_norm, say):
+    self._most, self._clip, self._say, self._steps = _FIERCE * clip_norm, clip_norm, say, 0
+
+  def add(self, record):
+    """Takes in a record of `Monitor`."""
+    before, norm = self._steps, record["gradient_norm"] or 0.0
+    self._steps = before + record["steps"] if norm > self._most else 0
+    if before < _LONG <= self._steps:
+      self._say(
+        f"warning: for {self._steps:,} steps the gradient's norm, now {norm:.3g}, has been more "
+        f"than {_FIERCE} times training.clip_norm = {self._clip:g}: look at gradient_norm and "
+        "loss_by_t, and at the loss's weight"
+      )
 
 
 class _Pictures:

@@ -110,6 +110,8 @@ class Uniform(priors.Prior):
 class Uniformly(priors.Estimator):
   """Fits a `Uniform`."""
 
+  makes = Uniform
+
   def fit(self, images, diffusion):
     found = priors.Subspace(self.rank).fit(images, diffusion)
     return Uniform(f"{__name__}:Uniform", found.mean, found.factors)

@@ -3,7 +3,16 @@ import pathlib
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import corruptions, experiment, losses, parts, schedules, training
+from soft_diffusion_tf import (
+  corruptions,
+  experiment,
+  losses,
+  parts,
+  samplers,
+  schedules,
+  score_sde,
+  training,
+)
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -50,6 +59,112 @@ def test_the_papers_hyper_parameters(name):
     assert schedules.ends(e.level)[0] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("name", ["digits_ve", "cifar10_ve", "celeba64_ve"])
+def test_the_ve_baseline_is_that_of_song(name):
+  """The network's own numbers are −η at every σ: of size 1, where a residual is of size σ."""
+  e = experiment.from_file(CONFIGS[0].parent / f"{name}.py")
+  blur = experiment.from_file(CONFIGS[0].parent / f"{name.replace('_ve', '_blur')}.py")
+  assert {d for d in blur.differences(e) if d.startswith(("network.", "training."))} <= {
+    "network.prediction", "network.scale_by_sigma", "network.cond_max"
+  }  # fmt: skip
+  small = e.replace(
+    data={"image_shape": (8, 8, 1)},
+    network={"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
+  )
+  model = training.build(small, small.build_diffusion())
+  t = np.float32([0.0, 0.3, 0.9, 1.0])
+  sigma = model.diffusion.sigma(t).numpy()
+  np.testing.assert_allclose(model.cond(t), sigma, rtol=1e-5)  # what it is told is σ
+  draw = np.random.default_rng(0)
+  model.network.set_weights([0.2 * draw.normal(size=w.shape) for w in model.network.get_weights()])
+  x_0 = draw.random((4, 8, 8, 1)).astype(np.float32)
+  eta = draw.normal(size=x_0.shape).astype(np.float32)
+  x_t = model.diffusion.forward(x_0, t, eta)
+  own = model.network(x_t, model.cond(t)).numpy() * sigma.reshape(-1, 1, 1, 1)
+  # Their loss is ‖own + η‖², for w = 1/σ² undoes the σ² of x̂_0 = x_t + σ² s.
+  want = np.sum((own + eta) ** 2, axis=(1, 2, 3))
+  got = model.loss_function(model.diffusion, model.denoiser(ema=False), x_0, t, eta).numpy()
+  # float32: x̂_0 − x_0 at σ = 0.01 has lost two of seven digits
+  np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "celeba64"])
+@pytest.mark.parametrize("kind", ["ddpm", "ddpmpp", "subvp"])
+def test_the_vp_baselines_are_as_published(data, kind):
+  """Their network's options are those that the published configuration imports as, and with
+  w = 1/σ² Eq. 12 is the loss ‖ε̂ − ε‖² of Ho et al. 2020 at every t, the first one too.
+  """
+  e = experiment.from_file(CONFIGS[0].parent / f"{data}_{kind}.py")
+  published = {
+    "training": {"sde": "subvpsde" if kind == "subvp" else "vpsde", "continuous": True},
+    "data": {"image_size": 32, "num_channels": 3, "centered": True, "dataset": "CIFAR10"},
+    "model": {
+      "name": "ddpm" if kind == "ddpm" else "ncsnpp", "scale_by_sigma": False, "nf": 128,
+      "ema_rate": 0.9999, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 2 if kind == "ddpm" else 4,
+      "attn_resolutions": [16], "dropout": 0.1, "resamp_with_conv": True, "conditional": True,
+      "fir": kind == "subvp", "skip_rescale": True, "resblock_type": "biggan", "init_scale": 0.0,
+      "progressive": "none", "progressive_input": "residual" if kind == "subvp" else "none",
+      "embedding_type": "positional", "nonlinearity": "swish",
+    },
+  }  # fmt: skip
+  want = score_sde.experiment(published)
+  assert (e.corruption, e.level, e.sigma) == (want.corruption, want.level, want.sigma)
+  assert e.sampling.sampler == want.sampling.sampler == samplers.Ancestral()
+  differs = {d for d in want.network.get_config() if d != "kind"
+             and getattr(e.network, d) != getattr(want.network, d)}  # fmt: skip
+  size = {"nf", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"}
+  of_sigma = {"sigma_min", "sigma_max"}  # which no label network reads
+  assert differs - of_sigma <= (size if data == "digits" else set())
+  if data != "digits":
+    assert e.training.ema_decay == want.training.ema_decay
+  assert e.weight_range() == (1.0, 1.0)
+  # x̂_0 = (x_t − σ ε̂)/α: the error of C x̂_0 is σ times that of ε̂.
+  process = e.replace(data={"image_shape": (8, 8, 1)}).build_diffusion()
+  draw = np.random.default_rng(0)
+  x_0 = draw.random((4, 8, 8, 1)).astype(np.float32)
+  eta, guess = draw.normal(size=(2, *x_0.shape)).astype(np.float32)
+  t = np.float32([1e-3, 0.1, 0.6, 1.0])
+  level, sigma = (np.reshape(v, (-1, 1, 1, 1)) for v in (process.level(t), process.sigma(t)))
+  denoiser = lambda x_t, t: (x_t - sigma * guess) / level
+  got = e.loss(process, denoiser, x_0, t, eta)
+  want = np.sum((guess - eta) ** 2, axis=(1, 2, 3))
+  # float32: α = 0.007 at t = 1, and σ = 5e-5 at t = 1e-3 (sub-VP), of which x_t has three digits.
+  np.testing.assert_allclose(got, want, rtol=1e-2)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_cold_diffusion_is_as_its_authors_have_it(data, rng):
+  e = experiment.from_file(CONFIGS[0].parent / f"{data}_cold.py")
+  assert schedules.ends(e.sigma) == (0.0, 0.0)
+  assert e.loss == losses.AbsoluteError()
+  level = schedules.Geometric(0.01, 6.0)
+  process = e.replace(level=level, data={"image_shape": (8, 8, 1)}).build_diffusion()
+  rows = samplers.plan(e.sampling.sampler, samplers.time_grid(4), process, denoise=False)
+  np.testing.assert_array_equal(rows[:, 2:], [[1, 0, 0, 0]] * 4)  # Algorithm 2: x − C_t x̂ + C_s x̂
+  x_0, x0_hat = rng.random([2, 3, 8, 8, 1], np.float32)
+  got = e.loss(process, lambda x, t: x0_hat, x_0, np.float32([0.1, 0.5, 1.0]), 0 * x_0)
+  np.testing.assert_allclose(got, np.abs(x0_hat - x_0).sum((1, 2, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_ihdm_is_as_its_authors_have_it(data, rng):
+  """By hand at step k of 200: the target is level k − 1, the noise 0.01, and 0.0125 in sampling."""
+  e = experiment.from_file(CONFIGS[0].parent / f"{data}_ihdm.py")
+  process = e.replace(data={"image_shape": (8, 8, 1)}).build_diffusion()
+  levels = [0.0, *np.geomspace(0.5, schedules.ends(e.level)[1], 200)]
+  k = np.array([1, 2, 120, 200])
+  t = np.float32(k / 200)
+  np.testing.assert_allclose(process.level(t), np.take(levels, k), rtol=1e-3)
+  x_0, x0_hat = rng.random([2, 4, 8, 8, 1], np.float32)
+  got = e.loss(process, lambda x, t: x0_hat, x_0, t, 0 * x_0)
+  # float32 of t − 1/200 moves a level by a thousandth of a step
+  heat = lambda x: e.corruption(x, np.take(levels, k - 1)).numpy()
+  want = np.sum((heat(x0_hat) - heat(x_0)) ** 2, axis=(1, 2, 3))
+  np.testing.assert_allclose(got, want, rtol=1e-3)
+  rows = samplers.plan(e.sampling.sampler, samplers.time_grid(e.sampling.steps), process).numpy()
+  np.testing.assert_allclose(rows[:-1, 2:4], [[0.0, 0.0125]] * 199, rtol=1e-6)
+
+
 def test_shipped_schedules_are_sound():
   files = sorted((CONFIGS[0].parent / "schedules").glob("*.json"))
   assert files
@@ -77,7 +192,8 @@ def test_ablations_change_one_thing(name, changed):
   )
   differs = set(base.differences(other)) - {"name"}
   if changed is None:  # another process: everything but process, prior and sampling stays
-    groups = ("corruption", "level", "sigma", "prior", "sampling")
+    groups = ["corruption", "level", "sigma", "prior", "sampling"]
+    groups += ["network"] if name.endswith("_ve") else []  # in its own parametrisation, see below
     assert {d.split(".")[0] for d in differs} <= set(groups)
   else:
     assert differs == changed

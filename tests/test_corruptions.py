@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.signal
 import tensorflow as tf
 
@@ -38,7 +39,9 @@ EXAMPLES = {
     c.Compose(c.BlockAverage(), c.GaussianBlur(), (0.0, 2.0), (0.0, 2.0)),
   ],
   "Family": [c.Family(fade_family), c.Family(mixing_family)],
+  "Gamma": [c.Gamma()],
   "GaussianBlur": [c.GaussianBlur(), c.GaussianBlur(half_size=2)],
+  "HeatDissipation": [c.HeatDissipation()],
   "Identity": [c.Identity()],
   "Mask": [c.Mask(h, e) for h in ("centre", "border") for e in (0.0, 0.3)],
   "Matrix": [c.Matrix(MATRIX)],
@@ -226,6 +229,43 @@ def _printed_kernel(std, half_size):
 
 
 @pytest.mark.parametrize(("half_size", "stds"), [(32, [0.01, 0.5, 3, 18]), (3, [1.0, 4.0])])
+def heat(x, level):
+  """The heat equation's solution by SciPy's DCT, in float64."""
+  h, w = x.shape[1:3]
+  rate = (np.pi * np.arange(h) / h)[:, None] ** 2 + (np.pi * np.arange(w) / w) ** 2
+  spectrum = scipy.fft.dctn(np.float64(x), axes=(1, 2), norm="ortho")
+  return scipy.fft.idctn(
+    spectrum * np.exp(-0.5 * level**2 * rate)[..., None], axes=(1, 2), norm="ortho"
+  )
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 2.0, 30.0])
+def test_heat_is_dissipated_as_its_equation_says(rng, level):
+  x = rng.random([2, 6, 9, 2], np.float32)
+  operator = c.HeatDissipation()
+  got = operator(x, level).numpy()
+  np.testing.assert_allclose(got, heat(x, level), atol=2e-6)
+  # No light is lost, and nothing is left in the end but the mean colour.
+  np.testing.assert_allclose(got.mean(axis=(1, 2)), x.mean(axis=(1, 2)), atol=1e-6)
+  constant = np.full([1, 6, 9, 2], 0.7, np.float32)
+  np.testing.assert_allclose(operator(constant, level), constant, atol=1e-6)
+  if level == 30.0:
+    np.testing.assert_allclose(got, np.broadcast_to(got.mean((1, 2), keepdims=True), got.shape),
+                               atol=1e-6)  # fmt: skip
+  # Two blurs in a row are one.
+  twice = operator(operator(x, 0.6 * level), 0.8 * level)
+  np.testing.assert_allclose(twice, got, atol=2e-6)
+
+
+def test_heat_far_from_the_borders_is_a_gaussian_blur(rng):
+  """One bright pixel in the middle, and a border 16 pixels away: 8 standard deviations."""
+  x = np.zeros([1, 33, 33, 1], np.float32)
+  x[0, 16, 16] = 1.0
+  got = c.HeatDissipation()(x, 2.0).numpy()
+  want = c.GaussianBlur(half_size=32)(x, 2.0).numpy()
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_blur_is_the_printed_convolution(rng, half_size, stds):
   x = rng.random([len(stds), 12, 9, 2], np.float32)
   got = c.GaussianBlur(half_size)(x, np.float32(stds)).numpy()
@@ -464,3 +504,16 @@ def test_blocks_as_large_as_the_image_average_it(level, rng):
   x = rng.random([2, 8, 8, 1]).astype(np.float32)
   want = np.broadcast_to(x.mean((1, 2, 3), keepdims=True), x.shape)
   np.testing.assert_allclose(c.BlockAverage()(x, level), want, atol=1e-6)
+
+
+def test_what_is_not_linear_has_no_matrix():
+  gamma = c.Gamma()
+  x = np.float32([0.0, 0.25, 1.0, -0.25]).reshape(1, 2, 2, 1)
+  want = np.float32([0.0, 0.0625, 1.0, -0.0625]).reshape(x.shape)
+  np.testing.assert_allclose(gamma(x, 1.0), want, atol=1e-7)
+  for ask in (
+    lambda: gamma.adjoint(x, 1.0), lambda: gamma.operator(1.0, (2, 2, 1)),
+    lambda: gamma.svd(1.0, (2, 2, 1)), lambda: c.Compose(c.GaussianBlur(), gamma).adjoint(x, 1.0),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match="is not linear and has no"):
+      ask()

@@ -91,6 +91,50 @@ def test_unsound_processes_are_refused(blur_diffusion, changes, text):
     dataclasses.replace(blur_diffusion, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Saturate(c.Corruption):
+  """Linear at small levels alone, which it does not say."""
+
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return tf.where(level > 0.6, tf.tanh(level * x) / tf.maximum(level, 0.1), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrink(c.Corruption):
+  """Half of the size, at its last level alone."""
+
+  level_range = (0.0, 1.0)
+
+  def apply(self, x, level):
+    return x[:, ::2, ::2] if float(tf.reduce_max(level)) == 1.0 else x
+
+
+@pytest.mark.parametrize(
+  ("corruption", "text"),
+  [
+    (Saturate(), r"Saturate at level 0\.75 is not linear: C\(2x − 3y\) is off by .*linear = False"),
+    (
+      Shrink(),
+      r"Shrink at level 1 makes images of \(4, 4, 1\) of those of \(8, 8, 1\); C must",
+    ),
+  ],
+)
+def test_what_is_no_operator_on_images_is_refused_where_a_process_is_built(corruption, text):
+  with pytest.raises(ValueError, match=text) as caught:
+    diffusion.Diffusion((8, 8, 1), corruption, schedules.Linear(0.0, 1.0), NOISE)
+  assert "\n" not in str(caught.value)
+
+
+def test_one_that_says_that_it_is_not_linear_is_a_process(rng):
+  process = diffusion.Diffusion((8, 8, 1), c.Gamma(), schedules.Linear(0.0, 2.0), NOISE)
+  x = rng.random([2, 8, 8, 1], np.float32)
+  np.testing.assert_allclose(process.corrupt(x, 0.5), x**2, atol=1e-6)
+  again = diffusion.Diffusion.from_config(process.get_config())
+  np.testing.assert_array_equal(again.corrupt(x, 0.5), process.corrupt(x, 0.5))
+
+
 def test_bad_times_and_missing_prior(blur_diffusion):
   x = np.zeros([1, 8, 8, 1])
   with pytest.raises(ValueError, match=r"t = 1.2 is outside \[0, 1\]"):

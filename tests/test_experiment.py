@@ -206,15 +206,74 @@ def test_a_config_of_a_newer_version_is_said_to_be_one(tiny, tmp_path):
   path.write_text(json.dumps(content))
   assert Experiment.load(tmp_path) == tiny
   path.write_text(json.dumps(content | {"training": {"steps": 0}}))
-  with pytest.raises(ValueError, match=r"config.json: training.steps must be from 1"):
+  with pytest.raises(ValueError, match=r"config.json: training.steps must be from 1") as caught:
+    Experiment.load(tmp_path)
+  assert "of version" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "widths"), [((8, 4, 1), (2,)), ((4, 8, 1), (4,))])
+def test_attention_of_version_0_1_stays_at_its_levels(tiny, tmp_path, shape, widths):
+  """That version read heights, this one the shorter side: of 8×4, height 4 is width 2."""
+  tiny.save(tmp_path)
+  path = tmp_path / "config.json"
+  content = json.loads(path.read_text())
+  content["data"]["image_shape"] = shape
+  content["network"] |= {"ch_mult": [1, 2], "attn_resolutions": [4]}
+  path.write_text(json.dumps(content))
+  assert Experiment.load(tmp_path).network.attn_resolutions == (4,)
+  path.write_text(json.dumps(content | {"version": "0.1.0"}))
+  assert Experiment.load(tmp_path).network.attn_resolutions == widths
+
+
+def test_a_config_of_an_older_version_that_is_refused_now_names_it(tiny, tmp_path):
+  """Version 0.1 took a score network that is told another σ than the process has."""
+  tiny.save(tmp_path)
+  path = tmp_path / "config.json"
+  content = json.loads(path.read_text()) | {"version": "0.1.0"}
+  network = content["network"] | {"prediction": "score", "scale_by_sigma": True}
+  changes = {"network": network, "corruption": {"kind": "Identity"}, "level": 0.0}
+  path.write_text(json.dumps(content | changes))
+  with pytest.raises(ValueError, match=r"cond_max = .* of version 0\.1\.0, and this .*train anew"):
     Experiment.load(tmp_path)
 
 
-def test_the_sigma_of_a_label_needs_a_label(tiny):
-  positional = {"embedding_type": "positional", "scale_by_sigma": True}
-  tiny.replace(network=positional | {"conditioning": "ve_label"})
-  with pytest.raises(ValueError, match="divides by the σ of a label; use the condit"):
-    tiny.replace(network=positional)
+SCORE = {"prediction": "score", "scale_by_sigma": True}
+LABELS = {"embedding_type": "positional", "conditioning": "ve_label"}
+
+
+@pytest.mark.parametrize(
+  ("network", "sigma", "text"),
+  [
+    (SCORE | {"cond_max": 4.8}, (0.01, 4.8), ""),
+    (SCORE | LABELS | {"sigma_max": 4.8}, (0.01, 4.8), ""),
+    (SCORE | LABELS | {"cond_max": 7.0}, (0.01, 50.0), ""),  # a label reads no cond_max
+    ({"cond_max": 7.0}, (0.01, 4.8), ""),  # to a residual network the condition is a name for t
+    (SCORE, (0.01, 4.8), r"cond_max = 0\.01 … 50 are .* for σ, but σ runs from 0\.01 to 4\.8: g"),
+    ({"prediction": "score", "cond_min": 0.1}, (0.01, 50.0), r"cond_max = 0\.1 … 50 are what"),
+    (SCORE | LABELS, (0.01, 4.8), r"sigma_max = 0\.01 … 50 are .* but σ runs from 0\.01 to 4\.8"),
+    ({"scale_by_sigma": True}, (0.01, 50.0), "scale_by_sigma divides .* no 'residual' of it; use"),
+    (LABELS | {"scale_by_sigma": True}, (0.01, 50.0), "scale_by_sigma divides .* no 'residual'"),
+    (SCORE | {"embedding_type": "positional"}, (0.01, 50.0), "the σ of a label; use the condit"),
+    (SCORE | LABELS | {"conditioning": "vp_label"}, (0.01, 50.0), "'ve_label', not 'vp_label'"),
+  ],
+)
+def test_a_score_network_is_told_the_sigma_of_its_process(tiny, network, sigma, text):
+  changes = {"corruption": corruptions.Identity(), "level": schedules.Constant(0.0)}
+  changes |= {"sigma": schedules.Geometric(*sigma), "network": network}
+  if not text:
+    assert tiny.replace(**changes).network.scale_by_sigma == ("scale_by_sigma" in network)
+    return
+  with pytest.raises(ValueError, match=text) as caught:
+    tiny.replace(**changes)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_score_network_is_told_sigma_all_the_way(tiny):
+  """The ends are right, and the way between them is not geometric."""
+  changes = {"corruption": corruptions.Identity(), "level": schedules.Constant(0.0)}
+  changes |= {"sigma": schedules.Linear(0.01, 50.0), "network": SCORE}
+  with pytest.raises(ValueError, match=r"give both the same ends and σ the schedule Geometric"):
+    tiny.replace(**changes)
 
 
 def test_a_filter_is_chosen_once(tiny):

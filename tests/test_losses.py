@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import losses, oracles
+from soft_diffusion_tf import corruptions, diffusion, losses, oracles, parts, schedules
 
 
 @pytest.fixture
@@ -93,6 +93,77 @@ def test_the_expectation_minimises_every_filter(blur_diffusion, digits, look_ahe
 
   assert slopes(exact) < 4
   assert slopes(lambda x_t, t: x_t) > 40  # the corrupted image itself is not the minimiser
+
+
+def test_the_loss_of_a_corruption_that_is_not_linear(batch):
+  """‖C(x̂) − C(x_0)‖², which C(x̂ − x_0) is not; and for a linear C both are one."""
+  x_0, t, eta = batch
+  process = diffusion.Diffusion((8, 8, 1), corruptions.Gamma(), schedules.Linear(0.0, 2.0),
+                                schedules.Geometric(0.01, 0.1))  # fmt: skip
+  power = (1.0 + 2.0 * t).reshape(-1, 1, 1, 1)
+  gamma = lambda x: np.sign(x) * np.abs(x) ** power
+  x_t = gamma(x_0) + process.sigma(t).numpy().reshape(-1, 1, 1, 1) * eta
+  x0_hat = denoiser(x_t, t)
+  want = np.sum((gamma(x0_hat) - gamma(x_0)) ** 2, axis=(1, 2, 3))
+  got = losses.SoftScoreMatching(weight="one")(process, denoiser, x_0, t, eta).numpy()
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  other = np.sum(gamma(x0_hat - x_0) ** 2, axis=(1, 2, 3))
+  assert np.all(np.abs(other - want)[1:] > 0.1 * want[1:])
+
+
+def test_a_mixture_lies_between_its_parts(blur_diffusion, batch):
+  x_0, t, eta = batch
+  calls = []
+
+  def counted(x_t, t):
+    calls.append(t)
+    return denoiser(x_t, t)
+
+  loss = lambda part: part(blur_diffusion, counted, x_0, t, eta).numpy()
+  printed = loss(losses.SoftScoreMatching())
+  plain = loss(losses.SoftScoreMatching(filtered=False))
+  del calls[:]
+  np.testing.assert_allclose(loss(losses.Mixture(0.0)), printed, rtol=1e-6)
+  np.testing.assert_allclose(loss(losses.Mixture(1.0)), plain, rtol=1e-6)
+  np.testing.assert_allclose(loss(losses.Mixture(0.3)), 0.7 * printed + 0.3 * plain, rtol=1e-5)
+  one = losses.Mixture(0.3, "one")(blur_diffusion, denoiser, x_0, t, eta)
+  sigma = blur_diffusion.sigma(t).numpy()
+  np.testing.assert_allclose(one / sigma**2, loss(losses.Mixture(0.3)), rtol=1e-5)
+  assert len(calls) == 4  # the network is asked once a step
+
+
+def test_weights_that_cannot_be_are_refused(tiny):
+  """1/σ² of σ = 0, wherever a time can be drawn."""
+  for sigma in (0.0, schedules.Staged(schedules.Linear(0.0, 0.1), 0.5, 1.0)):
+    with pytest.raises(
+      ValueError, match=r"1/σ², and σ is 0 at t = .*use loss\.weight = 'one'"
+    ) as got:
+      tiny.replace(sigma=parts.make(schedules.Schedule, sigma))
+    assert "\n" not in str(got.value)
+  quiet = tiny.replace(sigma=schedules.Constant(0.0), loss={"weight": "one"})
+  assert quiet.weight_range() == (1.0, 1.0)
+  rising = {"sigma": schedules.Linear(0.0, 0.1)}
+  tiny.replace(**rising)  # t is drawn from 1e-5 on
+  with pytest.raises(ValueError, match=r"at t = 0; use .*or a larger training\.t_min"):
+    tiny.replace(**rising, training={"t_min": 0.0})
+
+
+def test_the_range_of_weights(tiny):
+  """Of what the network gives: a residual of VE is weighed by 1/σ², its score by 1."""
+  low, high = tiny.weight_range()
+  assert (low, high) == pytest.approx((1 / 0.1**2, 1 / 0.01**2), rel=1e-3)
+  ve = tiny.replace(corruption=corruptions.Identity(), level=schedules.Constant(0.0),
+                    sigma=schedules.Geometric(0.01, 50.0))  # fmt: skip
+  low, high = ve.weight_range()
+  assert high / low == pytest.approx(5000.0**2, rel=1e-2)
+  score = ve.replace(network={"prediction": "score", "scale_by_sigma": True})
+  assert score.weight_range() == (1.0, 1.0)
+  low, high = ve.replace(network={"prediction": "score"}).weight_range()
+  assert high / low == pytest.approx(5000.0**2, rel=1e-2)
+  sub_vp = tiny.replace(corruption=corruptions.Scale(), level=schedules.VPScale(),
+                        sigma=schedules.SubVPSigma())  # fmt: skip
+  assert sub_vp.weight_range()[1] > 1e11
+  assert sub_vp.replace(network={"prediction": "noise"}).weight_range() == (1.0, 1.0)
 
 
 def test_a_perfect_denoiser_has_no_loss(blur_diffusion, batch):

@@ -1,6 +1,5 @@
 """Parts travel by name, and one of one's own goes everywhere that a part of the package goes."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -18,7 +17,7 @@ from soft_diffusion_tf import (
   training,
   trust,
 )
-from soft_diffusion_tf.experiment import Evaluation, Experiment
+from soft_diffusion_tf.experiment import Evaluation, Experiment, Sampling
 from tests import seams
 
 SEEDS = np.arange(5)
@@ -58,6 +57,8 @@ def goes_everywhere(tiny, tmp_path, changes):
   assert "tests.seams:" in json.dumps(written)
   with pytest.raises(trust.UntrustedCode, match=r"tests\.seams:.*--trust_code"):
     training.load(workdir)
+  again = training.train(experiment, workdir, progress=False)  # who trains has named the code
+  np.testing.assert_array_equal(again.images(SEEDS), trained.images(SEEDS))
   with trust.trust_code():
     run = training.load(workdir)
     assert run.experiment == experiment
@@ -153,10 +154,9 @@ def test_every_dataclass_checks_itself():
 def test_the_names_of_code_in_a_config():
   experiment = Experiment(
     corruption=seams.Fade(), level=schedules.Linear(0.0, 1.0),
-    sampling={"sampler": "ddim"} and dataclasses.replace(
-      Experiment().sampling, sampler=samplers.Turns((seams.Halfway(), samplers.DDIM()))
-    ),
+    sampling=Sampling(samplers.Turns((seams.Halfway(), samplers.DDIM()))),
   )  # fmt: skip
   names = {"tests.seams:Fade", "tests.seams:Halfway"}
   assert parts.code_of(json.loads(json.dumps(experiment.to_dict()))) == names
+  assert experiment.replace(name="os:path").code() == names  # a name of a run is no code
   assert parts.code_of({"name": "folder:pics", "version": "celeb_a:2.0.1"}) == set()

@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import priors
+from soft_diffusion_tf import priors, trust
 
 
 def test_a_colour_is_constant_and_fits_the_means(blur_diffusion, digits):
@@ -81,7 +83,7 @@ MEAN, FACTORS = np.zeros([4, 4, 1]), np.zeros([2, 4, 4, 1])
 @pytest.mark.parametrize(
   ("kind", "mean", "factors", "text"),
   [
-    (5, MEAN, FACTORS, "a text, not 5"),
+    (5, MEAN, FACTORS, "a name, not 5"),
     ("zero", MEAN, FACTORS, "up to 0 factors"),
     ("colour", MEAN, FACTORS[:, :3], r"got shapes \(4, 4, 1\) and \(2, 3, 4, 1\)"),
     ("colour", MEAN[..., 0], FACTORS[..., 0], "has a mean"),
@@ -106,3 +108,33 @@ def test_a_damaged_config_of_a_prior(change):
     priors.Prior.from_config(config | change)
   with pytest.raises(ValueError, match="a prior's config has"):
     priors.Prior.from_config(5)
+
+
+class Flat(priors.Prior):
+  """Draws its mean alone."""
+
+
+def test_an_estimator_says_what_it_makes(digits, blur_diffusion):
+  """Or a saved prior would be read as another class, and draw something else without a word."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Undeclared(priors.Estimator):
+    kind: str = f"{__name__}:Flat"
+
+    def fit(self, images, diffusion):
+      mean = images.mean(0)
+      return Flat(self.kind, mean, np.zeros([0, *mean.shape], np.float32))
+
+  @dataclasses.dataclass(frozen=True)
+  class Declared(Undeclared):
+    makes = Flat
+
+  with pytest.raises(ValueError, match="say so in Undeclared, by makes"):
+    priors.fit(Undeclared(), digits[:9], blur_diffusion)
+  with pytest.raises(ValueError, match=r"kind of a Flat is '.*test_priors:Flat', not 'flat'"):
+    priors.fit(Declared(kind="flat"), digits[:9], blur_diffusion)
+  prior = priors.fit(Declared(), digits[:9], blur_diffusion)
+  with trust.trust_code():
+    assert type(priors.Prior.from_config(prior.get_config())) is Flat
+  with pytest.raises(trust.UntrustedCode):
+    priors.Prior.from_config(prior.get_config())

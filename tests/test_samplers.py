@@ -84,6 +84,79 @@ def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name)
   assert np.all(falling[:, 2] < 0.9)
 
 
+RULES = ("naive", "momentum", "probability_flow", "ddim", "ancestral", "predictor_corrector",
+         "stochastic_two_step", "langevin")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_without_noise_they_are_cold_diffusion_or_naive(blur_diffusion, name):
+  """σ = 0 throughout: P Eq. 18, which is Bansal et al.'s Algorithm 2, and their Algorithm 1."""
+  quiet = dataclasses.replace(blur_diffusion, sigma_schedule=schedules.Constant(0.0))
+  times = samplers.time_grid(7)
+  rows = samplers.plan(name, times, quiet, denoise=False)
+  moves = rows.numpy()[:, 0] != rows.numpy()[:, 1]  # without the correctors that stay
+  np.testing.assert_array_equal(rows[:, 3], 0.0)
+  if name == "langevin":  # ε = 0: its corrector must not pull x to C x̂_0, which is no noise
+    np.testing.assert_array_equal(rows.numpy()[~moves, 2], 1.0)
+  rows = tf.constant(rows.numpy()[moves] * np.float32([1, 1, 1, 1, 0, 1]))  # γ: two-step's own
+  got = samplers.Sampler(quiet, denoiser)(rows, SEEDS).numpy()
+  want = run_printed(printed.naive if name == "naive" else cold, quiet, times, SEEDS)
+  np.testing.assert_allclose(got, want, atol=2e-5)  # float32 against float64
+
+
+def test_the_flow_without_noise_is_the_change_of_the_corruption(blur_diffusion, digits):
+  quiet = dataclasses.replace(
+    blur_diffusion, sigma_schedule=schedules.Constant(0.0), level=schedules.Linear(0.01, 3.0)
+  )
+  x, t, h = digits[:2], np.float32(0.5), 1e-2
+  got = samplers.velocity(quiet, lambda x_t, t: x, x, tf.constant(t)).numpy()
+  change = (quiet.corrupt(x, t + h) - quiet.corrupt(x, t - h)).numpy() / (2 * h)
+  np.testing.assert_allclose(got, change, atol=2e-3 * np.abs(change).max())  # of h²
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_langevin_is_the_corrector_of_song(ve_diffusion, name):
+  """Song et al. 2021, Algorithms 4 and 5, by hand in float64, their norms at their averages."""
+  process = ve_diffusion if name == "ve" else vp_process().with_prior(priors.zero((8, 8, 1)))
+  times, snr = samplers.time_grid(5), 0.16
+  got = samplers.Sampler(process, denoiser)(
+    samplers.plan("langevin(snr=0.16)", times, process), SEEDS
+  )
+  predictor = "momentum" if name == "ve" else "ancestral"
+  steps = samplers.plan(predictor, times, process).numpy().astype(float)
+  predict = lambda x, t: denoiser(x.astype(np.float32), np.full(len(x), t)).numpy().astype(float)
+  scale = lambda t: 1.0 if name == "ve" else float(process.level(np.float32(t)))
+  x, salt = process.draw_prior(SEEDS).numpy().astype(float), 0
+
+  def noise():
+    nonlocal salt
+    salt += 1
+    return rng.normal_per_image(rng.image_seeds(SEEDS), salt - 1, (8, 8, 1)).numpy()
+
+  for t, s, a, b, *_ in steps:
+    x0_hat, z = predict(x, t), noise()
+    x = scale(s) * x0_hat + a * (x - scale(t) * x0_hat) + b * z
+    if s > 0:
+      sigma = float(process.sigma(np.float32(s)))
+      score, z = (scale(s) * predict(x, s) - x) / sigma**2, noise()
+      epsilon = 2 * (snr * sigma) ** 2  # 2 (snr ‖z‖/‖s‖)²
+      x = x + epsilon * score + np.sqrt(2 * epsilon) * z
+  np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-3 if name == "ve" else 2e-5)
+  # Without its step it is its predictor, evaluated once more.
+  none = samplers.plan("langevin(snr=0)", times, process).numpy()
+  np.testing.assert_array_equal(none[none[:, 0] != none[:, 1]], steps.astype(np.float32))
+  np.testing.assert_array_equal(none[none[:, 0] == none[:, 1], 2:4], [[1, 0]] * 4)
+
+
+def test_langevin_leaves_the_noise_at_its_level(ve_diffusion):
+  """With a perfect x̂_0 the residual is σ η, and stays of that size to snr⁴: (1 − 2s²)² + 4s²."""
+  rows = samplers.plan("langevin(snr=0.1)", samplers.time_grid(4), ve_diffusion).numpy()
+  rows = rows[rows[:, 0] == rows[:, 1]].astype(float)
+  sigma = ve_diffusion.sigma(rows[:, 0].astype(np.float32)).numpy().astype(float)
+  got = (rows[:, 2] * sigma) ** 2 + rows[:, 3] ** 2
+  np.testing.assert_allclose(got, sigma**2 * (1 + 4 * 0.1**4), rtol=1e-5)
+
+
 def test_ddim_with_fresh_noise(rising):
   times = samplers.time_grid(8)[:-1]  # stops before t = 0, where σ would fall below k
   rows = samplers.plan("ddim(k=0.008)", times, rising, denoise=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import monitoring, training
+from soft_diffusion_tf import corruptions, monitoring, schedules, scheduling, training
 
 
 def state(run):
@@ -29,7 +29,7 @@ def test_a_config_that_no_checkpoint_fits_is_refused_before_memory_is_taken(tiny
   (tmp_path / "checkpoints" / "ckpt-2.data-00000-of-00001").write_bytes(bytes(100_000))
   training._check_size(tmp_path, tiny)
   largest = {"nf": 4096, "num_res_blocks": 128}
-  with pytest.raises(ValueError, match=r"a network of [\d,]{13,} weights, and no checkpoint"):
+  with pytest.raises(ValueError, match=r"[\d,]{13,} weights, and no checkpoint|GiB of memory"):
     training._check_size(tmp_path, tiny.replace(network=largest))
   for field in ("nf", "num_res_blocks"):
     with pytest.raises(ValueError, match=f"network.{field} must be from"):
@@ -688,3 +688,60 @@ def test_sigterm_before_the_first_step(tiny, tmp_path, monkeypatch):
   with pytest.raises(training.Preempted, match="before the first step"):
     training.train(tiny, tmp_path, progress=False)
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_clip_that_decides_for_long_is_said_once():
+  said = []
+  clipped = training._Clipped(2.0, said.append)
+  record = lambda norm: {"steps": 100, "gradient_norm": norm}
+  for norm in (*4 * [300.0], 150.0, *4 * [201.0]):  # 100 times the clip is 200
+    clipped.add(record(norm))
+  assert not said  # 400 steps, then a rest, then 400 more
+  for norm in (250.0, None, 1e6):  # None: not finite
+    clipped.add(record(norm))
+  assert len(said) == 1
+  assert said[0].startswith(
+    "warning: for 500 steps the gradient's norm, now 250, has been more than"
+  )
+  for norm in 9 * [1e3]:
+    clipped.add(record(norm))
+  assert len(said) == 2  # after a rest, anew
+
+
+def test_weights_of_a_wide_range_are_said(tiny, tmp_path, capsys):
+  """The VE process with a residual: 1/σ² over 0.01 … 50 is 2.5e7; as a score it is silent."""
+  ve = tiny.replace(
+    corruption=corruptions.Identity(), level=schedules.Constant(0.0),
+    sigma=schedules.Geometric(0.01, 50.0), prior={"kind": "zero"},
+    training={"steps": 1, "checkpoint_every": 0},
+  )  # fmt: skip
+  training.train(ve, tmp_path / "residual")
+  assert "warning: over t the loss weighs what the network gives by 0.0004 to 1e+04" in (
+    capsys.readouterr().out
+  )
+  score = {"prediction": "score", "scale_by_sigma": True}
+  training.train(ve.replace(network=score), tmp_path / "score")
+  assert "the loss weighs" not in capsys.readouterr().out
+
+
+def test_a_corruption_that_is_not_linear_goes_from_end_to_end(tiny, tmp_path):
+  """Levels by Sinkhorn, training, samples."""
+  images = tiny.data.load(progress=False).floats(slice(0, 64))
+  path, facts = scheduling.find(
+    corruptions.Gamma(), images, 0.0, 3.0, count=8, nodes=4, method="sinkhorn"
+  )
+  assert facts["method"] == "sinkhorn"
+  assert (path.levels[0], path.levels[-1]) == (0.0, 3.0)
+  # Pixels move up and down one axis each, so every image stays with itself: the distance is known.
+  gap = images - images**4.0
+  straight = np.sqrt(np.mean(np.sum(gap**2, axis=(1, 2, 3))))
+  assert path.straight == pytest.approx(straight, rel=0.05)  # of the entropy
+  gamma = tiny.replace(
+    corruption=corruptions.Gamma(),
+    level=schedules.piecewise(path.levels),
+    prior={"kind": "subspace"},
+  )
+  run = training.train(gamma, tmp_path / "w", progress=False)
+  assert np.isfinite(run.images(range(4))).all()
+  with pytest.raises(ValueError, match=r"'blurred_colour' adds up .* not linear; use 'subsp"):
+    training.train(gamma.replace(prior={"kind": "blurred_colour"}), tmp_path / "v", progress=False)

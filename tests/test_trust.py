@@ -193,9 +193,10 @@ def test_a_keras_file(run, ran, tmp_path):
 
 
 KERAS_DAMAGES = {  # what becomes of a field of the network's config → what the error says
-  "nf": (10**6, "GiB of memory"), "ch_mult": ([10**6], "GiB of memory"),
-  "num_res_blocks": (10**7, "too large"), "image_shape": ([16, 16, 1], "make both for one size"),
-  "attn_resolutions": (None, "attn_resolutions=None"),
+  "nf": (10**6, "network.nf must be from 4 to"), "ch_mult": ([10**6], "ch_mult.0. must be from"),
+  "num_res_blocks": (10**7, "num_res_blocks must be from"),
+  "image_shape": ([16, 16, 1], "make both for one size"),
+  "attn_resolutions": (None, "attn_resolutions must be a tuple"),
 }  # fmt: skip
 
 

@@ -30,7 +30,6 @@ DISTRIBUTIONS = {
 # Distributions that another one needs and does not declare.
 BESIDE = {
   "tensorflow_datasets": ["importlib_resources"],
-  "tensorflow_hub": ["setuptools"],
   "tensorflow_probability": ["tf_keras"],
 }
 # Imported only where they are installed, so no target depends on them.

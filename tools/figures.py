@@ -3,12 +3,14 @@
   python tools/figures.py --workdir=runs/digits --out=figures
   python tools/figures.py --workdir=runs/a,runs/b --figures=2,8,9 --out=figures
 
-  2   samples of every run                      7   E[x_0|x_t] at several times
-  3   distance against NFE (needs a sweep)      8   schedules of every run
-  6   Naive against Momentum, the same seeds    9   samples by the size of the noise, every run
-  12  nearest training images
+  1   forward and reverse process                8   schedules of every run
+  2   samples of every run                       9   samples by the size of the noise, every run
+  3   distance against NFE, every run, as        11  samples of every run by one sampler at one
+      P Figure 10 (needs a sweep)                    number of evaluations: --sampler and --nfe
+  6   Naive against Momentum, the same seeds     12  nearest training images
+  7   E[x_0|x_t] at several times
 
-Figures 3, 6, 7 and 12 are of the first run. A figure is a function of the run and the flags alone.
+Figures 1, 6, 7 and 12 are of the first run. A figure is a function of the run and the flags alone.
 """
 
 import pathlib
@@ -17,7 +19,7 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-FIGURES = ("2", "3", "6", "7", "8", "9", "12")
+FIGURES = ("1", "2", "3", "6", "7", "8", "9", "11", "12")
 
 _WORKDIR = cli.define_paths("workdir", None, "Folders of training runs.", required=True)
 _OUT = cli.define_path("out", None, "Folder for figure_2.png, …", required=True)
@@ -29,6 +31,8 @@ _NEIGHBOURS = flags.DEFINE_integer(
   "neighbours", 256, "Samples whose neighbours Figure 12 shows.", 1, cli.MOST_SHOWN
 )
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the configs'.")
+_SAMPLER = flags.DEFINE_string("sampler", "probability_flow", "Of Figure 11.")
+_NFE = flags.DEFINE_integer("nfe", 200, "Evaluations of the network of Figure 11.", 1)
 _FEATURE_NET = flags.DEFINE_string(
   "feature_net", None, "Feature network of Figure 12, instead of the config's."
 )
@@ -54,11 +58,12 @@ class _Runs:
     self.first = next(iter(self.all.values()))
     self._samples = {}
 
-  def samples(self, name, sampler=None):
+  def samples(self, name, sampler=None, nfe=None):
     """Samples of seeds 0, 1, … of a run, [N, H, W, C]."""
     import numpy as np
 
-    options = self.all[name].options(sampler=sampler, steps=_STEPS.value)
+    steps = _STEPS.value if nfe is None else None
+    options = self.all[name].options(sampler=sampler, steps=steps, nfe=nfe)
     key = name, options
     if key not in self._samples:
       seeds = np.arange(_COUNT.value)
@@ -71,6 +76,22 @@ class _Runs:
     d = self.first.experiment.data
     data.check_consent(d.name, None if _DATA_DIR.value else d.data_dir)
     return d.load(split, _DATA_DIR.value)
+
+
+def figure_1(runs, path):
+  import numpy as np
+
+  from soft_diffusion_tf import plots, rng
+
+  run, shown = runs.first, 2
+  times, states, _ = run.sampler().trajectory(run.table(), np.arange(shown), 9)
+  real = runs.source(run.experiment.data.train_split)
+  x_0 = real.floats(np.random.default_rng(0).permutation(len(real))[:shown])
+  eta = rng.normal_per_image(rng.image_seeds(np.arange(shown)), 0, run.diffusion.image_shape)
+  forward = [run.diffusion.forward(x_0, np.float32(t), eta).numpy() for t in times[::-1]]
+  rows = [("forward →", np.stack([x[k] for x in forward])) for k in range(shown)]
+  rows += [("← reverse", states[::-1, k]) for k in range(shown)]
+  plots.strips(path, [f"t = {t:.2f}" for t in times[::-1]], rows)
 
 
 def figure_2(runs, path):
@@ -86,7 +107,7 @@ def figure_2(runs, path):
 def figure_3(runs, path):
   from soft_diffusion_tf import sweeps
 
-  sweeps.plot(path, sweeps.last_sweep(runs.workdirs[0]))
+  sweeps.plot(path, *(sweeps.last_sweep(w) for w in runs.workdirs), names=list(runs.all))
 
 
 def figure_6(runs, path):
@@ -143,6 +164,16 @@ def figure_9(runs, path):
   plots.side_by_side(path, [pair[1:] for pair in sorted(pairs, key=lambda p: -p[0])], 8)
 
 
+def figure_11(runs, path):
+  from soft_diffusion_tf import plots
+
+  pairs = []
+  for name in runs.all:
+    images, options = runs.samples(name, _SAMPLER.value, _NFE.value)
+    pairs.append((f"{name}: {options.sampler}, {options.evaluations} NFE", images))
+  plots.side_by_side(path, pairs, 8)
+
+
 def figure_12(runs, path):
   import numpy as np
 
@@ -170,7 +201,8 @@ def main():
       raise ValueError(f"--figures={name}: there are {', '.join(FIGURES)}")
   from soft_diffusion_tf import sweeps
 
-  if not _FIGURES.value and not (pathlib.Path(_WORKDIR.value[0]) / sweeps.BEST_FILE).exists():
+  swept = all((pathlib.Path(w) / sweeps.BEST_FILE).exists() for w in _WORKDIR.value)
+  if not _FIGURES.value and not swept:
     wanted.remove("3")
     print("figure 3 is left out: it needs evaluate --sweep first")
   out = pathlib.Path(_OUT.value)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import typing
+import zlib
 
 import numpy as np
 import scipy.stats
@@ -40,11 +41,13 @@ MAIN = "blur"
 PRINTED = "printed_loss"
 STRATIFIED = "stratified_t"
 UNWEIGHTED = "unweighted"
+VE = "ve_score"
+RETIRED = {"ve": "ve (as a residual)"}  # models of older records, not in their authors' form
 MODELS_FILE = "models.json"
 PRIORS = ("blurred_colour", "subspace", "colour")
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
-  _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits, cifar or defaults.")
+  _STUDY = flags.DEFINE_string("study", "digits", "Which one: digits, cifar, defaults or mixtures.")
   _OUT = cli.define_path("out", None, "Folder of the study.", required=True)
   _WORKERS = flags.DEFINE_integer("workers", 2, "Processes at once, of one thread each.", 1, 1024)
   _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
@@ -75,6 +78,7 @@ class Study:
     sweeps: name → {`Draw`: NFEs}.
     splits: real images to compare with; the first is the one that claims are judged by.
     samples: images per value, the same for all; `batch` of them side by side.
+    once: models that are trained with the first seed alone.
   """
 
   name: str
@@ -86,6 +90,7 @@ class Study:
   splits: tuple = ("train",)
   batch: int = 128
   claims: tuple = ()
+  once: frozenset = frozenset()
 
 
 def open_study(name, out):
@@ -110,19 +115,71 @@ def open_study(name, out):
     models = {k: Experiment.from_config(v) for k, v in models.items()}
     return STUDIES[name](models)
   study = STUDIES[name]()
-  content = {"study": name, "models": {k: e.to_dict() for k, e in study.models.items()}}
-  out.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-  partial.replace(path)
+  write_models(study, out)
   return study
 
 
+def write_models(study, out):
+  """Writes OUT/models.json: what is trained, those that an older record lacks too."""
+  content = {"study": study.name, "models": {k: e.to_dict() for k, e in study.models.items()}}
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / MODELS_FILE
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+  partial.replace(path)
+
+
 def _ve(base, stop):
+  """Song et al.'s VE model: the network gives the score, and is told σ, by which it divides."""
   return base.replace(
     corruption=corruptions.Identity(), level=schedules.Constant(0.0),
     sigma=schedules.Geometric(0.01, stop), prior=priors.Zero(),
+    network={"prediction": "score", "scale_by_sigma": True, "cond_min": 0.01, "cond_max": stop},
   )  # fmt: skip
+
+
+def _vp(base, sigma, **network):
+  """A VP model: the network gives the noise; images in [0, 1] have half of the published σ."""
+  told = {"prediction": "noise", "conditioning": "vp_label", "embedding_type": "positional"}
+  return base.replace(
+    corruption=corruptions.Scale(), level=schedules.VPScale(), sigma=schedules.Scaled(sigma, 0.5),
+    prior=priors.Zero(), loss={"kind": "SoftScoreMatching"},
+    network=told | {"centered": True} | network,
+  )  # fmt: skip
+
+
+def _ihdm(base, steps=200):
+  """Inverse heat dissipation as in configs/digits_ihdm.py, up to the blur of `base`."""
+  levels = (0.0, *np.geomspace(0.5, schedules.ends(base.level)[1], steps).tolist())
+  return base.replace(
+    corruption=corruptions.HeatDissipation(), level=schedules.piecewise(levels),
+    sigma=schedules.Constant(0.01),
+    loss={"kind": "SoftScoreMatching", "weight": "one", "look_ahead": 1 / steps},
+  )  # fmt: skip
+
+
+OWN_SAMPLERS = {  # that a rival's authors draw by
+  VE: ("langevin",),
+  "ddpmpp": ("ancestral", "ddim"),
+  "subvp": ("ancestral", "ddim"),
+  "ihdm": ("naive(size=1.25)",),
+}
+
+
+def _with_rivals(models):
+  """Models read from a record, and those of this study that it lacks, made from what it has."""
+  base = models[MAIN]
+  lacking = {
+    "ddpmpp": _vp(base, schedules.VPSigma(), fir=False, progressive_input="none"),
+    "subvp": _vp(base, schedules.SubVPSigma()),
+    "cold": base.replace(
+      level=base.level.inner, sigma=schedules.Constant(0.0), loss={"kind": "AbsoluteError"}
+    ),
+    "ihdm": _ihdm(base),
+  }
+  if VE not in models:
+    lacking = {VE: _ve(base, schedules.ends(models["ve"].sigma)[1])} | lacking
+  return models | {name: e for name, e in lacking.items() if name not in models}
 
 
 def _sigma(start, stop):
@@ -144,7 +201,7 @@ def variants(base, mse_levels, ve_stop):
     PRINTED: base.replace(loss={"look_ahead": 0.0}),
     "unfiltered": base.replace(loss={"look_ahead": 0.0, "filtered": False}),
     "mse": base.replace(level=schedules.Staged(mse_levels, 0.2, 1.0)),
-    "ve": _ve(base, ve_stop),
+    VE: _ve(base, ve_stop),
     "sigma_005": base.replace(sigma=_sigma(0.01, last / 2)),
     "sigma_0025": base.replace(sigma=_sigma(0.01, last / 4)),
     "noise_throughout": base.replace(sigma=schedules.Geometric(0.01, last)),
@@ -165,33 +222,51 @@ def _digits_base(name):
 
 
 def digits(models=None):
-  """8×8 digits, every claim, three training seeds; sized for an hour on two cores."""
+  """8×8 digits, every claim, three training seeds; some hours on two cores."""
   if models is None:
     base = _digits_base("study_digits")
     masked = from_file(ROOT / "configs" / "digits_mask.py")
     models = variants(base, _mse_levels(base), _largest_distance(base))
     models["mask"] = base.replace(corruption=masked.corruption, level=masked.level)
-  nfes = (5, 10, 25, 50, 100, 200)
-  few = (25, 50, 100)
-  sweeps = {name: {Draw(): few} for name in models}
-  for slow in ("ve", "mask", "mse"):
-    sweeps[slow] = {Draw(): (*few, 200)}
-  sweeps[PRINTED] |= {Draw("naive"): few, Draw("two_step"): (20,)}
-  sweeps[MAIN] = {
-    Draw("naive"): few,
-    Draw("momentum"): nfes,
-    Draw("probability_flow"): (25, 50, 100, 200),
-    Draw("ddim"): nfes,
-    Draw("predictor_corrector"): few,
-    Draw("two_step"): (5, 10, 20, 50),
-    Draw("two_step", grid="level"): (5, 10, 20, 50),
-    Draw("two_step", prior="subspace"): (20,),
-    Draw(prior="subspace"): (50,),
-    Draw(prior="colour"): (50,),
-  }
+  models = _with_rivals(models)
+  sweeps = _sweeps(models, LADDER, LADDER[:4], (600, 1000))
   return Study(
     "digits", models, sweeps, (0, 1, 2), 1792, "classifier", ("all",), claims=PAPER_CLAIMS
   )
+
+
+LADDER = (10, 25, 50, 100, 200, 400)  # numbers of evaluations
+
+
+def _sweeps(models, ladder, few, beyond=()):
+  """One ladder of evaluations, the same samplers and the same priors for every model.
+
+  Retired models are measured no further. Beside them rivals have their authors' samplers, and the
+  main model has P's others.
+
+  Args:
+    ladder: for P's samplers.
+    few: for `two_step`, which is done sooner.
+    beyond: further rungs, to look for an optimum of the main model's samplers.
+  """
+  same = {
+    Draw(): ladder, Draw("two_step"): few, Draw("two_step", prior="subspace"): few,
+  }  # fmt: skip
+  sweeps = {name: {} if name in RETIRED else dict(same) for name in models}
+  for name, own in OWN_SAMPLERS.items():
+    sweeps[name] |= {Draw(sampler): ladder for sampler in own}
+  sweeps[PRINTED] |= {Draw("naive"): ladder}
+  sweeps[MAIN] |= {
+    Draw(): (*ladder, *beyond),
+    Draw("naive"): ladder,
+    Draw("probability_flow"): (*ladder, *beyond),
+    Draw("ddim"): (*ladder, *beyond),
+    Draw("predictor_corrector"): ladder,
+    Draw("two_step", grid="level"): few,
+    Draw(prior="subspace"): ladder,
+    Draw(prior="colour"): (50,),
+  }
+  return sweeps
 
 
 def defaults(models=None):
@@ -209,6 +284,28 @@ def defaults(models=None):
   return Study(
     "defaults", models, sweeps, (0, 1, 2), 1792, "classifier", ("all",), claims=OPEN_CLAIMS
   )
+
+
+MIXTURES = {"look_ahead_03": {"look_ahead": 0.3}} | {
+  f"mixture_{share:.2g}".replace(".", ""): {"kind": "Mixture", "share": share}
+  for share in (0.03, 0.1, 0.3)
+}  # losses beside those of the paper
+
+
+def mixtures(models=None):
+  """Which loss is as good as the better of the filtered and the unfiltered one; on digits."""
+  if models is None:
+    base = _digits_base("study_mixtures")
+    models = {
+      MAIN: base,
+      PRINTED: base.replace(loss={"look_ahead": 0.0}),
+      "unfiltered": base.replace(loss={"look_ahead": 0.0, "filtered": False}),
+    } | {name: base.replace(loss=loss) for name, loss in MIXTURES.items()}
+  same = {Draw(): LADDER[1:4], Draw("two_step", prior="subspace"): LADDER[:3]}
+  return Study(
+    "mixtures", models, {name: dict(same) for name in models}, (0, 1, 2), 1792, "classifier",
+    ("all",), claims=MIXTURE_CLAIMS,
+  )  # fmt: skip
 
 
 def cifar(models=None):
@@ -237,26 +334,13 @@ def cifar(models=None):
     base = base.replace(level=schedules.Staged(_transport_levels(base), 0.2, 1.0))
     models = variants(base, mse, _largest_distance(base))
     models[UNWEIGHTED] = _unweighted(base)
-  nfes = (10, 25, 50, 100, 200)
-  few = (25, 50, 100)
-  sweeps = {name: {Draw(): few} for name in models}
-  sweeps["ve"] = {Draw(): (25, 50, 100, 200)}
-  sweeps[PRINTED] |= {Draw("naive"): (50, 100)}
-  sweeps[MAIN] = {
-    Draw("naive"): (50, 100),
-    Draw("momentum"): nfes,
-    Draw("probability_flow"): few,
-    Draw("ddim"): nfes,
-    Draw("predictor_corrector"): few,
-    Draw("two_step"): (10, 25, 50, 100),
-    Draw("two_step", grid="level"): (10, 25, 50),
-    Draw("two_step", prior="subspace"): (25,),
-    Draw(prior="subspace"): (50,),
-    Draw(prior="colour"): (50,),
-  }
+  models = _with_rivals(models)
+  sweeps = _sweeps(models, LADDER[:5], LADDER[:3])
+  # Rows 1 to 4 rest on these.
+  often = {MAIN, PRINTED, "unfiltered", "mse", VE}
   return Study(
-    "cifar", models, sweeps, (0,), 5000, "efficientnet_lite0", ("train", "test"), 250,
-    (*PAPER_CLAIMS, WEIGHT_CLAIM),
+    "cifar", models, sweeps, (0, 1, 2), 5000, "efficientnet_lite0", ("train", "test"), 250,
+    (*PAPER_CLAIMS, WEIGHT_CLAIM), once=frozenset(models) - often,
   )  # fmt: skip
 
 
@@ -347,8 +431,9 @@ def _job(study, name, seed, out):
   for kind in PRIORS:
     processes[kind] = own.with_prior(priors.fit(kind, clean, own, 16))
   sampler = samplers.Sampler(own, run.model.denoiser())
-  # Other seeds than any other model's: the samples of two models are then independent.
-  first = 1_000_000 * (1 + seed) + 10_000_000 * sorted(study.models).index(name)
+  # Other seeds than any other model's: the samples of two models are then independent, and a new
+  # model changes nothing for those that are there.
+  first = 1_000_000 * (1 + seed) + 10_000_000 * zlib.crc32(name.encode())
   for draw, nfe in todo:
     begin = time.process_time()
     times = samplers.time_grid(samplers.steps_for(draw.sampler, nfe), draw.grid, own, images=clean)
@@ -389,7 +474,11 @@ def draw_of(record):
 
 
 def jobs_of(study):
-  return [f"{name}-{seed}" for seed in study.seeds for name in study.models]
+  """A model and a seed each; a retired model has none."""
+  return [
+    f"{name}-{seed}" for seed in study.seeds for name in study.models
+    if study.sweeps.get(name) != {} and (seed == study.seeds[0] or name not in study.once)
+  ]  # fmt: skip
 
 
 def work(study, out, workers, passed):
@@ -453,6 +542,12 @@ class Results:
     """{NFE: distance}, in rising NFE; `draw` are the fields of a `Draw`."""
     return dict(sorted(self._values.get((model, seed, Draw(*draw)), {}).items()))
 
+  def lowest(self, seed, *curves):
+    """{NFE: the least distance of several curves there}, where every one of them is measured."""
+    found = [self.curve(seed, *which) for which in curves]
+    common = set.intersection(*map(set, found))
+    return {nfe: min(curve[nfe] for curve in found) for nfe in common}
+
   def best(self, seed, *which):
     """(distance, NFE) at the best number of evaluations."""
     return min((value, nfe) for nfe, value in self.curve(seed, *which).items())
@@ -477,38 +572,124 @@ class Claim:
   paper: str
   sides: object
 
+  def row(self, results):
+    """A `Row`, of one pair for each seed that has been measured."""
+    pairs = []
+    for seed in results.seeds:
+      try:
+        pairs.append(self.sides(results, seed))
+      except (KeyError, ValueError, IndexError):
+        continue
+    return Row(self, "", pairs, verdict(pairs) if pairs else "not measured")
 
-def _best(model=MAIN, *draw):
-  return lambda r, seed: r.best(seed, model, *draw)[0]
+
+@dataclasses.dataclass(frozen=True)
+class Equal:
+  """ "The distance on the left is smaller than that on the right", at equal evaluations.
+
+  The row is that of the most evaluations which both sides have, for as many seeds as any number of
+  evaluations; `elsewhere` has the verdicts at fewer, and at the optimum where one was seen.
+
+  Attributes:
+    left, right: (model, fields of a `Draw`); several of them are their best at each number that all
+      of them have.
+  """
+
+  name: str
+  paper: str
+  left: tuple
+  right: tuple
+
+  def row(self, results):
+    pairs = {}  # by evaluations
+    optima, seen = [], True
+    for seed in results.seeds:
+      left, right = (results.lowest(seed, *side) for side in (self.left, self.right))
+      common = sorted(left.keys() & right.keys())
+      if not common:
+        continue
+      for nfe in common:
+        pairs.setdefault(nfe, []).append((left[nfe], right[nfe]))
+      best = [min(common, key=side.__getitem__) for side in (left, right)]
+      optima.append((left[best[0]], right[best[1]]))
+      seen = seen and max(best) < common[-1]
+    if not pairs:
+      return Row(self, "", [], "not measured")
+    most = max(map(len, pairs.values()))
+    *fewer, last = sorted(n for n, found in pairs.items() if len(found) == most)
+    said = [f"{n}: {verdict(pairs[n])}" for n in fewer]
+    said += [f"optimum: {verdict(optima)}"] if seen else []
+    return Row(self, str(last), pairs[last], verdict(pairs[last]), ", ".join(said))
 
 
-def _less(left, right):
-  return lambda r, seed: (left(r, seed), right(r, seed))
+class Row(typing.NamedTuple):
+  """A claim's line: evaluations, pairs (left, right) by seed, what they say, and other budgets."""
+
+  claim: Claim | Equal
+  at: str
+  pairs: list
+  verdict: str
+  elsewhere: str = ""
+
+
+def _of(model=MAIN, *draw):
+  return ((model, *draw),)
+
+
+def _common(r, seed, *curves):
+  """Curves at the evaluations that all of them have.
+
+  Raises:
+    KeyError: there are none.
+  """
+  found = [r.curve(seed, *which) for which in curves]
+  both = set.intersection(*(set(curve) for curve in found))
+  if not both:
+    raise KeyError(curves)
+  return [{n: v for n, v in curve.items() if n in both} for curve in found]
+
+
+def _first(curve, quality):
+  """The fewest evaluations with which a curve is at most `quality`, or infinity."""
+  return min((n for n, v in curve.items() if v <= quality), default=math.inf)
 
 
 def _same_quality(slow, fast=MAIN, slack=1.1):
-  """NFE of both models for the quality that the worse of the two can reach."""
+  """NFE of both models for the quality that the worse of the two can reach, of the same NFEs."""
 
   def sides(r, seed):
-    quality = slack * max(r.best(seed, slow)[0], r.best(seed, fast)[0])
-    return r.nfe_for(seed, quality, fast), r.nfe_for(seed, quality, slow)
+    one, two = _common(r, seed, (fast,), (slow,))
+    quality = slack * max(min(one.values()), min(two.values()))
+    return _first(one, quality), _first(two, quality)
 
   return sides
 
 
-def _near_own_best(model):
-  return lambda r, seed: r.nfe_for(seed, 1.1 * r.best(seed, model)[0], model)
+def _near_own_best(model, other):
+  """The NFE from which on a model is within a tenth of its best, of the NFEs that both have."""
+
+  def sides(r, seed):
+    return tuple(_first(c, 1.1 * min(c.values())) for c in _common(r, seed, (model,), (other,)))
+
+  return sides
 
 
 def _at(nfe, *draw):
   return lambda r, seed: r.curve(seed, MAIN, *draw)[nfe]
 
 
-def _rise(sampler):
-  """How much worse the most evaluations are than the best number."""
-  return lambda r, seed: (
-    list(r.curve(seed, MAIN, sampler).values())[-1] / r.best(seed, MAIN, sampler)[0]
-  )
+def _less(left, right):
+  return lambda r, seed: (left(r, seed), right(r, seed))
+
+
+def _rises(left, right):
+  """How much worse than its best each sampler is with the most evaluations that both have."""
+
+  def sides(r, seed):
+    curves = _common(r, seed, (MAIN, left), (MAIN, right))
+    return tuple(curve[max(curve)] / min(curve.values()) for curve in curves)
+
+  return sides
 
 
 def _half(*draw):
@@ -525,46 +706,63 @@ def _half(*draw):
 
 def _between(r, seed):
   """The larger of the two defects of lying between the parts, over the common NFE; 1 is none."""
-  both, parts = r.curve(seed, MAIN, "predictor_corrector"), []
-  for sampler in ("ddim", "probability_flow"):
-    parts.append(r.curve(seed, MAIN, sampler))
-  worst = max(v / max(p[n] for p in parts) for n, v in both.items() if n in parts[0])
-  return worst, 1.0
+  both, *parts = _common(
+    r, seed, *((MAIN, s) for s in ("predictor_corrector", "ddim", "probability_flow"))
+  )
+  return max(v / max(p[n] for p in parts) for n, v in both.items()), 1.0
 
+
+_OURS = _of(MAIN, "two_step", "subspace")
+_RIVALS = tuple(
+  (model, *draw)
+  for model in (PRINTED, "unfiltered", VE, "ddpmpp", "subvp", "cold", "ihdm")
+  for draw in (
+    (), ("two_step",), ("two_step", "subspace"), *((s,) for s in OWN_SAMPLERS.get(model, ()))
+  )
+)  # fmt: skip
 
 PAPER_CLAIMS = (
-  Claim("1a. Momentum is better than Naive, trained with the printed loss", "1.85 < 27.82",
-        _less(_best(PRINTED), _best(PRINTED, "naive"))),
-  Claim("1b. … trained with the look-ahead loss", "–",
-        _less(_best(), _best(MAIN, "naive"))),
-  Claim("2a. The printed loss is better than the unfiltered one", "1.85 < 5.91",
-        _less(_best(PRINTED), _best("unfiltered"))),
-  Claim("2b. The look-ahead loss is better than the unfiltered one", "ours",
-        _less(_best(), _best("unfiltered"))),
-  Claim("2c. The look-ahead loss is better than the printed one", "ours",
-        _less(_best(), _best(PRINTED))),
-  Claim("3a. Transport levels are better than MSE-matched ones", "1.85 < 8.35",
-        _less(_best(), _best("mse"))),
+  Equal("1a. Momentum is better than Naive, trained with the printed loss", "1.85 < 27.82",
+        _of(PRINTED), _of(PRINTED, "naive")),
+  Equal("1b. … trained with the look-ahead loss", "–", _of(), _of(MAIN, "naive")),
+  Equal("2a. The printed loss is better than the unfiltered one", "1.85 < 5.91",
+        _of(PRINTED), _of("unfiltered")),
+  Equal("2b. The look-ahead loss is better than the unfiltered one", "ours",
+        _of(), _of("unfiltered")),
+  Equal("2c. The look-ahead loss is better than the printed one", "ours", _of(), _of(PRINTED)),
+  Equal("3a. Transport levels are better than MSE-matched ones", "1.85 < 8.35",
+        _of(), _of("mse")),
   Claim("3b. … and need fewer evaluations for the same quality", "yes", _same_quality("mse")),
-  Claim("4. Blur needs fewer evaluations than VE for the same quality", "yes", _same_quality("ve")),
+  Claim("4a. Blur needs fewer evaluations than VE for the same quality", "yes", _same_quality(VE)),
+  Equal("4b. Blur is better than VE", "yes", _of(), _of(VE)),
+  Equal("4c. … both by two-step from the subspace prior", "–",
+        _OURS, _of(VE, "two_step", "subspace")),
+  *(
+    Equal(f"{row}. Blur (Momentum) is better than {name}", "–", _of(), _of(model, sampler))
+    for row, name, model, sampler in (
+      ("4d", "VE with Langevin steps", VE, "langevin"),
+      ("4e", "DDPM++ (VP)", "ddpmpp", "ancestral"),
+      ("4f", "sub-VP", "subvp", "ancestral"),
+      ("4g", "Cold Diffusion", "cold", "momentum"),
+      ("4h", "IHDM", "ihdm", "naive(size=1.25)"),
+    )
+  ),
   Claim("5a. DDIM is better than Momentum at 25 evaluations", "yes",
         _less(_at(25, "ddim"), _at(25, "momentum"))),
-  Claim("5b. Momentum is better than DDIM at the optimum", "yes",
-        _less(_best(), _best(MAIN, "ddim"))),
+  Equal("5b. Momentum is better than DDIM at many evaluations", "yes", _of(), _of(MAIN, "ddim")),
   Claim("5c. Momentum gets worse again after its optimum, more than DDIM", "yes",
-        _less(_rise("ddim"), _rise("momentum"))),
-  Claim("6a. Momentum is better than probability flow at the optimum", "yes",
-        _less(_best(), _best(MAIN, "probability_flow"))),
+        _rises("ddim", "momentum")),
+  Equal("6a. Momentum is better than probability flow at many evaluations", "yes",
+        _of(), _of(MAIN, "probability_flow")),
   Claim("6b. Probability flow is flatter beyond its optimum", "yes",
-        _less(_rise("probability_flow"), _rise("momentum"))),
+        _rises("probability_flow", "momentum")),
   Claim("7. Predictor-corrector is no worse than the worse of its parts", "yes", _between),
-  Claim("8a. σ_max 0.1 is better than 0.05", "yes", _less(_best(), _best("sigma_005"))),
-  Claim("8b. σ_max 0.05 is better than 0.025", "yes",
-        _less(_best("sigma_005"), _best("sigma_0025"))),
-  Claim("8c. Noise that stops early is better than noise throughout", "1.85 < 4.31",
-        _less(_best(), _best("noise_throughout"))),
+  Equal("8a. σ_max 0.1 is better than 0.05", "yes", _of(), _of("sigma_005")),
+  Equal("8b. σ_max 0.05 is better than 0.025", "yes", _of("sigma_005"), _of("sigma_0025")),
+  Equal("8c. Noise that stops early is better than noise throughout", "1.85 < 4.31",
+        _of(), _of("noise_throughout")),
   Claim("9. Masking needs more evaluations than blur to come near its own best", "yes",
-        _less(_near_own_best(MAIN), _near_own_best("mask"))),
+        _near_own_best(MAIN, "mask")),
   Claim("10a. Two-step reaches P's best quality with half of its evaluations", "ours",
         _half("two_step")),
   Claim("10b. … on the grid of even levels", "ours", _half("two_step", "own", "level")),
@@ -572,15 +770,16 @@ PAPER_CLAIMS = (
         _less(_at(50), _at(50, "momentum", "colour"))),
   Claim("11b. The subspace prior is better than the colour prior", "ours",
         _less(_at(50, "momentum", "subspace"), _at(50, "momentum", "colour"))),
-  Claim("11c. The subspace prior is better than the C₁·colour prior", "ours",
-        _less(_at(50, "momentum", "subspace"), _at(50))),
+  Equal("11c. The subspace prior is better than the C₁·colour prior", "ours",
+        _of(MAIN, "momentum", "subspace"), _of()),
+  Equal("12. Ours (look-ahead, two-step, subspace prior) is better than the best rival", "ours",
+        _OURS, _RIVALS),
 )  # fmt: skip
 
 
-WEIGHT_CLAIM = Claim("The weight 1/σ² is better than 1", "–", _less(_best(), _best(UNWEIGHTED)))
+WEIGHT_CLAIM = Equal("The weight 1/σ² is better than 1", "–", _of(), _of(UNWEIGHTED))
 OPEN_CLAIMS = (
-  Claim("A stratified draw of t is better than independent ones", "–",
-        _less(_best(STRATIFIED), _best())),
+  Equal("A stratified draw of t is better than independent ones", "–", _of(STRATIFIED), _of()),
   WEIGHT_CLAIM,
   *(
     Claim(f"The time grid {grid!r} is better than 'uniform': {sampler} at {nfe}", "–",
@@ -589,6 +788,13 @@ OPEN_CLAIMS = (
     for grid in samplers.GRIDS[1:]
   ),
 )  # fmt: skip
+
+
+MIXTURE_CLAIMS = tuple(
+  Equal(f"{name} is better than the {than} loss", "–", _of(name), _of(other))
+  for name in (MAIN, *MIXTURES)
+  for than, other in (("printed", PRINTED), ("unfiltered", "unfiltered"))
+)
 
 
 def verdict(pairs):
@@ -621,17 +827,8 @@ def verdict(pairs):
 
 
 def scoreboard(claims, results):
-  """[(claim, pairs of all seeds, verdict)]; pairs are empty where something is not measured."""
-  rows = []
-  for claim in claims:
-    pairs = []
-    for seed in results.seeds:
-      try:
-        pairs.append(claim.sides(results, seed))
-      except (KeyError, ValueError, IndexError):
-        continue
-    rows.append((claim, pairs, verdict(pairs) if pairs else "not measured"))
-  return rows
+  """A `Row` for each claim; its pairs are empty where something is not measured."""
+  return [claim.row(results) for claim in claims]
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -668,11 +865,13 @@ def tables(study, records):
     f"{judge} at N = {records[0]['samples']} against the {split} images, floor (real against real) "
     f"{'not to be had' if floor is None else f'{floor:.3g}'}; training seeds "
     f"{', '.join(map(str, results.seeds))}; {records[0]['step']} steps.", "",
-    "| claim | paper | left (per seed) | right (per seed) | verdict |", "|---|---|---|---|---|",
+    "| claim | paper | evaluations | left (per seed) | right (per seed) | verdict | elsewhere |",
+    "|---|---|---|---|---|---|---|",
   ]  # fmt: skip
-  for claim, pairs, word in scoreboard(study.claims, results):
+  for claim, at, pairs, word, elsewhere in scoreboard(study.claims, results):
     left, right = (", ".join(_number(p[k]) for p in pairs) or "–" for k in range(2))
-    lines.append(f"| {claim.name} | {claim.paper} | {left} | {right} | {word} |")
+    cells = claim.name, claim.paper, at or "–", left, right, word, elsewhere or "–"
+    lines.append(f"| {' | '.join(cells)} |")
   lines += ["", "Means over the seeds (standard deviation in brackets):", ""]
   nfes = sorted({r["nfe"] for r in records})
   for one in study.splits:
@@ -687,7 +886,9 @@ def tables(study, records):
         ]  # fmt: skip
         spread = f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.3g}{spread}" if values else "")
-      lines.append(f"| {', '.join((model, *draw))} | " + " | ".join(cells) + " |")
+      lines.append(
+        f"| {', '.join((RETIRED.get(model, model), *draw))} | " + " | ".join(cells) + " |"
+      )
     lines.append("")
   return lines
 
@@ -717,7 +918,9 @@ def _plot(records, split, path):
     ("two_step, grid level", MAIN, Draw("two_step", grid="level")),
     ("two_step, prior subspace", MAIN, Draw("two_step", prior="subspace")),
   ]
-  models_drawn = [(name, name, Draw()) for name in sorted({r["model"] for r in records})]
+  models_drawn = [
+    (RETIRED.get(name, name), name, Draw()) for name in sorted({r["model"] for r in records})
+  ]
   groups = {
     left: ("samplers, model blur", samplers_drawn),
     right: ("models, Momentum", models_drawn),
@@ -744,7 +947,7 @@ def _plot(records, split, path):
   plt.close(figure)
 
 
-STUDIES = {"digits": digits, "cifar": cifar, "defaults": defaults}
+STUDIES = {"digits": digits, "cifar": cifar, "defaults": defaults, "mixtures": mixtures}
 
 
 def main():
@@ -771,6 +974,7 @@ def main():
     job(study, name, int(seed), out)
     return
   if not _REPORT.value:
+    write_models(study, out)
     work(study, out, _WORKERS.value, sys.argv[1:])
   print(report(study, out))
   print(f"written: {out / 'report.md'}, {out / 'fd_against_nfe.png'}")

@@ -1,7 +1,6 @@
 """What the programs share: quiet start, checked flags, and one line for every mistake."""
 
 import contextlib
-import difflib
 import functools
 import math
 import os
@@ -18,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from soft_diffusion_tf import bin as _start
-from soft_diffusion_tf import shipped
+from soft_diffusion_tf import parts, shipped
 
 BAD_INPUT = 2
 FAULT = 1  # the program's own
@@ -311,8 +310,9 @@ def _explain_override(argv, config, error):
     for part in name.split("."):
       if not isinstance(node, ConfigDict) or part not in node:
         keys = list(node.keys()) if isinstance(node, ConfigDict) else []
-        near = difflib.get_close_matches(part, keys, 1, cutoff=0)
-        hint = f"; did you mean {'.'.join([*before, near[0]])}?" if near else ""
+        hint = ""
+        if keys:
+          hint = f"; did you mean {'.'.join([*before, parts.nearest(part, keys)])}?"
         _fail(f"the config has no field {name}{hint}")
       node, before = node[part], [*before, part]
   _fail(f"--config: {error}")
@@ -384,13 +384,13 @@ def _parse(argv, check=None):
     except ValueError as error:
       _fail(f"--config={path}: {error}")
   try:
-    rest = flags.FLAGS(_last_overrides(argv if path is None else _without_config(argv)))
+    rest = flags.FLAGS(argv if path is None else _without_config(argv))
     _words[:] = rest[1:]
     _check_values()
     if check is not None:
       _run_check(check)
     if path is not None:
-      rest = flags.FLAGS(argv)
+      rest = flags.FLAGS(_last_overrides(argv))
       _check_values()
     return rest
   except Exception as error:

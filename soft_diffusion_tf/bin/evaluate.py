@@ -230,10 +230,7 @@ def _evaluate(job):
     about = {"images": _IMAGES.value, "samples": job.count, "reference": real.conditions}
     result = evaluation.with_reference(job.network, statistics, real, job.options.neighbours, about)
     if job.options.metrics:
-      most = job.options.subset
-      found = evaluation.by_metrics(
-        job.options.metrics, images[order[:most]], job.train().images[:most]
-      )
+      found = evaluation.by_metrics(job.options, images[order], job.train().images)
       result = dataclasses.replace(result, metrics=found)
     print_as = f"{_IMAGES.value}, N = {job.count}"
     if job.workdir is None:

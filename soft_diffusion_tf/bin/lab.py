@@ -63,6 +63,7 @@ COLOURS = {
   "naive": "tab:gray", "momentum": "tab:red", "probability_flow": "tab:orange",
   "ddim": "tab:green", "predictor_corrector": "tab:olive", "ancestral": "tab:pink",
   "two_step": "tab:blue", "stochastic_two_step": "tab:purple", "heun": "tab:brown",
+  "langevin": "tab:cyan",
 }  # fmt: skip
 
 
@@ -542,11 +543,11 @@ def write_report(out, data_dir):
   from soft_diffusion_tf import laboratory
 
   img, results = out / "img", out / "results"
-  for folder in (img, results):
-    folder.mkdir(parents=True, exist_ok=True)
   if _FORCE.value:
     (results / "samplers.json").unlink(missing_ok=True)
-  book = Book(results / "samplers.json", REPORT)
+  book = Book(results / "samplers.json", REPORT)  # a damaged one is refused before anything is made
+  for folder in (img, results):
+    folder.mkdir(parents=True, exist_ok=True)
   labs = Labs(*laboratory.load("digits", REPORT["images"]))
   convergence, needs = section_convergence(book, labs, img)
   errors, valleys = section_errors(book, labs, img)

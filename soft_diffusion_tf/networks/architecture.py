@@ -19,6 +19,7 @@ import dataclasses
 from typing import Annotated
 
 import keras
+import numpy as np
 
 from soft_diffusion_tf import parts
 from soft_diffusion_tf.parts import Choice, Positive, Range
@@ -38,7 +39,7 @@ class Architecture(parts.Part, role="network"):
     conditioning: what it is told of t: "log_linear" in t from `cond_min` to `cond_max`, "vp_label"
       or "ve_label".
     cond_min, cond_max: the ends of the log-linear condition: what the VE network of the same data
-      set sees as σ.
+      set sees as σ. Where the prediction is "score" they are the ends of σ itself.
     num_scales: the number of labels of "ve_label".
     dtype: what the network computes in. With "bfloat16", as TPUs like it, weights, images, σ and
       the loss stay in float32.
@@ -58,6 +59,31 @@ class Architecture(parts.Part, role="network"):
     if not self.cond_min < self.cond_max:
       raise ValueError(
         f"network.cond_min = {self.cond_min:g} and cond_max = {self.cond_max:g} must rise"
+      )
+
+  @property
+  def sigma_range(self):
+    """The ends of the geometric σ that the network takes its process to have, or None."""
+    told = self.prediction == "score" and self.conditioning == "log_linear"
+    return (self.cond_min, self.cond_max) if told else None
+
+  def check_sigma(self, sigma):
+    """Raises the ValueError of a process whose noise is another than the network is told.
+
+    Args:
+      sigma: σ by t.
+    """
+    if self.sigma_range is None:
+      return
+    low, high = self.sigma_range
+    times = np.linspace(0.0, 1.0, 17, dtype=np.float32)
+    told, own = low * (high / low) ** times, np.asarray(sigma(times))
+    if not np.allclose(told, own, rtol=1e-3, atol=0.0):
+      names = "sigma_min, sigma_max" if self.conditioning == "ve_label" else "cond_min, cond_max"
+      raise ValueError(
+        f"network.{names} = {low:g} … {high:g} are what a network with prediction = 'score' takes "
+        f"for σ, but σ runs from {own[0]:g} to {own[-1]:g}: give both the same ends and σ the "
+        "schedule Geometric"
       )
 
   @classmethod

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf import memory
 from soft_diffusion_tf.networks import blocks, resampling
-from soft_diffusion_tf.networks.architecture import CONDITIONINGS, Architecture
+from soft_diffusion_tf.networks.architecture import Architecture
 from soft_diffusion_tf.parts import Choice, NotNegative, Positive, Range, Share, Side
 
 
@@ -39,8 +39,9 @@ class Network(Architecture, name="NCSNpp"):
     centered: False if images are in [0, 1], which the network then maps to 2x − 1 itself.
     remat: gradient checkpointing: residual blocks and attention are computed again in the backward
       pass instead of keeping their activations.
-    scale_by_sigma: divides the output by σ: by cond ("fourier"), or by entry ⌊cond⌋ of a geometric
-      table of `num_scales` values from `sigma_max` down to `sigma_min` ("positional").
+    scale_by_sigma: divides the output by σ, as a score needs it: by cond ("fourier"), or by entry
+      ⌊cond⌋ of a geometric table of `num_scales` values from `sigma_max` down to `sigma_min`
+      ("positional"). With it the network's own numbers are of size 1 at every σ.
     sigma_min, sigma_max: of that table.
   """
 
@@ -75,10 +76,17 @@ class Network(Architecture, name="NCSNpp"):
         f"network.conditioning = {self.conditioning!r} gives labels from 0 on, whose logarithm "
         "embedding_type = 'fourier' takes; use 'positional', or the conditioning 'log_linear'"
       )
-    if self.scale_by_sigma and self.embedding_type == "positional" and not labels:
+    if self.scale_by_sigma and self.prediction != "score":
+      raise ValueError(
+        f"network.scale_by_sigma divides the output by σ, which makes no {self.prediction!r} of "
+        "it; use prediction = 'score', or scale_by_sigma = False"
+      )
+    if self.scale_by_sigma and self.embedding_type == "positional" and (
+      self.conditioning != "ve_label"
+    ):  # fmt: skip
       raise ValueError(
         "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
-        f"use the conditioning {' or '.join(CONDITIONINGS[1:])}, not {self.conditioning!r}"
+        f"use the conditioning 've_label', not {self.conditioning!r}"
       )
     if not self.ch_mult:
       raise ValueError("network.ch_mult = () must hold one positive multiplier per resolution")
@@ -91,6 +99,12 @@ class Network(Architecture, name="NCSNpp"):
       raise ValueError(
         f"network.sigma_min = {self.sigma_min:g} and sigma_max = {self.sigma_max:g} must rise"
       )
+
+  @property
+  def sigma_range(self):
+    if self.prediction == "score" and self.conditioning == "ve_label" and self.scale_by_sigma:
+      return self.sigma_min, self.sigma_max
+    return super().sigma_range
 
   def build(self, image_shape, seed):
     return NCSNpp(image_shape=image_shape, seed=seed, dtype=self.policy, **self.of_keras())
@@ -181,8 +195,12 @@ class NCSNpp(keras.Model):
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
       raise ValueError(f"seed={seed!r} is not a whole number from 0 on")
     labels = options.get("embedding_type") == "positional"
-    # A label of either kind does: what cond is, is the caller's choice.
-    network = Network(conditioning="vp_label" if labels else "log_linear", **options)
+    # What cond is and what the output means is the caller's choice: any that fits the options does.
+    network = Network(
+      conditioning="ve_label" if labels else "log_linear",
+      prediction="score" if options.get("scale_by_sigma") else "residual",
+      **options,
+    )
     network.check(image_shape)
     # No autocast: cond must stay float32; the layers cast what they are given.
     super().__init__(name=name, autocast=False, **of_keras)

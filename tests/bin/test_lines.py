@@ -50,7 +50,7 @@ PROGRAMS = {
   f"{BIN}reference_stats": (*TINY, "--out={new}.npz", "--samples=20", "--feature_net=pixels"),
   "tools/figures.py": ("--workdir={run}", "--out={new}", "--figures=8"),
   "tools/study.py": ("--out={new}", "--report"),
-  "tools/quickstart.py": ("--workdir={images}", "--fresh", *TINY),
+  "tools/quickstart.py": ("--workdir={images}", "--fresh", *TINY, "--config.training.keep=-1"),
   f"{BIN}import_score_sde": ("--checkpoint={broken}.npz", "--out={new}"),
   "tools/measure_restoration.py": ("--workdir={run}", "--out={images}"),
   "tools/tpu_compile_check.py": (*TINY, "--env={images}"),

@@ -12,7 +12,7 @@ from PIL import Image
 from soft_diffusion_tf import data, evaluation, features, plots, sweeps, training
 
 ROOT = pathlib.Path(__file__).parents[2]
-ALL = ("2", "3", "6", "7", "8", "9", "12")
+ALL = ("1", "2", "3", "6", "7", "8", "9", "11", "12")
 
 
 def figures(*flags):
@@ -39,7 +39,9 @@ def workdir(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn(workdir, tmp_path_factory):
   out = tmp_path_factory.mktemp("figures") / "a"
-  done = figures(f"--workdir={workdir}", "--count=16", "--neighbours=16", f"--out={out}")
+  done = figures(
+    f"--workdir={workdir}", "--count=16", "--neighbours=16", "--nfe=20", f"--out={out}"
+  )
   assert done.returncode == 0, done.stderr
   return out
 
@@ -62,6 +64,25 @@ def test_figure_6_is_naive_beside_momentum_of_the_same_seeds(workdir, drawn, tmp
   np.testing.assert_array_equal(six, want)
 
 
+def test_figure_11_is_one_sampler_at_one_number_of_evaluations(workdir, drawn, tmp_path):
+  run = training.load(workdir)
+  images = run.images(np.arange(16), run.options(sampler="probability_flow", steps=20))
+  plots.side_by_side(tmp_path / "11.png", [("tiny: probability_flow, 20 NFE", images)], 8)
+  want, got = (np.asarray(Image.open(f)) for f in (tmp_path / "11.png", drawn / "figure_11.png"))
+  np.testing.assert_array_equal(got, want)
+
+
+def test_several_runs_stand_in_one_plot_where_their_distances_compare(workdir, tmp_path):
+  cells = sweeps.last_sweep(workdir)
+  other = [c | {"value": 2 * c["value"]} if "value" in c else c for c in cells]
+  sweeps.plot(tmp_path / "one.png", cells)
+  sweeps.plot(tmp_path / "both.png", cells, other, names=["a", "b"])
+  one, both = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("L")) for n in ("one", "both"))
+  assert (both < 250).sum() > (one < 250).sum()  # twice as many lines
+  with pytest.raises(ValueError, match="b is measured with samples = 7 and a with 30, so that"):
+    sweeps.plot(tmp_path / "x.png", cells, [c | {"samples": 7} for c in cells], names=["a", "b"])
+
+
 def test_nothing_is_overwritten(workdir, drawn):
   before = (drawn / "figure_8.png").read_bytes()
   refused = figures(f"--workdir={workdir}", f"--out={drawn}", "--figures=8")
@@ -79,7 +100,7 @@ def test_two_runs_of_one_name_are_refused(workdir, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_figures(workdir, drawn, tmp_path):
-  flags = (f"--workdir={workdir}", "--count=16", "--neighbours=16", f"--out={tmp_path}")
+  flags = (f"--workdir={workdir}", "--count=16", "--neighbours=16", "--nfe=20", f"--out={tmp_path}")
   done = figures(*flags)
   assert done.returncode == 0, done.stderr
   for name in ALL:

@@ -275,6 +275,7 @@ def test_vp_networks_see_images_from_minus_one_to_one(sde):
   published["model"] |= {"beta_min": 0.1, "beta_max": 20.0}
   published["training"]["sde"] = sde
   e = import_score_sde.experiment(published)
+  assert str(e.sampling.sampler) == "ancestral"
   model = training.build(e, e.build_diffusion())
   draw = np.random.default_rng(0)
   model.network.set_weights([0.2 * draw.normal(size=w.shape) for w in model.network.get_weights()])

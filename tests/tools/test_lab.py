@@ -198,11 +198,12 @@ def test_mistakes_end_with_one_line(flags, text, tmp_path):
 
 
 def test_a_damaged_record_of_the_report_is_refused(tmp_path):
-  (tmp_path / "samplers.json").write_text("[]")
+  (tmp_path / "results").mkdir()
+  (tmp_path / "results" / "samplers.json").write_text("[]")
   result = run("--report=.", cwd=tmp_path)
   assert result.returncode == 2
   assert "samplers.json: not a record of this report; delete it to measure anew" in result.stderr
-  assert [f.name for f in tmp_path.iterdir()] == ["samplers.json"]
+  assert [f.name for f in tmp_path.rglob("*")] == ["results", "samplers.json"]
 
 
 def test_what_rounded_operators_cost_grows_with_the_rounding(blur_diffusion):
