@@ -22,3 +22,7 @@ elif (_backend := sys.modules["keras"].config.backend()) != "tensorflow":
   )
 
 __version__ = "0.2.0.dev0"
+
+from soft_diffusion_tf import moved
+
+moved.install()

@@ -8,7 +8,8 @@ import pathlib
 import keras
 import numpy as np
 
-from soft_diffusion_tf import bulk, evaluation, features, plots
+from soft_diffusion_tf import drawing, evaluation, plots
+from soft_diffusion_tf.evaluation import features
 from soft_diffusion_tf.experiment import Sampling
 
 
@@ -27,7 +28,7 @@ class _Drawing(keras.callbacks.Callback):
     """Samples float32 [count, H, W, C] of the model as it is now."""
     model = self.model
     if self._drawn is not model or self._drawer.diffusion is not model.diffusion:
-      self._drawer = bulk.Drawer(model.diffusion, model.denoiser(), self.options)
+      self._drawer = drawing.BatchSampler(model.diffusion, model.denoiser(), self.options)
       self._drawn = model
     self._drawer.refresh()
     return self._drawer.images(np.arange(self.count))

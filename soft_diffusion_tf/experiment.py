@@ -28,6 +28,7 @@ from soft_diffusion_tf import (
   corruptions,
   data,
   diffusion,
+  files,
   losses,
   metrics,
   parts,
@@ -196,7 +197,7 @@ class Sampling(Group):
   "ddim+momentum", "my_module:MyRule(size=2)". `times`, when given, are the grid, from 1 down to 0,
   in place of `steps` and `grid`. `clip` bounds x̂_0 to [0, 1] in every step; `threshold` does so
   dynamically, by that percentile (0: not). `batch_size` images are computed side by side, always:
-  kernels round by it, so it is part of what an image is (`bulk`).
+  kernels round by it, so it is part of what an image is (`drawing`).
 
   `k`, `noise` and `tolerance` are deprecated: fields of the rules "ddim", "stochastic_two_step" and
   "dormand_prince" now.
@@ -467,11 +468,8 @@ class Experiment(parts.Checked):
 
   def save(self, workdir: str | pathlib.Path) -> None:
     """Writes config.json into a workdir."""
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    partial = path.with_suffix(".partial")
     content = {"version": soft_diffusion_tf.__version__, **self.to_dict()}
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_json(pathlib.Path(workdir) / CONFIG_FILE, content)
 
   @classmethod
   def load(cls, workdir: str | pathlib.Path, trust_code: bool = False) -> Experiment:

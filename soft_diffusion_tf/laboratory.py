@@ -24,10 +24,11 @@ from soft_diffusion_tf import (
   rng,
   samplers,
   schedules,
-  scheduling,
-  sinkhorn,
+  transport,
 )
 from soft_diffusion_tf.diffusion import Diffusion
+from soft_diffusion_tf.images import check_range
+from soft_diffusion_tf.transport import sinkhorn
 
 DATA = ("digits", "patches8", "patches16", "crops64")
 PRECISIONS = ("exact", "tf32", "bfloat16")
@@ -126,10 +127,10 @@ def level_schedule(kind, corruption, first, last, images, nodes=32):
   if kind != "transport":
     raise ValueError(f"unknown schedule {kind!r}; choose one of {', '.join(SCHEDULES)}")
   try:
-    path, _ = scheduling.find(corruption, images, first, last, count=128, nodes=nodes)
+    path, _ = transport.find(corruption, images, first, last, count=128, nodes=nodes)
     levels, note = path.levels, f"shortest path in W₂, {len(path.levels)} levels"
-  except scheduling.NotClosedForm:
-    levels = scheduling.candidate_levels(corruption, first, last, nodes, "transport", images)
+  except transport.NotClosedForm:
+    levels = transport.candidate_levels(corruption, first, last, nodes, "transport", images)
     note = f"{len(levels)} levels even in transport length (no closed form of W₂)"
   return schedules.piecewise(levels), note
 
@@ -324,7 +325,7 @@ class Laboratory:
     spread = np.std([g.frechet for g in self.floors], ddof=1)
     return (1 + share) * self.floor.frechet + 2 * float(spread)
 
-  def rows(self, rule, nfe, grid="uniform", denoise=True, **fields):
+  def plan(self, rule, nfe, grid="uniform", denoise=True, **fields):
     """The plan of a sampler for at most `nfe` evaluations; `fields` are the rule's."""
     rule = samplers.with_fields(rule, fields)
     times = samplers.time_grid(
@@ -340,7 +341,7 @@ class Laboratory:
     if rule.adaptive:
       images, nfe = self.sampler.adaptive(seeds, rtol=rule.tolerance, atol=rule.tolerance)
       return self.grade_images(images, nfe, full)
-    rows = self.rows(rule, nfe, grid, **options)
+    rows = self.plan(rule, nfe, grid, **options)
     return self.grade_images(self.sampler(rows, seeds), int(rows.shape[0]), full)
 
   def drift(self, rule, nfe, frames=10, grid="uniform", **options):
@@ -348,7 +349,7 @@ class Laboratory:
 
     Against the exact moments of q_t; the floor is that of forward draws of the same number.
     """
-    rows = self.rows(rule, nfe, grid, **options)
+    rows = self.plan(rule, nfe, grid, **options)
     times, states, _ = self.sampler.trajectory(rows, np.arange(self.count), frames)
     clean = self._fresh.reshape(states[0].shape)
     result = []
@@ -475,7 +476,7 @@ def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
   kept = float(gone.var(axis=0).sum() / clean.var(axis=0).sum())
   gaps = {}
   for kind in priors.KINDS:
-    result = priors.grade(linear.with_prior(priors.fit(kind, images, linear, 32)), images)
+    result = grade_prior(linear.with_prior(priors.fit(kind, images, linear, 32)), images)
     gaps[kind] = result["frechet"]
     gaps["floor"] = result["frechet_floor"]
   simple = [k for k in ("zero", "blurred_colour", "subspace") if gaps[k] < 2 * gaps["floor"]]
@@ -495,3 +496,37 @@ def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
       )
     )  # fmt: skip
   return Examination(verdict, smooth, kept, gaps, prior, trials)
+
+
+def grade_prior(diffusion, images, seed=0, count=1000):
+  """How far prior samples are from corrupted data: the start of sampling against the truth.
+
+  Both sides carry the noise σ_1, drawn independently. The floors are the same distances between two
+  disjoint halves of the data: what sampling alone gives.
+
+  Returns:
+    A dictionary: "frechet" (squared Fréchet distance in pixels), "frechet_floor", "sinkhorn" (the
+    debiased divergence, also a squared distance), "sinkhorn_floor" and "rms_mean" (root mean square
+    difference of the two means).
+  """
+  images = np.asarray(images, np.float32)
+  check_range(images, "the images to grade a prior by")
+  n = min(count, len(images) // 2)
+  if n < 2:
+    raise ValueError(f"grading a prior takes at least 4 images, got {len(images)}")
+  order = np.random.default_rng(seed).permutation(len(images))
+  corrupted = priors.corrupt_all(images[order[: 2 * n]], diffusion, 1.0)
+  eta = rng.normal(tf.constant([seed, 0]), 0, 2 * n, diffusion.image_shape).numpy()
+  corrupted = (corrupted + float(diffusion.sigma(1.0)) * eta).reshape(2, n, -1)
+  drawn = diffusion.draw_prior(tf.range(n, dtype=tf.int64)).numpy().reshape(n, -1)
+
+  def divergence(x, y):
+    return float(sinkhorn.sinkhorn_divergence(x, y, relative_epsilon="std").divergence)
+
+  return {
+    "frechet": gaussians.frechet_between(drawn, corrupted[0]),
+    "frechet_floor": gaussians.frechet_between(corrupted[1], corrupted[0]),
+    "sinkhorn": divergence(drawn, corrupted[0]),
+    "sinkhorn_floor": divergence(corrupted[1], corrupted[0]),
+    "rms_mean": float(np.sqrt(np.mean((drawn.mean(0) - corrupted[0].mean(0)) ** 2))),
+  }

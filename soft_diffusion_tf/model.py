@@ -275,7 +275,7 @@ class SoftDiffusionModel(keras.Model):
     if pathlib.Path(filepath).suffix != ".keras":
       raise ValueError(
         f"{filepath}: this model is saved as a file that ends in .keras; save_weights writes "
-        "NAME.weights.h5, and artefact.export a SavedModel"
+        "NAME.weights.h5, and export.save a SavedModel"
       )
     super().save(filepath, *args, **kwargs)
 
@@ -520,7 +520,7 @@ class SoftDiffusionModel(keras.Model):
     if not isinstance(x, (list, tuple)) or len(x) != 2:
       raise ValueError(
         "predict takes a pair: model.predict([x_t, t]) of corrupted images [N, H, W, C] and their "
-        "times [N] gives E[x_0|x_t]; callbacks.SampleGrid and bulk.Drawer draw samples"
+        "times [N] gives E[x_0|x_t]; callbacks.SampleGrid and drawing.BatchSampler draw samples"
       )
     return self._predict(self.ema_network, *x)
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from soft_diffusion_tf import packages
+from soft_diffusion_tf import files, packages
 
 _METADATA = {"Software": None}  # keeps Matplotlib's version out of the file
 
@@ -48,14 +48,8 @@ def grid(images, columns=None, padding=1, zoom=1):
 
 def save_png(path, picture):
   """Writes a uint8 picture [H, W, 3] or [H, W, 1], whole or not at all."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  try:
+  with files.whole(path) as partial:
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(partial, "PNG")
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def zoom_for(images, target=64):

@@ -16,7 +16,6 @@ than the Gaussian is wanted a class derived from `Prior` with a `draw` of its ow
 
 import base64
 import dataclasses
-import pathlib
 import re
 import reprlib
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import arrays, gaussians, parts, rng, sinkhorn, trust
+from soft_diffusion_tf import arrays, files, moved, parts, rng, trust
 from soft_diffusion_tf.images import check_range
 
 _FACTORS = -1  # salt of the draw of z
@@ -79,10 +78,8 @@ class Prior:
 
   def save(self, path):
     """Writes an .npz, whole or not at all."""
-    path = pathlib.Path(path)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, kind=np.array(self.kind), mean=self.mean, factors=self.factors)
-    partial.replace(path)
+    with files.whole(path) as partial:
+      np.savez(partial, kind=np.array(self.kind), mean=self.mean, factors=self.factors)
 
   def get_config(self):
     """The same as text, ready for JSON: float32 arrays in base64."""
@@ -284,35 +281,4 @@ def corrupt_all(images, diffusion, t, batch=500):
   return np.concatenate(parts)
 
 
-def grade(diffusion, images, seed=0, count=1000):
-  """How far prior samples are from corrupted data: the start of sampling against the truth.
-
-  Both sides carry the noise σ_1, drawn independently. The floors are the same distances between two
-  disjoint halves of the data: what sampling alone gives.
-
-  Returns:
-    A dictionary: "frechet" (squared Fréchet distance in pixels), "frechet_floor", "sinkhorn" (the
-    debiased divergence, also a squared distance), "sinkhorn_floor" and "rms_mean" (root mean square
-    difference of the two means).
-  """
-  images = np.asarray(images, np.float32)
-  check_range(images, "the images to grade a prior by")
-  n = min(count, len(images) // 2)
-  if n < 2:
-    raise ValueError(f"grading a prior takes at least 4 images, got {len(images)}")
-  order = np.random.default_rng(seed).permutation(len(images))
-  corrupted = corrupt_all(images[order[: 2 * n]], diffusion, 1.0)
-  eta = rng.normal(tf.constant([seed, 0]), 0, 2 * n, diffusion.image_shape).numpy()
-  corrupted = (corrupted + float(diffusion.sigma(1.0)) * eta).reshape(2, n, -1)
-  drawn = diffusion.draw_prior(tf.range(n, dtype=tf.int64)).numpy().reshape(n, -1)
-
-  def divergence(x, y):
-    return float(sinkhorn.sinkhorn_divergence(x, y, relative_epsilon="std").divergence)
-
-  return {
-    "frechet": gaussians.frechet_between(drawn, corrupted[0]),
-    "frechet_floor": gaussians.frechet_between(corrupted[1], corrupted[0]),
-    "sinkhorn": divergence(drawn, corrupted[0]),
-    "sinkhorn_floor": divergence(corrupted[1], corrupted[0]),
-    "rms_mean": float(np.sqrt(np.mean((drawn.mean(0) - corrupted[0].mean(0)) ** 2))),
-  }
+__getattr__ = moved.getter(__name__)

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import rng, samplers
+from soft_diffusion_tf import moved, rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 from soft_diffusion_tf.images import check_floats
 
@@ -207,7 +207,7 @@ def corrupt(diffusion, x_0, t, seeds):
   return diffusion.forward(x_0, t, eta)
 
 
-def rows(diffusion, t, options=DEFAULT):
+def plan(diffusion, t, options=DEFAULT):
   """The plan of a sampler's steps from t down to 0, float32 [N, 6]."""
   if options.sampler.adaptive or options.times or options.grid not in (
     "uniform", "quadratic", "level",
@@ -267,7 +267,7 @@ class Restorer:
   """A trained model as a restorer of images, of the network's size or larger.
 
   Example:
-    restorer = Restorer(run.diffusion, run.model.denoiser())
+    restorer = Restorer(run.diffusion, run.denoiser())
     result = restorer(y, t=0.6, count=8)  # result.mean, result.uncertainty, result.samples
 
   Args:
@@ -347,7 +347,7 @@ class Restorer:
     if count < 1:
       raise ValueError(f"restoration takes at least 1 sample per image, got {count}")
     run, expect = self._for(y.shape[1:])
-    table = rows(self.diffusion, t, self.options)
+    table = plan(self.diffusion, t, self.options)
     parts, size = [], self.options.batch_size
     index = np.arange(len(y) * count)
     for k in tqdm.tqdm(range(0, len(index), size), progress, disable=progress is None):
@@ -356,3 +356,6 @@ class Restorer:
     samples = np.concatenate(parts).reshape(len(y), count, *y.shape[1:])
     expected = [expect(y[k : k + size], np.float32(t)).numpy() for k in range(0, len(y), size)]
     return Restored(samples, np.concatenate(expected))
+
+
+__getattr__ = moved.getter(__name__)

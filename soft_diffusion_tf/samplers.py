@@ -401,7 +401,7 @@ def path_length(diffusion: Diffusion, images: Any, times: Array, relative: bool 
   """Wasserstein length of the forward process from times[0] to each time, float64 [N].
 
   A step's length is √(E‖(C_t − C_s) x_0‖² + d (σ_t − σ_s)²): W₂ when the corruptions commute and
-  the noise is small beside the data (`scheduling`), an upper bound of W₂ always. `relative` divides
+  the noise is small beside the data (`transport`), an upper bound of W₂ always. `relative` divides
   a step by σ_t: how far it is in standard deviations of the noise.
 
   Args:
@@ -751,7 +751,7 @@ class Sampler:
     """Images by the probability flow with steps that keep an error (Dormand-Prince, `tfp.math`).
 
     The step size comes from the whole batch, so here an image depends on its batch, to within the
-    tolerances; `bulk` keeps batches fixed. From `end` the last evaluation gives x̂_0 itself.
+    tolerances; `drawing` keeps batches fixed. From `end` the last evaluation gives x̂_0 itself.
 
     Returns:
       Images float32 [B, H, W, C] and the number of evaluations of the denoiser.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import parts
+from soft_diffusion_tf import files, parts
 
 __all__ = [
   "Constant",
@@ -309,12 +309,9 @@ def _numbers(values: Any) -> bool:
 
 def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
   """Writes a schedule file whole or not at all."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps({"schema": 1, **content}, indent=1) + "\n", encoding="utf-8")
-  load_levels(partial)
-  partial.replace(path)
+  with files.whole(path) as partial:
+    files.write_json(partial, {"schema": 1, **content})
+    load_levels(partial)
 
 
 def piecewise(levels: Sequence[float], times: Sequence[float] | None = None) -> PiecewiseLinear:

@@ -108,9 +108,9 @@ def test_the_frechet_distance_is_logged(model, pipeline, digits):
   distance = callbacks.FrechetDistance(digits[:80], count=70, options=OPTIONS, every=2)
   history = model.fit(pipeline, steps_per_epoch=1, epochs=2, verbose=0, callbacks=[distance])
   [value] = history.history["FD[pixels]"]
-  from soft_diffusion_tf import bulk, gaussians, plots
+  from soft_diffusion_tf import drawing, gaussians, plots
 
-  images = bulk.Drawer(model.diffusion, model.denoiser(), OPTIONS).images(range(70))
+  images = drawing.BatchSampler(model.diffusion, model.denoiser(), OPTIONS).images(range(70))
   one, other = (
     np.float64(x.reshape(len(x), -1)) for x in (plots.to_uint8(images) / 255, digits[:80])
   )

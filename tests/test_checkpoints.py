@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import training
-from soft_diffusion_tf.checkpoints import Checkpoints
+from soft_diffusion_tf.training.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_checkpoint_without_its_index_is_said_to_be_passed_over(model, tmp_pat
   (tmp_path / "ckpt-3.index.bak").write_bytes(b"")
   assert Checkpoints(tmp_path, model).restore() == 1
   assert "ckpt-2 has lost its .index file and cannot be read" in capsys.readouterr().out
-  from soft_diffusion_tf import sweeps
+  from soft_diffusion_tf.evaluation import sweeps
 
   (tmp_path / "w").mkdir()
   tmp_path.joinpath("ckpt-1.index").rename(tmp_path / "w" / "kept.index")

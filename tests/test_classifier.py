@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import classifier, data
+from soft_diffusion_tf import data
+from soft_diffusion_tf.evaluation import classifier
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import artefact, training
+from soft_diffusion_tf import export, training
 
 V010 = pathlib.Path(__file__).parent / "golden" / "v010"
 TOLERANCE = 1e-4  # float32 rounding through at most 15 evaluations of the network; seen here: 0
@@ -69,7 +69,7 @@ def test_a_workdir_goes_on(workdir):
 
 
 def test_a_savedmodel_draws_the_same_images(exported, images):
-  loaded = artefact.load(exported)
+  loaded = export.load(exported)
   drawn = loaded.images(images["seeds"], loaded.options(sampler="ddim"))
   close(drawn, images["savedmodel_run_ddim"])
   signature = tf.saved_model.load(str(exported)).signatures["draw"]
@@ -78,5 +78,5 @@ def test_a_savedmodel_draws_the_same_images(exported, images):
 
 
 def test_a_packed_model_draws_the_same_images(images):
-  packed = artefact.from_pretrained(str(V010 / "packed.npz"))
+  packed = export.from_pretrained(str(V010 / "packed.npz"))
   close(packed.images(images["seeds"]), images["packed_two_step"])

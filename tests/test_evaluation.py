@@ -16,13 +16,14 @@ import tensorflow as tf
 from soft_diffusion_tf import (
   data,
   evaluation,
-  features,
+  files,
   gaussians,
   neighbours,
   plots,
   priors,
   training,
 )
+from soft_diffusion_tf.evaluation import distances, features, references
 
 PIXELS = features.feature_network("pixels")
 
@@ -123,7 +124,7 @@ def test_statistics_refuse_what_is_wrong(rng):
 def test_the_frechet_distance_three_ways(rng):
   one, two = features_like(rng, 900, 20), features_like(rng, 800, 20) + 0.1
   got = evaluation.frechet("FD", statistics(one).moments, statistics(two).moments)
-  metrics = evaluation._classifier_metrics()
+  metrics = distances._classifier_metrics()
   tfgan = metrics.frechet_classifier_distance_from_activations(
     tf.constant(one, tf.float64), tf.constant(two, tf.float64)
   )
@@ -140,7 +141,7 @@ def test_small_features_show_both_values(rng):
   # Products of variances fall below TF-GAN's 1e-10: its own value from activations is as far off.
   one, two = features_like(rng, 400, 8, 1e-3), features_like(rng, 300, 8, 1e-3)
   got = evaluation.frechet("FD", statistics(one).moments, statistics(two).moments)
-  metrics = evaluation._classifier_metrics()
+  metrics = distances._classifier_metrics()
   tfgan = metrics.frechet_classifier_distance_from_activations(
     tf.constant(one, tf.float64), tf.constant(two, tf.float64)
   )
@@ -182,7 +183,7 @@ def test_kid_of_few_rows_against_many_is_a_number(rng):
 def test_the_inception_score_is_tfgans(rng):
   logits = (5 * rng.standard_normal([700, 9])).astype(np.float32)
   got = statistics(rng.random([700, 2]), logits).inception_score
-  want = evaluation._classifier_metrics().classifier_score_from_logits(tf.constant(logits))
+  want = distances._classifier_metrics().classifier_score_from_logits(tf.constant(logits))
   assert got == pytest.approx(float(want), rel=1e-5)  # TF-GAN casts its result to float32
   # A certain classifier that uses K classes evenly scores K; one that is blind scores 1.
   sure = 1e3 * np.eye(4)[np.arange(400) % 4]
@@ -225,11 +226,11 @@ def test_a_tfgan_that_does_not_load(monkeypatch):
   def broken(module):
     raise AttributeError("gone in this version")
 
-  monkeypatch.setattr(evaluation.importlib, "import_module", broken)
+  monkeypatch.setattr(distances.importlib, "import_module", broken)
   with pytest.raises(ValueError, match=r"does not load under TensorFlow .*gone in this version"):
-    evaluation._classifier_metrics()
+    distances._classifier_metrics()
   with pytest.raises(ValueError, match="gone in this version"):  # and it says so every time
-    evaluation._classifier_metrics()
+    distances._classifier_metrics()
 
 
 # --- Streams ------------------------------------------------------------------------------------
@@ -320,14 +321,14 @@ def test_the_floor_looks_at_the_same_neighbours_as_the_samples(images, tmp_path)
 
 def test_a_reference_is_stored_once(images, tmp_path, monkeypatch):
   first = evaluation.reference(PIXELS, images, conditions(50), folder=tmp_path, progress=False)
-  before = evaluation.measure
-  monkeypatch.setattr(evaluation, "measure", None)  # whoever measures now fails
+  before = references.measure
+  monkeypatch.setattr(references, "measure", None)  # whoever measures now fails
   again = evaluation.reference(PIXELS, images, conditions(50), folder=tmp_path, progress=False)
   one = evaluation.compare(PIXELS, first.statistics, again.statistics)
   # Rooting eigenvalues of 1e-16, which singular covariances have, leaves 1e-8 each.
   assert one.distance.exact == pytest.approx(0, abs=1e-6)
   assert again.floor == first.floor
-  monkeypatch.setattr(evaluation, "measure", before)
+  monkeypatch.setattr(references, "measure", before)
   for changed in ({"count": 51}, {"split": "test"}, {"crop": "none"}):
     evaluation.reference(PIXELS, images, conditions(50) | changed, folder=tmp_path, progress=False)
   evaluation.reference(PIXELS, images ^ 1, conditions(50), folder=tmp_path, progress=False)
@@ -451,19 +452,19 @@ def test_a_sample_that_is_not_finite_is_named(run, images, monkeypatch):
     def images(self, seeds):
       return np.where(np.reshape(seeds, [-1, 1, 1, 1]) == 37, np.nan, np.zeros([1, 8, 8, 1]))
 
-  monkeypatch.setattr(run, "drawer", lambda options: Broken(), raising=False)
+  monkeypatch.setattr(run, "batch_sampler", lambda options: Broken(), raising=False)
   with pytest.raises(ValueError, match="image 37 holds NaN"):
     evaluation.evaluate_run(run, PIXELS, real, 50, progress=False)
 
 
 def test_records_survive_torn_lines(tmp_path):
   path = tmp_path / "deep" / "r.jsonl"
-  assert evaluation.read_records(path) == []
-  evaluation.append_record(path, {"a": 1})
+  assert files.read_records(path) == []
+  files.append_record(path, {"a": 1})
   with open(path, "a") as file:
     file.write('{"a": 2, "b"')
-  evaluation.append_record(path, {"a": 3})
-  assert evaluation.read_records(path) == [{"a": 1}, {"a": 3}]
+  files.append_record(path, {"a": 3})
+  assert files.read_records(path) == [{"a": 1}, {"a": 3}]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import features
+from soft_diffusion_tf.evaluation import features
 
 SPEC = tf.TensorSpec([None, None, None, 3], tf.float32)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_diffusion_tf import data, features, memorisation
+from soft_diffusion_tf import data
+from soft_diffusion_tf.evaluation import features, memorisation
 
 NET = features.feature_network("pixels:4")
 

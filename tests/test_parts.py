@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from soft_diffusion_tf import (
-  artefact,
   corruptions,
   evaluation,
-  features,
+  export,
   parts,
   samplers,
   schedules,
-  sweeps,
   training,
   trust,
 )
+from soft_diffusion_tf.evaluation import features, sweeps
 from soft_diffusion_tf.experiment import Evaluation, Experiment, Sampling
 from tests import seams
 
@@ -78,12 +77,12 @@ def goes_everywhere(tiny, tmp_path, changes):
       {"tests.seams:Brightness(white=1.0)/gap"} if experiment.evaluation.metrics else set()
     )
 
-    artefact.export(run, tmp_path / "export", [experiment.sampling])
-    again = artefact.load(tmp_path / "export")
+    export.save(run, tmp_path / "export", [experiment.sampling])
+    again = export.load(tmp_path / "export")
     assert again.experiment == experiment
     np.testing.assert_array_equal(again.images(SEEDS), images)
-    artefact.pack(run, tmp_path / "model.npz", dtype="float32")
-    np.testing.assert_array_equal(artefact.unpack(tmp_path / "model.npz").images(SEEDS), images)
+    export.pack(run, tmp_path / "model.npz", dtype="float32")
+    np.testing.assert_array_equal(export.unpack(tmp_path / "model.npz").images(SEEDS), images)
 
 
 def test_a_text_and_a_mapping_are_the_same_part():

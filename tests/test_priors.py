@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import priors, trust
+from soft_diffusion_tf import laboratory, priors, trust
 
 
 def test_a_colour_is_constant_and_fits_the_means(blur_diffusion, digits):
@@ -30,7 +30,9 @@ def test_channels_are_independent(rng):
 
 def test_better_priors_are_closer_to_corrupted_data(blur_diffusion, digits):
   grades = {
-    kind: priors.grade(blur_diffusion.with_prior(priors.fit(kind, digits, blur_diffusion)), digits)
+    kind: laboratory.grade_prior(
+      blur_diffusion.with_prior(priors.fit(kind, digits, blur_diffusion)), digits
+    )
     for kind in priors.KINDS
   }
   # Zero padding darkens the corners, which the printed prior does not know (theory: the gap is

@@ -184,4 +184,4 @@ def test_samplers_that_cannot_restore(blur_diffusion):
     Sampling(sampler="dormand_prince"), Sampling(grid="transport"), Sampling(times=(1.0, 0.0)),
   ):  # fmt: skip
     with pytest.raises(ValueError, match="take another sampler"):
-      restoration.rows(blur_diffusion, 0.5, options)
+      restoration.plan(blur_diffusion, 0.5, options)

@@ -13,6 +13,8 @@ import pytest
 import tensorflow as tf
 
 from soft_diffusion_tf import serving
+from soft_diffusion_tf.serving import app as app_module
+from soft_diffusion_tf.serving import codec
 from tests.standin import SIDE, StandIn, served
 
 pytest.importorskip("uvicorn", reason="serving needs uvicorn (the extra `serve`)")
@@ -298,7 +300,7 @@ def test_what_only_looked_row_wise_is_called_alone(folder):
 
 
 def test_an_answer_has_a_size_limit(client, monkeypatch):
-  monkeypatch.setattr(serving, "MOST_VALUES", 100)
+  monkeypatch.setattr(codec, "MOST_VALUES", 100)
   status, answer = client.predict(SAMPLE)
   assert (status, answer["error"]) == (400, "the answer has 384 numbers; ask for at most 100")
 
@@ -576,7 +578,7 @@ def test_only_hosts_that_are_served_are_answered(model):
   ],
 )  # fmt: skip
 def test_the_cause_is_said_whole(text, said):
-  assert serving._cause(tf.errors.InvalidArgumentError(None, None, text)) == said
+  assert app_module._cause(tf.errors.InvalidArgumentError(None, None, text)) == said
 
 
 def test_a_seed_does_not_wrap(client):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from soft_diffusion_tf import data, evaluation, experiment, packages, plots, shipped
+from soft_diffusion_tf import data, experiment, packages, plots, shipped
+from soft_diffusion_tf.evaluation import distances
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def test_an_unknown_name_names_the_nearest(name, near, tmp_path, monkeypatch):
     ("sklearn.datasets", lambda: data.load("digits", "train"), "scikit-learn"),
     ("tensorflow_datasets", lambda: data.load("cifar10", "train"), "tensorflow-datasets"),
     ("matplotlib", lambda: plots._figure(), "matplotlib"),
-    ("tensorflow_gan", evaluation._classifier_metrics, "tensorflow-gan==2.1.0"),
+    ("tensorflow_gan", distances._classifier_metrics, "tensorflow-gan==2.1.0"),
   ],
 )
 def test_a_missing_package_is_one_line(module, work, package, monkeypatch):

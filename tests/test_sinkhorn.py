@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 from scipy.optimize import linear_sum_assignment
 
-from soft_diffusion_tf import sinkhorn as module
-from soft_diffusion_tf.sinkhorn import identity_potentials, sinkhorn, sinkhorn_divergence
+from soft_diffusion_tf.transport import sinkhorn as module
+from soft_diffusion_tf.transport.sinkhorn import identity_potentials, sinkhorn, sinkhorn_divergence
 from tests import emulation
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "sinkhorn").glob("*.npz"))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from soft_diffusion_tf.strategies import _meet, make_strategy
+from soft_diffusion_tf.training.strategies import _meet, make_strategy
 
 
 def test_strategies_by_name(monkeypatch):

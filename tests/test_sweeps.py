@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_diffusion_tf import data, evaluation, features, sweeps, training
+from soft_diffusion_tf import data, evaluation, files, training
+from soft_diffusion_tf.evaluation import features, sweeps
 
 PIXELS = features.feature_network("pixels")
 GRID = {"names": ["naive", "momentum"], "nfes": [2, 3], "progress": False}
@@ -182,7 +183,7 @@ def test_refusals(workdir, real, tmp_path):
     with pytest.raises(ValueError, match="or a damaged one; make one by evaluate --sweep"):
       sweeps.best(tmp_path)
   with (
-    training.lock(workdir / "sweep"),
+    files.lock(workdir / "sweep"),
     pytest.raises(ValueError, match="another sweep is at work in it"),
   ):
     sweeps.sweep(workdir, PIXELS, real, 40, steps=[6], **GRID)

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import corruptions, monitoring, schedules, scheduling, training
+from soft_diffusion_tf import corruptions, data, files, schedules, training, transport
+from soft_diffusion_tf.model import NonFiniteLoss, SoftDiffusionModel
+from soft_diffusion_tf.training import monitoring, watching, workers
+from soft_diffusion_tf.training import run as run_of
+from soft_diffusion_tf.training import workdir as workdir_of
+from soft_diffusion_tf.training.checkpoints import Checkpoints
 
 
 def state(run):
@@ -27,10 +32,10 @@ def metrics(workdir):
 def test_a_config_that_no_checkpoint_fits_is_refused_before_memory_is_taken(tiny, tmp_path):
   (tmp_path / "checkpoints").mkdir()
   (tmp_path / "checkpoints" / "ckpt-2.data-00000-of-00001").write_bytes(bytes(100_000))
-  training._check_size(tmp_path, tiny)
+  run_of._check_size(tmp_path, tiny)
   largest = {"nf": 4096, "num_res_blocks": 128}
   with pytest.raises(ValueError, match=r"[\d,]{13,} weights, and no checkpoint|GiB of memory"):
-    training._check_size(tmp_path, tiny.replace(network=largest))
+    run_of._check_size(tmp_path, tiny.replace(network=largest))
   for field in ("nf", "num_res_blocks"):
     with pytest.raises(ValueError, match=f"network.{field} must be from"):
       tiny.replace(network={field: 10**6})
@@ -47,9 +52,9 @@ def test_a_workdir_holds_everything(tiny, tmp_path):
   loaded = training.load(tmp_path)
   for a, b in zip(state(run), state(loaded)):
     np.testing.assert_array_equal(a, b)
-  images = loaded.sampler()(loaded.table(), range(3))
+  images = loaded.sampler()(loaded.plan(), range(3))
   assert images.shape == (3, 8, 8, 1)
-  np.testing.assert_array_equal(images, run.sampler()(run.table(), range(3)))
+  np.testing.assert_array_equal(images, run.sampler()(run.plan(), range(3)))
 
 
 def test_images_of_ones_own_are_trained_on_and_their_labels_are_named(tiny, tmp_path, rng):
@@ -159,9 +164,9 @@ def test_another_config_is_refused_and_nothing_changes(tiny, tmp_path):
 
 def test_a_second_process_is_refused(tiny, tmp_path):
   with (
-    training.lock(tmp_path),
+    files.lock(tmp_path),
     pytest.raises(ValueError, match="another process is training in it"),
-    training.lock(tmp_path),
+    files.lock(tmp_path),
   ):
     pass
 
@@ -177,7 +182,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny, tmp_path, capsys):
 
 def test_a_non_finite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
-  original = training.SoftDiffusionModel.call
+  original = SoftDiffusionModel.call
 
   def poisoned(self, x_t, t, **options):
     late = (t > 0.6) & (self.optimizer.iterations >= 3)
@@ -189,14 +194,12 @@ def test_a_non_finite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
   def steep(self, x_t, t, **options):
     return tf.sqrt(0.0 * original(self, x_t, t, **options))  # its derivative is not finite
 
-  monkeypatch.setattr(training.SoftDiffusionModel, "call", poisoned)
+  monkeypatch.setattr(SoftDiffusionModel, "call", poisoned)
   text = r"the loss \(t = 0\.[6-9]\d+, σ = 0\.1\) is not finite at step 3; the last good"
-  with pytest.raises(training.NonFiniteLoss, match=text):
+  with pytest.raises(NonFiniteLoss, match=text):
     training.train(tiny, tmp_path, progress=False)
-  monkeypatch.setattr(training.SoftDiffusionModel, "call", steep)
-  with pytest.raises(
-    training.NonFiniteLoss, match="the gradient is not finite at step 2; the last"
-  ):
+  monkeypatch.setattr(SoftDiffusionModel, "call", steep)
+  with pytest.raises(NonFiniteLoss, match="the gradient is not finite at step 2; the last"):
     training.train(tiny, tmp_path, progress=False)
   monkeypatch.undo()
   assert training.load(tmp_path).step == 2
@@ -218,7 +221,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
 def test_a_workdir_without_checkpoints(tiny, tmp_path, monkeypatch):
   training.train(tiny.replace(training={"steps": 2}), tmp_path, progress=False)
   shutil.rmtree(tmp_path / "checkpoints")
-  monkeypatch.setattr(training, "build", None)  # said before the network is made
+  monkeypatch.setattr(run_of, "build", None)  # said before the network is made
   with pytest.raises(ValueError, match="no readable checkpoint"):
     training.load(tmp_path)
   (tmp_path / "prior.npz").unlink()
@@ -258,9 +261,10 @@ def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
   original = monitoring.Monitor.record
 
   def terminate(self, step, **values):
-    original(self, step, **values)
+    record = original(self, step, **values)
     if step == 4:
       signal.raise_signal(signal.SIGTERM)
+    return record
 
   rare = tiny.replace(training={"checkpoint_every": 100})
   monkeypatch.setattr(monitoring.Monitor, "record", terminate)
@@ -295,7 +299,7 @@ else:
   tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from soft_diffusion_tf import training
 from soft_diffusion_tf.experiment import Experiment
-from soft_diffusion_tf.strategies import make_strategy
+from soft_diffusion_tf.training.strategies import make_strategy
 strategy = make_strategy("multi_worker" if ports != [""] else "mirrored")
 e = Experiment.from_config(json.loads(sys.stdin.read())).replace(training={"steps": steps})
 run = training.train(e, workdir, strategy, progress=False)
@@ -425,7 +429,7 @@ def test_a_lost_worker_ends_the_others_and_all_can_go_on(tiny, tmp_path, victim)
   assert "error: another worker is gone" in error
   both[victim].communicate()
 
-  step = training.Checkpoints(tmp_path / "w" / "checkpoints", training.load(tmp_path / "w").model)
+  step = Checkpoints(tmp_path / "w" / "checkpoints", training.load(tmp_path / "w").model)
   steps = step.restore() + 4
   for process in start(_free_ports(2), steps):
     _, error = process.communicate(timeout=300)
@@ -510,7 +514,7 @@ def test_the_rate_may_be_lowered_on_the_way(tiny, tmp_path):
 
 def test_the_held_out_loss_is_that_of_the_test_split(tiny, tmp_path):
   run = training.train(tiny, tmp_path, progress=False)
-  images = training.data.load("digits", "test").floats()  # 297, less than are looked at
+  images = data.load("digits", "test").floats()  # 297, less than are looked at
   for name, averaged in (("held_out_loss", False), ("held_out_ema_loss", True)):
     each, t = run.model.held_out(tf.constant(images), averaged)
     last = metrics(tmp_path)[-1]
@@ -563,12 +567,12 @@ def test_records_without_a_checkpoint_are_not_written_over(tiny, tmp_path):
 def test_every_file_that_tells_of_steps_is_a_record(name, tmp_path):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / "history.jsonl").write_text('{"step": 0, "changed": {}}\n')
-  training._check_records(tmp_path, None, False)  # of no step
+  workdir_of.check_records(tmp_path, None, False)  # of no step
   (tmp_path / name).write_text('{"step": 0}\n{"step": 20}\n')
   with pytest.raises(ValueError, match=rf"has records \({re.escape(name)}\) and no checkpoint"):
-    training._check_records(tmp_path, None, False)
-  training._check_records(tmp_path, None, True)
-  training._check_records(tmp_path, 20, False)
+    workdir_of.check_records(tmp_path, None, False)
+  workdir_of.check_records(tmp_path, None, True)
+  workdir_of.check_records(tmp_path, 20, False)
 
 
 @pytest.mark.slow
@@ -602,7 +606,7 @@ def test_what_lies_ahead_is_said_before_training(tiny, tmp_path, capsys):
   assert "held_out_loss" not in metrics(tmp_path / "w")[-1]
   raw = training.load(tmp_path / "w", averaged=False)
   assert raw.remark == ""
-  denoise = raw.drawer().sampler.denoiser
+  denoise = raw.batch_sampler().sampler.denoiser
   x, t = tf.constant(np.full((1, 8, 8, 1), 0.5, np.float32)), tf.constant([0.5])
   np.testing.assert_array_equal(denoise(x, t), raw.model.denoiser(ema=False)(x, t))
   assert np.any(denoise(x, t) != raw.model.denoiser()(x, t))
@@ -617,7 +621,7 @@ def test_workers_agree_on_everything_or_not_at_all(tiny, monkeypatch, digits, pa
     num_replicas_in_sync = 2
 
   def ask(other):
-    process, source = tiny.build_diffusion(), training.data.load("digits")
+    process, source = tiny.build_diffusion(), data.load("digits")
     prior = priors.fit("colour", digits + (0.001 if other == "prior" else 0.0), process)
     images = source.images ^ 1 if other == "images" else source.images
     images = images[:-1] if other == "count" else images
@@ -625,14 +629,14 @@ def test_workers_agree_on_everything_or_not_at_all(tiny, monkeypatch, digits, pa
     if other == "weights":
       model.network.variables[0].assign(model.network.variables[0] + 1e-6)
     experiment = tiny.replace(seed=5) if other == "config" else tiny
-    source = training.data.Source("x", images, source.labels)
-    training._check_agreement(Two(), experiment, int(other == "step"), source, prior, model)
+    source = data.Source("x", images, source.labels)
+    workers.check_agreement(Two(), experiment, int(other == "step"), source, prior, model)
 
   sent = []
-  monkeypatch.setattr(training, "_several_workers", lambda strategy: True)
-  monkeypatch.setattr(training, "_make_total", lambda strategy: lambda v: sent.append(v) or 2 * v)
+  monkeypatch.setattr(workers, "_several_workers", lambda strategy: True)
+  monkeypatch.setattr(workers, "_make_total", lambda strategy: lambda v: sent.append(v) or 2 * v)
   ask(part)  # alone, it agrees with itself
-  monkeypatch.setattr(training, "_make_total", lambda strategy: lambda v: v + sent[0])
+  monkeypatch.setattr(workers, "_make_total", lambda strategy: lambda v: v + sent[0])
   if part is None:
     ask(None)
     return
@@ -678,13 +682,13 @@ def test_the_estimate_of_memory(tiny):
 
 
 def test_sigterm_before_the_first_step(tiny, tmp_path, monkeypatch):
-  load = training.data.load
+  load = data.load
 
   def slow(*args):
     os.kill(os.getpid(), signal.SIGTERM)
     return load(*args)
 
-  monkeypatch.setattr(training.data, "load", slow)
+  monkeypatch.setattr(data, "load", slow)
   with pytest.raises(training.Preempted, match="before the first step"):
     training.train(tiny, tmp_path, progress=False)
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -692,7 +696,7 @@ def test_sigterm_before_the_first_step(tiny, tmp_path, monkeypatch):
 
 def test_a_clip_that_decides_for_long_is_said_once():
   said = []
-  clipped = training._Clipped(2.0, said.append)
+  clipped = watching.Clipped(2.0, said.append)
   record = lambda norm: {"steps": 100, "gradient_norm": norm}
   for norm in (*4 * [300.0], 150.0, *4 * [201.0]):  # 100 times the clip is 200
     clipped.add(record(norm))
@@ -727,7 +731,7 @@ def test_weights_of_a_wide_range_are_said(tiny, tmp_path, capsys):
 def test_a_corruption_that_is_not_linear_goes_from_end_to_end(tiny, tmp_path):
   """Levels by Sinkhorn, training, samples."""
   images = tiny.data.load(progress=False).floats(slice(0, 64))
-  path, facts = scheduling.find(
+  path, facts = transport.find(
     corruptions.Gamma(), images, 0.0, 3.0, count=8, nodes=4, method="sinkhorn"
   )
   assert facts["method"] == "sinkhorn"

@@ -7,10 +7,12 @@ import keras
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import artefact, corruptions, data, features, parts, priors, training, trust
+from soft_diffusion_tf import corruptions, data, export, parts, priors, training, trust
 from soft_diffusion_tf.diffusion import Diffusion
+from soft_diffusion_tf.evaluation import features
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
+from soft_diffusion_tf.training import workdir
 
 _MODULE = """
 import dataclasses, pathlib
@@ -78,7 +80,7 @@ def open_(request, run, tmp_path):
   """A function of a corruption's config: opens a model whose file names it."""
   kind = request.param
   if kind == "packed":
-    artefact.pack(run, tmp_path / "good.npz")
+    export.pack(run, tmp_path / "good.npz")
     with np.load(tmp_path / "good.npz") as file:
       content = dict(file)
 
@@ -87,14 +89,14 @@ def open_(request, run, tmp_path):
       about.pop("sha256")
       about["experiment"]["corruption"] = config
       np.savez(tmp_path / "m.npz", **content | {"about": np.array(json.dumps(about))})
-      return artefact.from_pretrained(tmp_path / "m.npz", **consent)
+      return export.from_pretrained(tmp_path / "m.npz", **consent)
 
   elif kind == "workdir":
     training.write(run, tmp_path / "w")
 
     def opens(config, **consent):
       _in_json(tmp_path / "w" / "config.json", lambda c: c | {"corruption": config})
-      return artefact.from_pretrained(tmp_path / "w", **consent)
+      return export.from_pretrained(tmp_path / "w", **consent)
 
   elif kind == "experiment":
     content = run.experiment.to_dict()
@@ -143,7 +145,7 @@ def test_with_consent_it_opens(open_, ran, blur_diffusion):
 
 
 @pytest.mark.parametrize(
-  "name", ["this:s", "os:system", "soft_diffusion_tf.artefact:shutil.rmtree"]
+  "name", ["this:s", "os:system", "soft_diffusion_tf.export.folder:shutil.rmtree"]
 )
 def test_nor_does_code_that_is_at_hand_already(name):
   for config in ({"kind": name}, {"kind": "Family", "family": name, "low": 0, "high": 10}):
@@ -230,11 +232,11 @@ def test_a_run_goes_on_with_the_code_that_its_config_names_and_no_other(run, ran
   fade = corruptions.from_config(CLASS, trust_code=True)
   own = e.replace(corruption=fade)
   own.save(tmp_path)
-  assert training._changes(tmp_path, own) == {}
+  assert workdir.changed_fields(tmp_path, own) == {}
   ran.unlink()
   del sys.modules["foreign_module"]
   with pytest.raises(ValueError, match="another config"):
-    training._changes(tmp_path, e)
+    workdir.changed_fields(tmp_path, e)
   assert not ran.exists()
   nested = corruptions.Compose(corruptions.GaussianBlur(), fade)
   assert parts.code_of(nested.get_config()) == {"foreign_module:Fade"}

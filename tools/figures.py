@@ -17,6 +17,7 @@ import pathlib
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 FIGURES = ("1", "2", "3", "6", "7", "8", "9", "11", "12")
@@ -84,7 +85,7 @@ def figure_1(runs, path):
   from soft_diffusion_tf import plots, rng
 
   run, shown = runs.first, 2
-  times, states, _ = run.sampler().trajectory(run.table(), np.arange(shown), 9)
+  times, states, _ = run.sampler().trajectory(run.plan(), np.arange(shown), 9)
   real = runs.source(run.experiment.data.train_split)
   x_0 = real.floats(np.random.default_rng(0).permutation(len(real))[:shown])
   eta = rng.normal_per_image(rng.image_seeds(np.arange(shown)), 0, run.diffusion.image_shape)
@@ -105,7 +106,7 @@ def figure_2(runs, path):
 
 
 def figure_3(runs, path):
-  from soft_diffusion_tf import sweeps
+  from soft_diffusion_tf.evaluation import sweeps
 
   sweeps.plot(path, *(sweeps.last_sweep(w) for w in runs.workdirs), names=list(runs.all))
 
@@ -131,7 +132,7 @@ def figure_7(runs, path):
   picked = np.random.default_rng(0).permutation(len(real))[:shown]
   x_0 = tf.constant(real.floats(picked))
   seeds = rng.image_seeds(np.arange(shown))
-  denoise = tf.function(run.model.denoiser(), autograph=False)
+  denoise = tf.function(run.denoiser(), autograph=False)
   states, predictions = [], []
   for k, time in enumerate(times):
     t = tf.fill([shown], tf.constant(time))
@@ -177,7 +178,8 @@ def figure_11(runs, path):
 def figure_12(runs, path):
   import numpy as np
 
-  from soft_diffusion_tf import features, memorisation, plots
+  from soft_diffusion_tf import plots
+  from soft_diffusion_tf.evaluation import features, memorisation
 
   e = runs.first.experiment
   train = runs.source(e.data.train_split)
@@ -199,7 +201,7 @@ def main():
   for name in wanted:
     if name not in FIGURES:
       raise ValueError(f"--figures={name}: there are {', '.join(FIGURES)}")
-  from soft_diffusion_tf import sweeps
+  from soft_diffusion_tf.evaluation import sweeps
 
   swept = all((pathlib.Path(w) / sweeps.BEST_FILE).exists() for w in _WORKDIR.value)
   if not _FIGURES.value and not swept:
@@ -208,7 +210,7 @@ def main():
   out = pathlib.Path(_OUT.value)
   paths = {name: out / f"figure_{name}.png" for name in wanted}
   for path in paths.values():
-    cli.refuse_to_overwrite(path, _FORCE.value)
+    files.check_file(path, _FORCE.value)
   runs = _Runs(_WORKDIR.value)
   for name, path in paths.items():
     globals()[f"figure_{name}"](runs, path)

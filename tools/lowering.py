@@ -98,7 +98,7 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
     arguments = [tf.TensorSpec([batch, *shape], tf.float32)]
   else:
     held = training.Run(experiment, model, 0)
-    denoiser, table = held.sampler().denoiser, held.table()
+    denoiser, table = held.sampler().denoiser, held.plan()
 
     def run(rows, seeds):
       x = model.diffusion.draw_prior(seeds)
@@ -143,7 +143,7 @@ def lower(function, arguments, model):
   """Lowers a tf.function over a model's variables; arguments are specifications: `Lowered`."""
   import tensorflow as tf
 
-  from soft_diffusion_tf import checkpoints
+  from soft_diffusion_tf.training import checkpoints
 
   concrete = function.get_concrete_function(*arguments)
   text = stablehlo(function, arguments)

@@ -16,6 +16,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 if __name__ == "__main__":  # tests import this file, and a flag can be defined but once
@@ -86,21 +87,14 @@ def parse_times(texts):
 
 
 def main():
-  from soft_diffusion_tf import (
-    corruptions,
-    data,
-    evaluation,
-    features,
-    plots,
-    restoration,
-    training,
-  )
+  from soft_diffusion_tf import corruptions, data, evaluation, plots, restoration, training
+  from soft_diffusion_tf.evaluation import features
 
   times = parse_times(_TIMES.value)
   out = pathlib.Path(_OUT.value)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out")
-  cli.check_folder(out)
+  files.check_folder(out)
   run = training.load(_WORKDIR.value)
   e, diffusion = run.experiment, run.diffusion
   data.check_consent(e.data.name, e.data.data_dir)
@@ -128,7 +122,7 @@ def main():
     sigma, level = float(diffusion.sigma(t)), float(diffusion.level(t))
     apply = lambda x, t=t: diffusion.corrupt(x.astype(np.float32), np.float32(t)).numpy()
     adjoint = lambda x, t=t: diffusion.adjoint(x.astype(np.float32), np.float32(t)).numpy()
-    noisy = restoration.Restorer(diffusion, run.model.denoiser())
+    noisy = restoration.Restorer(diffusion, run.denoiser())
     y, y_tuning = noisy.corrupt(clean, t), noisy.corrupt(tuning, t, seed=10**6)
     rows, shown = {}, {"y": y}
 
@@ -163,7 +157,7 @@ def main():
     record("bicubic", shown["bicubic"], factor=factor)
     for name, explain in (("model", False), ("model, held to y", True)):
       options = restoration.DEFAULT.changed(batch_size=256)
-      restorer = restoration.Restorer(diffusion, run.model.denoiser(), options, explain)
+      restorer = restoration.Restorer(diffusion, run.denoiser(), options, explain)
       result = restorer(y, t, _SAMPLES.value)
       error = np.abs(result.mean - clean).ravel()
       record(

@@ -19,6 +19,8 @@ import shutil
 import sys
 import tempfile
 
+from soft_diffusion_tf import files
+
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # of a program in tools/, which imports another
 RUNNER = pathlib.Path(__file__).with_name("portable_runner.py")
@@ -95,7 +97,7 @@ def plans_of(run, text):
     options = run.options(sampler=name, nfe=int(nfe))
     if options.grid in ("transport", "relative"):
       raise ValueError(f"--plans={item}: the grid {options.grid} measures samples; export another")
-    tables[item] = run.table(options).numpy()
+    tables[item] = run.plan(options).numpy()
   longest = max(map(len, tables.values()), default=0)
   return {k: np.pad(v, [[0, longest - len(v)], [0, 0]]) for k, v in tables.items()}
 
@@ -108,7 +110,7 @@ def recipes(model, store=False):
   """
   import numpy as np
 
-  from soft_diffusion_tf import checkpoints
+  from soft_diffusion_tf.training import checkpoints
   from tools.portable_runner import digest_of
 
   initialisers = {
@@ -336,8 +338,9 @@ def bring_back(folder, results, workdir):
   """
   import numpy as np
 
-  from soft_diffusion_tf import checkpoints, priors, training
+  from soft_diffusion_tf import priors, training
   from soft_diffusion_tf.experiment import Experiment
+  from soft_diffusion_tf.training import checkpoints
   from tools.portable_runner import Refused, read_manifest
 
   folder, workdir = pathlib.Path(folder), pathlib.Path(workdir)
@@ -436,7 +439,7 @@ def _export():
   value = {name: flag.value for name, flag in _FLAGS.items()}
   if (value["config"] is None) == (value["workdir"] is None):
     raise ValueError("give --config=FILE for a fresh run, or --workdir=DIR for one that has begun")
-  cli.check_folder(value["out"])
+  files.check_folder(value["out"])
   check_new(value["out"], "out")
   if value["workdir"]:
     run = training.load(value["workdir"], trust_code=value["trust_code"])
@@ -460,7 +463,7 @@ def _export():
 
 
 def _import():
-  cli.check_folder(_FLAGS["workdir"].value, "workdir")
+  files.check_folder(_FLAGS["workdir"].value, "workdir")
   run = bring_back(*(_FLAGS[name].value for name in ("folder", "results", "workdir")))
   whole = json.loads((pathlib.Path(_FLAGS["workdir"].value) / "portable.json").read_text())
   note = "" if whole["whole_state"] else " (averaged weights alone: Adam's state did not travel)"

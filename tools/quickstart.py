@@ -6,6 +6,7 @@ import time
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
@@ -16,11 +17,12 @@ _FRESH = flags.DEFINE_bool("fresh", False, "Start over, deleting the workdir of 
 def main():
   import numpy as np
 
-  from soft_diffusion_tf import evaluation, features, plots, schedules, scheduling, training
+  from soft_diffusion_tf import evaluation, plots, schedules, training, transport
+  from soft_diffusion_tf.evaluation import features
 
   started = time.monotonic()
   workdir = pathlib.Path(_WORKDIR.value)
-  cli.check_folder(workdir, "workdir")
+  files.check_folder(workdir, "workdir")
   if _CONFIG.value is None:
     raise ValueError("give --config=FILE, such as configs/digits_blur.py")
   experiment = cli.experiment_of(_CONFIG.value)
@@ -34,7 +36,7 @@ def main():
 
   print(f"1/4  blur schedule: shortest path between {len(source)} blurred digits", flush=True)
   first, last = schedules.ends(experiment.level)
-  path, facts = scheduling.find(experiment.corruption, source.floats(), first, last)
+  path, facts = transport.find(experiment.corruption, source.floats(), first, last)
   schedules.save_levels(workdir / "schedule.json", {"data": d.name, **facts, **path.to_dict()})
   experiment = experiment.replace(
     level=schedules.Staged(schedules.piecewise(path.levels.tolist()), 0.2, 1.0)
@@ -65,7 +67,7 @@ def main():
     workdir / "samples.png",
     [("real digits", real), (f"samples ({how})", np.concatenate(samples)[:100])],
   )
-  rows = run.table()
+  rows = run.plan()
   times, states, predictions = run.sampler().trajectory(rows, np.arange(10), 10)
   plots.process(workdir / "reverse_process.png", times, states, predictions)
 

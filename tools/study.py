@@ -26,7 +26,7 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from soft_diffusion_tf import corruptions, losses, priors, samplers, schedules
+from soft_diffusion_tf import corruptions, files, losses, priors, samplers, schedules
 from soft_diffusion_tf.bin import cli
 from soft_diffusion_tf.experiment import (
   Data,
@@ -360,10 +360,10 @@ def _largest_distance(experiment):
 
 
 def _transport_levels(experiment, nodes=32):
-  from soft_diffusion_tf import scheduling
+  from soft_diffusion_tf import transport
 
   first, last = schedules.ends(experiment.level)
-  path, _ = scheduling.find(
+  path, _ = transport.find(
     experiment.corruption, _images(experiment), first, last, count=128, nodes=nodes
   )
   return schedules.piecewise(path.levels)
@@ -371,11 +371,11 @@ def _transport_levels(experiment, nodes=32):
 
 def _mse_levels(experiment, nodes=32):
   """Levels of Eq. 55: the blur's MSE decays like the VE process's."""
-  from soft_diffusion_tf import scheduling
+  from soft_diffusion_tf import transport
 
   first, last = schedules.ends(experiment.level)
   ve = schedules.Geometric(0.01, _largest_distance(experiment))
-  levels = scheduling.mse_matched(
+  levels = transport.mse_matched(
     experiment.corruption, _images(experiment), first, last, experiment.sigma, ve, nodes
   )
   return schedules.piecewise(levels)
@@ -386,14 +386,14 @@ def _mse_levels(experiment, nodes=32):
 
 def job(study, name, seed, out):
   """Trains the model with the seed and measures what is not yet measured."""
-  from soft_diffusion_tf import training
 
-  with training.lock(out / "locks" / f"{name}-{seed}", wait=True):  # of a killed study's worker
+  with files.lock(out / "locks" / f"{name}-{seed}", wait=True):  # of a killed study's worker
     _job(study, name, seed, out)
 
 
 def _job(study, name, seed, out):
-  from soft_diffusion_tf import evaluation, features, plots, priors, training
+  from soft_diffusion_tf import evaluation, plots, priors, training
+  from soft_diffusion_tf.evaluation import features
 
   path, done = out / "results" / f"{name}-{seed}.jsonl", out / "done" / f"{name}-{seed}"
   records = all_records(out)
@@ -415,7 +415,9 @@ def _job(study, name, seed, out):
     return d.load(split, progress=False)
 
   source = load(d.train_split)
-  network = features.feature_network(study.feature_net, source, progress=False)
+  judge = out / "judge"  # kept with the results: a classifier trained elsewhere is another one
+  with files.lock(judge, wait=True):
+    network = features.feature_network(study.feature_net, source, progress=False, folder=judge)
   check_judge([*records, {"judge": network.label, "judge_sha256": network.digest}])
   run = training.train(experiment, workdir, progress=False)
   real = {}
@@ -430,7 +432,7 @@ def _job(study, name, seed, out):
   clean = source.floats(slice(0, training.PRIOR_IMAGES))
   for kind in PRIORS:
     processes[kind] = own.with_prior(priors.fit(kind, clean, own, 16))
-  sampler = samplers.Sampler(own, run.model.denoiser())
+  sampler = samplers.Sampler(own, run.denoiser())
   # Other seeds than any other model's: the samples of two models are then independent, and a new
   # model changes nothing for those that are there.
   first = 1_000_000 * (1 + seed) + 10_000_000 * zlib.crc32(name.encode())
@@ -457,7 +459,7 @@ def _job(study, name, seed, out):
       "step": run.step, "samples": study.samples, "judge": network.label,
       "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
     }  # fmt: skip
-    evaluation.append_record(path, record)
+    files.append_record(path, record)
   _mark(done)
 
 
@@ -839,10 +841,9 @@ def _number(value):
 
 
 def all_records(out):
-  from soft_diffusion_tf import evaluation
 
-  files = sorted((out / "results").glob("*.jsonl"))
-  return [r for file in files for r in evaluation.read_records(file)]
+  paths = sorted((out / "results").glob("*.jsonl"))
+  return [r for path in paths for r in files.read_records(path)]
 
 
 def check_judge(records):
@@ -952,7 +953,7 @@ STUDIES = {"digits": digits, "cifar": cifar, "defaults": defaults, "mixtures": m
 
 def main():
   out = pathlib.Path(_OUT.value)
-  cli.check_folder(out)
+  files.check_folder(out)
   if _JOB.value is not None:
     import tensorflow as tf
 

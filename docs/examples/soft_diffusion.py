@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import corruptions, data, plots, schedules, scheduling
+from soft_diffusion_tf import corruptions, data, plots, schedules, transport
 from soft_diffusion_tf.networks import NCSNpp
 
 
@@ -24,7 +24,7 @@ def train_and_sample(steps=2000, batch=64, nfe=60, count=32):
   # 1. The process. The blur's levels are the shortest path, in transport distance, from clean to
   #    fully blurred digits (3.3): a step from one level to the next is always about as far.
   blur = corruptions.GaussianBlur()
-  path, _ = scheduling.find(blur, images, first=0.01, last=6.0)
+  path, _ = transport.find(blur, images, first=0.01, last=6.0)
   # First a little noise (t < 0.2), then the blur (App. D).
   level = schedules.Staged(schedules.piecewise(path.levels.tolist()), begin=0.2, end=1.0)
   sigma = schedules.Staged(schedules.Geometric(0.01, 0.1), begin=0.0, end=0.2)

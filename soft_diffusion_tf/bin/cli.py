@@ -4,11 +4,9 @@ import contextlib
 import functools
 import math
 import os
-import pathlib
 import re
 import signal
 import sys
-import tempfile
 import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -21,7 +19,6 @@ from soft_diffusion_tf import parts, shipped
 
 BAD_INPUT = 2
 FAULT = 1  # the program's own
-AGAIN = 75  # what schedulers take for a run to be started once more
 MOST_SHOWN = 10_000  # images in one picture
 
 _LONGEST = 1000  # characters of an error's line
@@ -177,37 +174,6 @@ def refuse(ignored, why):
   for flag in ignored:
     if flag.present and flag.value is not False:
       raise ValueError(f"{why}; leave {flag.serialize()} out")
-
-
-def refuse_to_overwrite(path, force, flag="out"):
-  """Raises the ValueError of a file, named by `flag`, that is there already, unless `force`, or
-  that cannot be written.
-  """
-  path = pathlib.Path(path)
-  if os.path.isdir(path):
-    raise ValueError(f"--{flag}={path} is a folder; give the name of a file")
-  if os.path.exists(path) and not force:
-    raise ValueError(f"{path} is there already; give another --{flag} or --force")
-  check_folder(path.parent, flag, path)
-
-
-def check_folder(folder, flag="out", path=None):
-  """Raises the ValueError of a folder, named by `flag`, that is none, or cannot be written to.
-
-  Before any work is done. Nothing is left there, and no folder is made.
-  """
-  place = pathlib.Path(folder)
-  try:
-    pathlib.Path(path or folder).exists()  # raises for a name that is too long
-    while not place.exists():
-      place = place.parent
-    with tempfile.TemporaryFile(dir=place):
-      pass
-  except OSError as error:
-    why = f"{place} is a file" if place.is_file() else error.strerror or error
-    raise ValueError(
-      f"--{flag}={path or folder}: cannot be written ({why}); give another --{flag}"
-    ) from None
 
 
 # --- Parsing --------------------------------------------------------------------------------------
@@ -441,18 +407,19 @@ def _guarded(main, goes_on, most_words=0):
     import tensorflow as tf
 
     from soft_diffusion_tf import training, trust
+    from soft_diffusion_tf.model import NonFiniteLoss
 
     _start.loaded(signal.SIGINT, *(() if goes_on else (signal.SIGTERM,)))
-    bad_input = (ValueError, OSError, training.NonFiniteLoss, tf.errors.ResourceExhaustedError)
+    bad_input = (ValueError, OSError, NonFiniteLoss, tf.errors.ResourceExhaustedError)
     try:
       with trust.trust_code("trust_code" in flags.FLAGS and flags.FLAGS.trust_code):
         main()
     except training.Preempted as end:
       print(end, file=sys.stderr)
-      sys.exit(AGAIN)
+      sys.exit(os.EX_TEMPFAIL)
     except training.WorkerLost as end:
       print(f"error: {end}", file=sys.stderr, flush=True)
-      os._exit(AGAIN)  # an orderly exit would wait for the worker that is gone
+      os._exit(os.EX_TEMPFAIL)  # an orderly exit would wait for the worker that is gone
     except MemoryError as error:
       if _DEBUG.value:
         raise

@@ -19,6 +19,7 @@ import os
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
@@ -45,7 +46,7 @@ def _check():
   elif os.path.exists(_OUT.value):
     raise ValueError(f"--out={_OUT.value} is there already; give another --out or remove it")
   else:
-    cli.check_folder(os.path.dirname(os.path.abspath(_OUT.value)), "out", _OUT.value)
+    files.check_folder(os.path.dirname(os.path.abspath(_OUT.value)), "out", _OUT.value)
 
 
 def main():

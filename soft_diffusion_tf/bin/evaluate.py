@@ -13,6 +13,7 @@ import pathlib
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.")
@@ -92,7 +93,8 @@ class _Job:
   """What the flags ask for: the run's experiment, the network, the real images."""
 
   def __init__(self):
-    from soft_diffusion_tf import data, experiment, features, rng
+    from soft_diffusion_tf import data, experiment, rng
+    from soft_diffusion_tf.evaluation import features
 
     self.workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     self.experiment = experiment.Experiment.load(self.workdir) if self.workdir else None
@@ -251,7 +253,7 @@ def _evaluate(job):
       f"step {run.step} (EMA {result.conditions['ema_decay']:g}), {options.summary}, "
       f"{_effort(options)}, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
-  evaluation.append_record(job.workdir / "evaluations.jsonl", result.record())
+  files.append_record(job.workdir / "evaluations.jsonl", result.record())
   _print(result, print_as)
 
 
@@ -263,7 +265,8 @@ def _effort(options):
 
 def _run(job):
   """The run at --checkpoint, and its sampling options."""
-  from soft_diffusion_tf import samplers, sweeps, training
+  from soft_diffusion_tf import samplers, training
+  from soft_diffusion_tf.evaluation import sweeps
 
   sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
   if _NFE.value is not None:
@@ -281,7 +284,8 @@ def _run(job):
 
 
 def _sweep(job):
-  from soft_diffusion_tf import evaluation, parts, sweeps
+  from soft_diffusion_tf import evaluation, parts
+  from soft_diffusion_tf.evaluation import sweeps
 
   evaluation.check_count(job.count, float("inf"))
   nfes = sweeps.parse_numbers(_NFE.value or sweeps.PAPER_NFE)
@@ -312,7 +316,8 @@ def _sweep(job):
 def _memorisation(job):
   import numpy as np
 
-  from soft_diffusion_tf import data, evaluation, memorisation, parts
+  from soft_diffusion_tf import data, evaluation, parts
+  from soft_diffusion_tf.evaluation import memorisation
 
   d = job.experiment.data
   if _SAMPLES.value is None:

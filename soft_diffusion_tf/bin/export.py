@@ -11,6 +11,7 @@ import pathlib
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
@@ -63,40 +64,40 @@ def _settings():
   if packed and (pairs or _BATCH_SIZE.value):
     raise ValueError("--samplers and --batch_size belong to a SavedModel, not to an .npz")
   if packed:
-    cli.check_folder(out.parent, path=out)
+    files.check_folder(out.parent, path=out)
   else:
-    cli.check_folder(out)
+    files.check_folder(out)
   return out, packed, pairs, dtype
 
 
 def main():
-  from soft_diffusion_tf import artefact, evaluation, training
+  from soft_diffusion_tf import export, training
   from soft_diffusion_tf.experiment import Experiment
 
   out, packed, pairs, dtype = _settings()
-  artefact.keep_apart(out, _WORKDIR.value, inside=True)
-  artefact.refuse_to_overwrite(out, _FORCE.value, None if packed else artefact.MARK)
+  files.keep_apart(out, _WORKDIR.value, inside=True)
+  files.refuse_to_overwrite(out, _FORCE.value, mark=None if packed else export.MANIFEST_PATH)
   together = _BATCH_SIZE.value
   sampling = Experiment.load(_WORKDIR.value).sampling
   if pairs is None:
-    asked = artefact.usual_options(sampling, batch_size=together)
+    asked = export.usual_options(sampling, batch_size=together)
   else:
     asked = [sampling.changed(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   cli.say(f"loading the run in {_WORKDIR.value}")
   run = training.load(_WORKDIR.value, _STEP.value)
   options = {
-    "evaluations": evaluation.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
+    "evaluations": files.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
     "force": _FORCE.value,
     "dtype": dtype,
-    "licence": _LICENCE.value or artefact.UNSTATED,
+    "licence": _LICENCE.value or export.UNSTATED,
   }
   if packed:
-    artefact.pack(run, out, **options)
+    export.pack(run, out, **options)
     print(f"{run.experiment.name} at step {run.step} in {out} ({out.stat().st_size / 1e6:.2f} MB)")
-    print(f'next: artefact.from_pretrained("{out}").images(range(16))')
+    print(f'next: export.from_pretrained("{out}").images(range(16))')
     return
   cli.say(f"tracing {len(asked)} samplers and writing the SavedModel")
-  manifest = artefact.export(run, out, asked, **options)
+  manifest = export.save(run, out, asked, **options)
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
   print(f"{run.experiment.name} at step {run.step} in {out} ({size:.1f} MB)")
   print(f"signatures: {', '.join(sorted(manifest['signatures']))}")

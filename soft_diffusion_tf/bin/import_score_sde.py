@@ -9,6 +9,7 @@ get_config(), or, for an .npz, its own config_json. VE, VP and sub-VP networks c
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CHECKPOINT = cli.define_path(
@@ -24,7 +25,7 @@ _EMA = flags.DEFINE_bool(
 
 
 def _check():
-  cli.check_folder(_OUT.value)
+  files.check_folder(_OUT.value)
 
 
 def main():

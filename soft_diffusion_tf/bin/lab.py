@@ -18,6 +18,7 @@ import sys
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CORRUPTION = flags.DEFINE_string(
@@ -266,9 +267,7 @@ class Book:
     if name not in self.pages:
       print(name, file=sys.stderr, flush=True)
       self.pages[name] = make()
-      partial = self.path.with_suffix(".partial")
-      partial.write_text(json.dumps(self.pages, indent=0, sort_keys=True) + "\n")
-      partial.replace(self.path)
+      files.write_json(self.path, self.pages, indent=0, sort_keys=True)
     return self.pages[name]
 
 
@@ -625,10 +624,8 @@ def draw_study(out, minutes, names=tuple(STUDY)):
           return
         seeds = range(block * size, (block + 1) * size)
         images = studies[name].sample(kind, rule, nfe, seeds)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-          np.save(file, images)
-        partial.replace(path)
+        with files.whole(path) as partial:
+          np.save(partial, images)
 
 
 def grade_study(out, names=tuple(STUDY)):
@@ -723,7 +720,7 @@ def _examined():
 
 
 def _check():
-  cli.check_folder(_REPORT.value or _OUT.value or ".", "report" if _REPORT.value else "out")
+  files.check_folder(_REPORT.value or _OUT.value or ".", "report" if _REPORT.value else "out")
   if _REPORT.value:
     cli.refuse(_OF_LAB, "the report has settings of its own")
   elif _OUT.value is None:
@@ -731,7 +728,7 @@ def _check():
   elif _STUDY.value:
     cli.refuse([f for f in _OF_LAB if f is not _OUT], "the study has settings of its own")
   else:
-    cli.refuse_to_overwrite(pathlib.Path(_OUT.value) / "lab.json", _FORCE.value)
+    files.check_file(pathlib.Path(_OUT.value) / "lab.json", _FORCE.value)
     if _examined():
       cli.refuse(_OF_GRADES, "an examination tries samplers and schedules by itself")
     numbers(_NFE.value, "nfe")

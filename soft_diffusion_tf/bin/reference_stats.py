@@ -14,6 +14,7 @@ import pathlib
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
@@ -36,12 +37,13 @@ def _check():
   out = pathlib.Path(_OUT.value)
   if out.suffix != ".npz":
     raise ValueError(f"--out={out}: give the name of a .npz file")
-  cli.refuse_to_overwrite(out, _FORCE.value)
+  files.check_file(out, _FORCE.value)
   cli.require_config()
 
 
 def main():
-  from soft_diffusion_tf import evaluation, features
+  from soft_diffusion_tf import evaluation
+  from soft_diffusion_tf.evaluation import features
 
   out = _OUT.value
   e = cli.experiment_of(_CONFIG.value)

@@ -17,6 +17,7 @@ import sys
 import numpy as np
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path(
@@ -83,29 +84,27 @@ def _check():
     )
   if _T.value is not None and not 0 < _T.value <= 1:
     raise ValueError(f"--t={_T.value:g} is outside of (0, 1], the times of the process")
-  cli.check_folder(_OUT.value)
+  files.check_folder(_OUT.value)
 
 
 def main():
-  from soft_diffusion_tf import artefact, plots, restoration, rng
+  from soft_diffusion_tf import export, plots, restoration, rng
 
   out = pathlib.Path(_OUT.value)
-  artefact.keep_apart(out, _IMAGES.value)
-  artefact.keep_apart(out, _WORKDIR.value, inside=True)
-  artefact.refuse_to_overwrite(out, _FORCE.value, _ARRAYS)
+  files.keep_apart(out, _IMAGES.value)
+  files.keep_apart(out, _WORKDIR.value, inside=True)
+  files.refuse_to_overwrite(out, _FORCE.value, mark=_ARRAYS)
   options = restoration.DEFAULT.changed(
     sampler=_SAMPLER.value, steps=_STEPS.value, noise=_NOISE.value
   )
   rng.check_seeds(_SEED.value, len(list_files(_IMAGES.value)) * _SAMPLES.value)
   cli.say(f"loading the model {_WORKDIR.value}")
-  model = artefact.from_pretrained(_WORKDIR.value)
+  model = export.from_pretrained(_WORKDIR.value)
   if remark := model.remark.partition(";")[0]:
     print(f"warning: {remark}", file=sys.stderr)
   diffusion = model.diffusion
   images = read(_IMAGES.value, diffusion.image_shape[2])
-  restorer = restoration.Restorer(
-    diffusion, model.model.denoiser(), options, explain=_EXPLAIN.value
-  )
+  restorer = restoration.Restorer(diffusion, model.denoiser(), options, explain=_EXPLAIN.value)
   names = list(images)
   for name in names:  # before anything is computed
     restorer.check_shape(images[name].shape, name)
@@ -136,7 +135,6 @@ def main():
 
 
 def _write(out, results, times, plots):
-  from soft_diffusion_tf import artefact
 
   def fill(folder):
     arrays = {}
@@ -157,7 +155,7 @@ def _write(out, results, times, plots):
     (folder / "times.json").write_text(json.dumps(times, indent=1) + "\n")
     _picture(folder / "picture.png", list(results.values())[:_SHOWN], plots)
 
-  artefact.write_whole(out, fill, _FORCE.value, _ARRAYS)
+  files.write_folder(out, fill, _FORCE.value, _ARRAYS)
 
 
 def _picture(path, results, plots):

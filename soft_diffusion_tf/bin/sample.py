@@ -13,6 +13,7 @@ import sys
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
@@ -111,22 +112,23 @@ def _check():
   seeds = parse_seeds(_SEEDS.value)
   if _is_picture():
     cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
-    cli.refuse_to_overwrite(_OUT.value, _FORCE.value)
+    files.check_file(_OUT.value, _FORCE.value)
   else:
-    cli.check_folder(_OUT.value)
+    files.check_folder(_OUT.value)
   _check_count(seeds, _is_picture())
 
 
 def main():
-  from soft_diffusion_tf import bulk, plots, strategies, training
+  from soft_diffusion_tf import drawing, plots, training
   from soft_diffusion_tf.experiment import Experiment
+  from soft_diffusion_tf.training import strategies
 
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
   seeds = parse_seeds(_SEEDS.value)
   out, picture = pathlib.Path(_OUT.value), _is_picture()
   if not picture:
-    bulk.check_out(out)
+    drawing.check_out(out)
   sampling = Experiment.load(_WORKDIR.value).sampling
   options = sampling.changed(
     sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
@@ -137,22 +139,24 @@ def main():
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
     run = training.load(_WORKDIR.value, _STEP.value, averaged=not _RAW_WEIGHTS.value)
-  drawer = run.drawer(options, strategy)
+  batch_sampler = run.batch_sampler(options, strategy)
   if run.remark:
     print(f"warning: {run.remark}", file=sys.stderr)
   if picture:
-    images = drawer.images(seeds, "sampling")
+    images = batch_sampler.images(seeds, "sampling")
     plots.save_png(out, plots.grid(images, zoom=plots.zoom_for(images)))
-    print(f"{len(images)} samples ({options.sampler}, {drawer.evaluations} evaluations) in {out}")
+    print(
+      f"{len(images)} samples ({options.sampler}, {batch_sampler.evaluations} evaluations) in {out}"
+    )
   else:
-    nfe = None if drawer.adaptive else int(drawer.rows.shape[0])
-    settings = bulk.settings_of(run.experiment, run.step, options, nfe)
+    nfe = None if batch_sampler.adaptive else int(batch_sampler.plan.shape[0])
+    settings = drawing.settings_of(run.experiment, run.step, options, nfe)
     if _RAW_WEIGHTS.value:
       settings["ema_decay"] = 0.0
-    total, there = bulk.write(
-      drawer, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
+    total, there = drawing.write(
+      batch_sampler, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
     )
-    count = drawer.evaluations or nfe  # None: of an adaptive sampler that had nothing to do
+    count = batch_sampler.evaluations or nfe  # None: of an adaptive sampler that had nothing to do
     how = f"{options.sampler}, {count} evaluations" if count else options.sampler
     print(f"{total} samples ({how}) in {out}; {there} were there already")
   print(f"next: soft-diffusion-evaluate --workdir={_WORKDIR.value}")

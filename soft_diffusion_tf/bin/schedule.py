@@ -13,6 +13,7 @@ import sys
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
@@ -138,11 +139,11 @@ def _mse(e, images, first, last):
   """The natural baseline, with the lengths of its steps in transport distance."""
   import numpy as np
 
-  from soft_diffusion_tf import __version__, schedules, scheduling
+  from soft_diffusion_tf import __version__, schedules, transport
 
   ve = schedules.Geometric(e.network.cond_min, e.network.cond_max)
-  levels = scheduling.mse_matched(e.corruption, images, first, last, e.sigma, ve, _NODES.value)
-  distances = scheduling.closed_form_distances(e.corruption, levels, images)
+  levels = transport.mse_matched(e.corruption, images, first, last, e.sigma, ve, _NODES.value)
+  distances = transport.closed_form_distances(e.corruption, levels, images)
   steps = np.diagonal(distances, 1)
   content = {
     "corruption": e.corruption.get_config(), "images": len(images), "method": "mse",
@@ -157,13 +158,13 @@ def _check():
   if _COMPARE.value:
     if _PLOT.value is None:
       raise ValueError("--compare draws a picture; say where by --plot=FILE.png")
-    cli.refuse_to_overwrite(_PLOT.value, _FORCE.value, "plot")
+    files.check_file(_PLOT.value, _FORCE.value, "plot")
     return
   if _OUT.value is None:
     raise ValueError("give --out=FILE.json to write to, or --compare FILES")
-  cli.refuse_to_overwrite(_OUT.value, _FORCE.value)
+  files.check_file(_OUT.value, _FORCE.value)
   if (picture := _picture()) != "none":
-    cli.refuse_to_overwrite(picture, _FORCE.value, "plot")
+    files.check_file(picture, _FORCE.value, "plot")
   cli.require_config()
   if _is_joint() and _METHOD.value == "mse":
     raise ValueError("--method=mse matches levels to VE's noise and has no joint schedule")
@@ -178,7 +179,7 @@ def _picture():
 def main():
   import numpy as np
 
-  from soft_diffusion_tf import plots, schedules, scheduling
+  from soft_diffusion_tf import plots, schedules, transport
 
   if _COMPARE.value:
     _compare()
@@ -209,7 +210,7 @@ def main():
     sigmas = (*schedules.ends(e.sigma), _SIGMA_LEVELS.value) if joint else None
     if journal.exists():
       print(f"going on from the distances in {journal}", flush=True)
-    path, facts, grid, distances = scheduling.search(
+    path, facts, grid, distances = transport.search(
       e.corruption, images, first, last, count=_LEVELS.value,
       nodes=_NODES.value if _NFE.value is None else _NFE.value + 1,
       candidates=_CANDIDATES.value, method=_METHOD.value, noise=_NOISE.value,

@@ -5,6 +5,7 @@ soft-diffusion-train --config=digits_blur --workdir=runs/digits
 
 from absl import flags
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
@@ -28,12 +29,12 @@ _START_ANEW = flags.DEFINE_bool(
 
 def _check():
   cli.require_config()
-  cli.check_folder(_WORKDIR.value, "workdir")
+  files.check_folder(_WORKDIR.value, "workdir")
 
 
 def main():
   from soft_diffusion_tf import training
-  from soft_diffusion_tf.strategies import make_strategy
+  from soft_diffusion_tf.training.strategies import make_strategy
 
   experiment = cli.experiment_of(_CONFIG.value)
   if _DATA_DIR.value:

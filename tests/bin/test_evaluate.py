@@ -137,7 +137,8 @@ def test_a_folder_of_images_against_another(folders):
   assert record["floor"]["count"] == 60  # the other 60 real images
   assert "KID, precision and recall on 60 images and 80 real ones" in out
   one, two = (data.load(f"folder:{folders}/{n}", "all").images for n in ("one", "two"))
-  from soft_diffusion_tf import features, gaussians
+  from soft_diffusion_tf import gaussians
+  from soft_diffusion_tf.evaluation import features
 
   net = features.feature_network("pixels:4")
   order = np.random.default_rng(0).permutation(140)[:80]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import artefact, training
+from soft_diffusion_tf import export, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def export(*flags):
+def program(*flags):
   return subprocess.run(
     [sys.executable, "-m", "soft_diffusion_tf.bin.export", *map(str, flags)],
     cwd=ROOT, capture_output=True, text=True, check=False,
@@ -34,7 +34,7 @@ def error_of(result):
 def workdir(tmp_path_factory):
   """A workdir of the digits model, evaluated."""
   folder = tmp_path_factory.mktemp("run") / "w"
-  run = artefact.from_pretrained("digits")
+  run = export.from_pretrained("digits")
   training.write(run, folder)
   record = {"step": run.step, "sampler": "momentum", "nfe": 60, "samples": 640,
             "label": "FD[pixels]", "value": 0.5, "floor": {"value": 0.25},
@@ -48,17 +48,19 @@ def workdir(tmp_path_factory):
 
 def test_a_packed_file(workdir, tmp_path):
   out = tmp_path / "m.npz"
-  result = export(f"--workdir={workdir}", f"--out={out}", "--licence=CC0-1.0")
+  result = program(f"--workdir={workdir}", f"--out={out}", "--licence=CC0-1.0")
   assert result.returncode == 0, result.stderr
   assert "from_pretrained" in result.stdout
   card = out.with_suffix(".md").read_text()
   assert "| momentum | 60 | 640 | FD[pixels] 0.5 | 0.25 |" in card
   assert "CC0-1.0" in card
-  one, other = (artefact.from_pretrained(n) for n in (out, "digits"))
-  assert artefact.digest_of(one) == artefact.digest_of(other)
-  assert "is there already" in error_of(export(f"--workdir={workdir}", f"--out={out}"))
+  one, other = (export.from_pretrained(n) for n in (out, "digits"))
+  assert export.digest_of(one) == export.digest_of(other)
+  assert "is there already" in error_of(program(f"--workdir={workdir}", f"--out={out}"))
   files = sorted(workdir.rglob("*"))
-  assert "would mix with" in error_of(export(f"--workdir={workdir}", f"--out={workdir}", "--force"))
+  assert "would mix with" in error_of(
+    program(f"--workdir={workdir}", f"--out={workdir}", "--force")
+  )
   assert sorted(workdir.rglob("*")) == files
 
 
@@ -66,7 +68,7 @@ def test_a_packed_file(workdir, tmp_path):
 def test_a_saved_model(workdir, tmp_path):
   out = tmp_path / "m"
   flags = (f"--workdir={workdir}", f"--out={out}", "--samplers=two_step:4", "--batch_size=4")
-  result = export(*flags)
+  result = program(*flags)
   assert result.returncode == 0, result.stderr
   assert "sample_two_step_4" in result.stdout
   assert "FD[pixels] 0.5" in (out / "README.md").read_text()
@@ -77,7 +79,7 @@ def test_a_saved_model(workdir, tmp_path):
   options = run.options(sampler="two_step", steps=4, batch_size=4)
   np.testing.assert_array_equal(images, run.images(range(1, 6), options))
   before = sorted((f.name, f.stat().st_mtime) for f in out.rglob("*"))
-  assert "is there already" in error_of(export(*flags))
+  assert "is there already" in error_of(program(*flags))
   assert sorted((f.name, f.stat().st_mtime) for f in out.rglob("*")) == before
 
 
@@ -91,5 +93,5 @@ def test_a_saved_model(workdir, tmp_path):
   ],
 )
 def test_mistakes_end_with_one_line(text, flags, workdir, tmp_path):
-  assert text in error_of(export(f"--workdir={workdir}", f"--out={tmp_path / 'x'}", *flags))
+  assert text in error_of(program(f"--workdir={workdir}", f"--out={tmp_path / 'x'}", *flags))
   assert not (tmp_path / "x").exists()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_diffusion_tf import data, evaluation, features, plots, sweeps, training
+from soft_diffusion_tf import data, evaluation, plots, training
+from soft_diffusion_tf.evaluation import features, sweeps
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALL = ("1", "2", "3", "6", "7", "8", "9", "11", "12")

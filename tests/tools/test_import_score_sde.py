@@ -257,7 +257,7 @@ def test_a_converted_file_is_a_workdir(tmp_path):
   sigma = run.diffusion.sigma(t).numpy()
   np.testing.assert_allclose(run.model.cond(t), sigma, rtol=1e-5)  # a VE network is told σ
   score = run.model.ema_network(data["x"], sigma).numpy()
-  x_0 = run.model.denoiser()(data["x"], t).numpy()
+  x_0 = run.denoiser()(data["x"], t).numpy()
   np.testing.assert_allclose(
     run.diffusion.score(data["x"], t, x_0), score, rtol=1e-3, atol=1e-3 * np.abs(score).max()
   )

@@ -20,7 +20,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from soft_diffusion_tf import checkpoints, data, experiment, training
+from soft_diffusion_tf import data, experiment, training
+from soft_diffusion_tf.training import checkpoints
 from tools import portable, portable_runner
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_plans_are_filled_to_one_length(folder, fresh):
   with np.load(folder / "plans.npz") as content:
     plans = dict(content)
   assert {v.shape for v in plans.values()} == {(8, 6)}
-  want = fresh.table(fresh.options(sampler="two_step", nfe=5)).numpy()
+  want = fresh.plan(fresh.options(sampler="two_step", nfe=5)).numpy()
   np.testing.assert_array_equal(plans["two_step:5"][:5], want)
   assert not plans["two_step:5"][5:].any()  # t = 0: the sampler counts such rows out
 

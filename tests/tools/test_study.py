@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import evaluation, experiment, schedules, training
+from soft_diffusion_tf import experiment, files, schedules
 from tools import study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -175,7 +175,7 @@ def test_results_know_best_and_reach(records):
 
 def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
   for row in records:
-    evaluation.append_record(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
+    files.append_record(tmp_path / "results" / f"{row['model']}-{row['seed']}.jsonl", row)
   with open(tmp_path / "results" / "blur-0.jsonl", "a") as file:
     file.write('{"model": "blur", "se')  # a kill while writing
   claims = study.PAPER_CLAIMS
@@ -189,7 +189,7 @@ def test_the_report_has_every_claim_and_a_plot(records, tmp_path):
   with pytest.raises(ValueError, match="nothing is measured yet"):
     study.report(some, tmp_path / "other")
   stranger = records[0] | {"model": "ve", "judge_sha256": "f" * 64}
-  evaluation.append_record(tmp_path / "results" / "ve-0.jsonl", stranger)
+  files.append_record(tmp_path / "results" / "ve-0.jsonl", stranger)
   with pytest.raises(ValueError, match=r"distances by .*ffffffff.* do not compare: give the study"):
     study.report(some, tmp_path)
 
@@ -331,7 +331,7 @@ else:
   assert process.wait(30) == 143
   assert (tmp_path / "saved").exists()  # before the study itself ended
 
-  with training.lock(tmp_path / "locks" / "blur-0"):
+  with files.lock(tmp_path / "locks" / "blur-0"):
     some = study.Study("tiny", {"blur": None}, {"blur": {}}, (0,), 64, "pixels")
     waiting = threading.Thread(target=study.job, args=(some, "blur", 0, tmp_path))
     waiting.start()
@@ -347,14 +347,14 @@ def test_a_job_resumes_value_by_value(tiny, tmp_path):
   some = study.Study("tiny", {"blur": tiny}, {"blur": draws}, (0,), 64, "pixels", ("train",), 32)
   study.job(some, "blur", 0, tmp_path)
   path = tmp_path / "results" / "blur-0.jsonl"
-  whole = evaluation.read_records(path)
+  whole = files.read_records(path)
   assert [(study.draw_of(r), r["nfe"]) for r in whole] == [
     (study.Draw(), 2), (study.Draw("two_step", "colour", "level"), 2), (study.Draw(), 4)
   ]  # fmt: skip
   assert all(r["fd"]["train"] > 0 for r in whole)
   path.write_text(json.dumps(whole[0]) + "\n")
   study.job(some, "blur", 0, tmp_path)
-  again = evaluation.read_records(path)
+  again = files.read_records(path)
   assert [r["fd"] for r in again] == [r["fd"] for r in whole]
   assert (tmp_path / "done" / "blur-0").exists()
   shutil.rmtree(tmp_path / "models")

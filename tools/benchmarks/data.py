@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf import data, training
 from soft_diffusion_tf.experiment import from_file
+from soft_diffusion_tf.training.loop import make_loop
 
 
 def _of_train():
@@ -46,7 +47,7 @@ def main(argv):
 
   strategy = tf.distribute.get_strategy()
   model = training.build(experiment, experiment.build_diffusion())
-  loop = training._make_loop(model, strategy)
+  loop = make_loop(model, strategy)
   iterator = iter(data.batches(source, size, flip=flip))
   loop(iterator, tf.constant(1))
   steps, waits = [], []

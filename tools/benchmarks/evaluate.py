@@ -33,7 +33,8 @@ def _timed(call):
 
 
 def _extraction(args):
-  from soft_diffusion_tf import data, evaluation, features
+  from soft_diffusion_tf import data, evaluation
+  from soft_diffusion_tf.evaluation import features
 
   source = data.load(args.data, args.split, None, "auto", args.data_dir)
   count = min(args.images, len(source) // 2)
@@ -128,7 +129,7 @@ def _full(args):
 def main(argv=None):
   parser = argparse.ArgumentParser(prog="benchmark.py evaluate", description=__doc__)
   parser.add_argument(
-    "--feature_net", default="classifier", help="see soft_diffusion_tf/features.py"
+    "--feature_net", default="classifier", help="see soft_diffusion_tf/evaluation/features.py"
   )
   parser.add_argument("--data", default="digits", help="data set of the images")
   parser.add_argument("--split", default="train", help="its split")

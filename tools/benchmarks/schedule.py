@@ -56,7 +56,7 @@ def main(argv=None):
   if args.laboratory:
     return laboratory(args.steps, args.samples)
 
-  from soft_diffusion_tf import data, experiment, schedules, scheduling
+  from soft_diffusion_tf import data, experiment, schedules, transport
 
   stage = _Stages()
   e = experiment.from_file(args.config)
@@ -65,25 +65,25 @@ def main(argv=None):
   count = max(2, round(args.slice * len(source)))
   images = source.floats(np.sort(np.random.default_rng(e.seed).permutation(len(source))[:count]))
   first, last = schedules.ends(e.level)
-  levels = stage("candidate levels", lambda: scheduling.candidate_levels(
+  levels = stage("candidate levels", lambda: transport.candidate_levels(
     e.corruption, first, last, args.levels, "transport", images))  # fmt: skip
-  stage("check of the closed form", lambda: scheduling.check_closed_form(
+  stage("check of the closed form", lambda: transport.check_closed_form(
     e.corruption, levels, images))  # fmt: skip
-  matrix = stage("closed form, all pairs", lambda: scheduling.closed_form_distances(
+  matrix = stage("closed form, all pairs", lambda: transport.closed_form_distances(
     e.corruption, levels, images))  # fmt: skip
   nodes = min(args.nodes, len(levels))
-  path = stage("path and ε", lambda: scheduling.find_path(levels, matrix, nodes))
+  path = stage("path and ε", lambda: transport.find_path(levels, matrix, nodes))
   closed = stage.seconds["closed form, all pairs"] + stage.seconds["path and ε"]
 
-  sinkhorn, _ = scheduling.measure("sinkhorn", e.corruption, levels, images, nodes=nodes)
-  found = stage("Sinkhorn search, all four means", lambda: scheduling.find_path(
+  sinkhorn, _ = transport.measure("sinkhorn", e.corruption, levels, images, nodes=nodes)
+  found = stage("Sinkhorn search, all four means", lambda: transport.find_path(
     levels, sinkhorn, nodes))  # fmt: skip
   edges = len(sinkhorn.known)
   chosen = np.unique(np.linspace(0, len(path.indices) - 2, args.pairs).astype(int))
   pairs = [(path.indices[k], path.indices[k + 1]) for k in chosen]
-  pixels = scheduling.Clouds(e.corruption, levels, 0 * levels, images)
+  pixels = transport.Clouds(e.corruption, levels, 0 * levels, images)
   for name, warm in (("cold", False), ("warm", True)):
-    solver = scheduling.Sinkhorn(
+    solver = transport.Sinkhorn(
       pixels, matrix, epsilon=sinkhorn.epsilon, warm=warm, threshold=sinkhorn.threshold
     )
     solver.pairs(pairs[:1])  # compilation
@@ -112,7 +112,7 @@ def main(argv=None):
     gain = "" if before is None else f"{before / seconds:10.1f} ×"
     print(f"  {name:44}{_human(seconds)}{gain}")
     before = seconds
-  shift = scheduling.shift(path.levels, found.levels, path.levels)
+  shift = transport.shift(path.levels, found.levels, path.levels)
   print(f"closed form and Sinkhorn differ by at most {shift:.2g} steps")
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"peak memory {peak:.2f} GiB")
@@ -132,7 +132,7 @@ def laboratory(counts, samples, rules=("momentum", "ddim", "two_step")):
     priors,
     samplers,
     schedules,
-    scheduling,
+    transport,
   )
 
   images = data.load("digits", "all").floats()
@@ -145,14 +145,14 @@ def laboratory(counts, samples, rules=("momentum", "ddim", "two_step")):
     return schedules.Staged(schedules.piecewise(levels), 0.2, 1.0), staged
 
   def joint(method, steps):
-    path = scheduling.search(
+    path = transport.search(
       blur, images, *ends, count=48, sigmas=(*noises, 16), nodes=steps + 1, method=method
     ).path
     return schedules.piecewise(path.levels.tolist()), schedules.piecewise(path.sigmas.tolist())
 
-  found = two_stage(scheduling.find(blur, images, *ends)[0].levels.tolist())
+  found = two_stage(transport.find(blur, images, *ends)[0].levels.tolist())
   ve = schedules.Geometric(0.01, 50.0)
-  matched = two_stage(scheduling.mse_matched(blur, images, *ends, staged, ve).tolist())
+  matched = two_stage(transport.mse_matched(blur, images, *ends, staged, ve).tolist())
   kinds = {
     "two stages, found path (P)": lambda steps: found,
     "two stages, geometric": lambda steps: (

@@ -148,7 +148,7 @@ def _benchmark(x, y, args):
   """name of solver → list of runs; the reference cost."""
   import tensorflow as tf
 
-  from soft_diffusion_tf.sinkhorn import sinkhorn
+  from soft_diffusion_tf.transport.sinkhorn import sinkhorn
 
   def ours():
     start = time.perf_counter()

@@ -26,9 +26,9 @@ def lap(name, since=[0.0]):
 import soft_diffusion_tf
 import tensorflow
 lap("TensorFlow")
-from soft_diffusion_tf import artefact
+from soft_diffusion_tf import export
 lap("the package")
-run = artefact.from_pretrained("digits")
+run = export.from_pretrained("digits")
 lap("opening the model")
 run.images([0])
 lap("the first image, traced")

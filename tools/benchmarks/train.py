@@ -20,9 +20,11 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import data, schedules, training
-from soft_diffusion_tf.checkpoints import Checkpoints
 from soft_diffusion_tf.experiment import from_file
-from soft_diffusion_tf.monitoring import Monitor
+from soft_diffusion_tf.training import watching
+from soft_diffusion_tf.training.checkpoints import Checkpoints
+from soft_diffusion_tf.training.loop import make_loop
+from soft_diffusion_tf.training.monitoring import Monitor
 
 
 def stand_in(experiment):
@@ -99,7 +101,7 @@ def main(argv):
   def looped(strategy, model):
     batches = data.batches(source, t.batch_size, flip=experiment.data.flip)
     iterator = iter(strategy.experimental_distribute_dataset(batches))
-    loop = training._make_loop(model, strategy)
+    loop = make_loop(model, strategy)
     return lambda: loop(iterator, tf.constant(1))[0]["loss"].numpy()
 
   two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
@@ -119,7 +121,7 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     monitor = Monitor(folder, 0, 100, t.batch_size, progress=False)
-    norms = training._make_norms(model)
+    norms = watching.make_norms(model)
     buckets = np.ones(training.BUCKETS)
     totals = {"loss": 1.0, "norm": 1.0, "wait": 0.0, "sums": buckets, "counts": buckets}
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from soft_diffusion_tf import arrays, data
+from soft_diffusion_tf import arrays, data, files
 
 RECIPE = 1  # raise it when the network or its training changes: it is part of the cache's key
 STEPS, BATCH, RATE = 1000, 64, 2e-3
@@ -142,10 +142,8 @@ def get(source, seed=0, folder=None, progress=True):
     network, accuracy = _train(source, seed, progress)
     weights = network.get_weights()
     try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      partial = path.with_suffix(f".{os.getpid()}.npz")
-      np.savez(partial, accuracy=accuracy, **{f"w{k}": w for k, w in enumerate(weights)})
-      partial.replace(path)
+      with files.whole(path) as partial:
+        np.savez(partial, accuracy=accuracy, **{f"w{k}": w for k, w in enumerate(weights)})
     except OSError as error:  # a home that cannot be written: it serves this process
       tqdm.tqdm.write(f"the classifier is not kept ({error}); set XDG_CACHE_HOME to a folder")
   network.trainable = False

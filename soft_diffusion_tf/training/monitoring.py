@@ -16,6 +16,8 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
+from soft_diffusion_tf import files
+
 METRICS_FILE = "metrics.jsonl"
 WINDOWS_FILE = "windows.jsonl"  # what a record had gathered when a checkpoint was written
 EVENTS_FOLDER = "tensorboard"
@@ -164,9 +166,7 @@ def _truncate_metrics(path, step):
     with contextlib.suppress(ValueError, KeyError, TypeError):
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
-  partial = path.with_suffix(".partial")
-  partial.write_text("".join(kept), encoding="utf-8")
-  partial.replace(path)
+  files.write_text(path, "".join(kept))
 
 
 def _truncate_events(folder, step):
@@ -182,8 +182,7 @@ def _truncate_events(folder, step):
     except tf.errors.DataLossError:
       whole = False
     if not whole:
-      partial = folder / f".{file.name}.partial"
-      with tf.io.TFRecordWriter(str(partial)) as writer:
+      with files.whole(file) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
         for raw in kept:
           writer.write(raw)
-      partial.replace(file)
+        writer.close()

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from soft_diffusion_tf import artefact, plots, priors, restoration, training
+from soft_diffusion_tf import export, files, plots, priors, restoration, training
 from soft_diffusion_tf.experiment import Sampling
+from soft_diffusion_tf.export import graph
+from soft_diffusion_tf.export import packed as packed_files
 
 SAMPLERS = {  # by the name that each gets
   "momentum_3": Sampling(sampler="momentum", steps=3, batch_size=5),
@@ -53,7 +55,7 @@ def exported(tmp_path_factory, request):
     record | {"images": "x", "value": 99.3, "reference": {}},
     record | {"sampling": record["sampling"] | {"grid": "level", "noise": 2.0}, "value": 1.5},
   ]
-  manifest = artefact.export(
+  manifest = export.save(
     run, folder, list(SAMPLERS.values()), restoring=RESTORING,
     evaluations=[record, *others, record], licence="CC0-1.0",
   )  # fmt: skip
@@ -90,15 +92,15 @@ def test_a_seed_that_is_asked_for_often_is_drawn_once():
     return [tf.cast(seeds, tf.float32)[:, tf.newaxis]]
 
   seeds = tf.constant([7, -2, 7, 7, 12, 7, -2], tf.int64)  # 7, 12 and −2 have places 2, 2 and 3
-  [drawn] = tf.function(lambda s: artefact._in_batches(one, [[1]], s, 5))(seeds)
+  [drawn] = tf.function(lambda s: graph._in_batches(one, [[1]], s, 5))(seeds)
   np.testing.assert_array_equal(drawn[:, 0], seeds)
   assert int(calls) == 2
 
 
 def test_the_name_of_a_sampler_says_what_it_does():
   times = Sampling(sampler="heun+ddim", times=(1.0, 0.5, 0.2, 0.0))
-  assert artefact.name_of(times) == "heun_ddim_3_times"
-  assert artefact.name_of(SAMPLERS["momentum_3"]) == "momentum_3"
+  assert export.name_of(times) == "heun_ddim_3_times"
+  assert export.name_of(SAMPLERS["momentum_3"]) == "momentum_3"
 
 
 def test_the_first_sampler_is_the_default(exported, model):
@@ -113,7 +115,7 @@ def test_the_process_is_the_sampler_seen_on_its_way(name, exported, model):
   seeds = np.arange(5)  # one batch, in place
   out = model.signatures[f"process_{name}"](seeds=tf.constant(seeds, tf.int64))
   times, states, predictions = run.sampler(options).trajectory(
-    run.table(options), seeds, out["times"].shape[0] - 1
+    run.plan(options), seeds, out["times"].shape[0] - 1
   )
   np.testing.assert_allclose(out["times"], times, rtol=1e-6)
   np.testing.assert_array_equal(out["x_t"], states.swapaxes(0, 1))
@@ -130,7 +132,7 @@ def test_denoise_score_and_corrupt(exported, model, digits):
   np.testing.assert_allclose(x_t, want, atol=1e-6)
   x0_hat = model.signatures["denoise"](x_t=x_t, t=t)["x0_hat"]
   # Other kernels run eagerly, and round otherwise; the network's output is of the order of 1.
-  np.testing.assert_allclose(x0_hat, run.model.denoiser()(x_t, t), atol=2e-4)
+  np.testing.assert_allclose(x0_hat, run.denoiser()(x_t, t), atol=2e-4)
   score = model.signatures["score"](x_t=x_t, t=t)["score"]
   np.testing.assert_allclose(score, run.diffusion.score(x_t, t, x0_hat), rtol=1e-3, atol=0.1)
   assert np.max(np.abs(score)) > 100  # divided by σ² = 1e-4 at t = 0, hence the 0.1 above
@@ -141,7 +143,7 @@ def test_denoise_score_and_corrupt(exported, model, digits):
 
 def test_restorations_equal_the_python_ones(exported, model, digits):
   run = exported[0]
-  restorer = restoration.Restorer(run.diffusion, run.model.denoiser(), RESTORING)
+  restorer = restoration.Restorer(run.diffusion, run.denoiser(), RESTORING)
   y = restorer.corrupt(digits[:3], 0.5)
   want = restorer(y, 0.5, count=2, seed=11)
   seed = tf.constant(11, tf.int64)
@@ -202,9 +204,9 @@ def test_saved_model_cli_runs_it(exported, tmp_path):
 
 def test_manifest_and_card_say_what_it_is(exported):
   run, folder, manifest = exported
-  assert artefact.manifest_of(folder) == json.loads(json.dumps(manifest))
+  assert export.manifest_of(folder) == json.loads(json.dumps(manifest))
   assert manifest["config"] == run.experiment.digest()
-  assert manifest["weights_sha256"] == artefact.digest_of(run)
+  assert manifest["weights_sha256"] == export.digest_of(run)
   assert manifest["samplers"]["heun_ddim_4"]["evaluations"] == 6  # two for each Heun step
   assert manifest["signatures"]["denoise"]["inputs"]["x_t"] == {
     "shape": [None, 8, 8, 1], "dtype": "float32",
@@ -214,19 +216,19 @@ def test_manifest_and_card_say_what_it_is(exported):
   card = (folder / "README.md").read_text()
   assert card.count("| FD[pixels] ") == 2  # one evaluation made twice, and one on another grid
   for text in (
-    "GaussianBlur", "digits, split train", run.experiment.digest(), artefact.digest_of(run),
+    "GaussianBlur", "digits, split train", run.experiment.digest(), export.digest_of(run),
     "CC0-1.0", "| momentum | 3 | 64 | FD[pixels] 1.25 | – |", "sample_heun_ddim_4",
     "| momentum (grid level) | 3 | 64 | FD[pixels] 1.5 | – |",
   ):  # fmt: skip
     assert text in card
   # Of another step, another split, another data set.
   assert "99" not in card.split("## Measured")[1].split("##")[0]
-  assert "Not evaluated" in artefact.card(run, manifest)
+  assert "Not evaluated" in export.card(run, manifest)
 
 
 def test_load_gives_a_model_to_go_on_with(exported, digits):
   run, folder, _ = exported
-  back = artefact.load(folder)
+  back = export.load(folder)
   assert back.experiment == run.experiment
   assert back.step == run.step
   np.testing.assert_array_equal(back.images(SEEDS), run.images(SEEDS))
@@ -241,11 +243,11 @@ def test_load_gives_a_model_to_go_on_with(exported, digits):
 @pytest.mark.slow
 def test_bfloat16(exported, tmp_path):
   run, _, _ = exported
-  artefact.export(run, tmp_path / "m", [SAMPLERS["momentum_3"]], dtype="bfloat16",
+  export.save(run, tmp_path / "m", [SAMPLERS["momentum_3"]], dtype="bfloat16",
                   restoring=RESTORING)  # fmt: skip
   model = tf.saved_model.load(str(tmp_path / "m"))
   out = model.signatures["draw"](seeds=tf.constant(SEEDS, tf.int64))["images"]
-  back = artefact.load(tmp_path / "m")
+  back = export.load(tmp_path / "m")
   np.testing.assert_array_equal(out, back.images(SEEDS, SAMPLERS["momentum_3"]))
   single = run.images(SEEDS, SAMPLERS["momentum_3"])
   gap = np.abs(out - single).max()
@@ -286,20 +288,20 @@ def test_nothing_is_overwritten_unless_forced(exported, tmp_path):
   out = tmp_path / "m.npz"
   out.write_text("mine")
   with pytest.raises(ValueError, match="is there already"):
-    artefact.pack(run, out)
+    export.pack(run, out)
   with pytest.raises(ValueError, match="is there already"):
-    artefact.export(run, out)
+    export.save(run, out)
   assert out.read_text() == "mine"
-  artefact.pack(run, out, force=True)
-  assert artefact.unpack(out).step == 7
+  export.pack(run, out, force=True)
+  assert export.unpack(out).step == 7
   photos = tmp_path / "photos"
   photos.mkdir()
   (photos / "1.png").write_text("mine")
   for other in (photos, out):
     with pytest.raises(ValueError, match=r"not a folder with assets\.extra/manifest\.json in it"):
-      artefact.export(run, other, force=True)
+      export.save(run, other, force=True)
   assert (photos / "1.png").read_text() == "mine"
-  assert artefact.unpack(out).step == 7
+  assert export.unpack(out).step == 7
 
 
 def test_what_is_written_lies_apart_from_what_is_read(tmp_path):
@@ -308,10 +310,10 @@ def test_what_is_written_lies_apart_from_what_is_read(tmp_path):
   (tmp_path / "link").symlink_to(tmp_path / "a")
   for out in (photos, tmp_path / "a", photos / "x", tmp_path / "link" / "photos"):
     with pytest.raises(ValueError, match=r"--out=.* would mix with .*photos, which is read"):
-      artefact.keep_apart(out, photos)
-  artefact.keep_apart(tmp_path / "a" / "photos2", photos)
-  artefact.keep_apart(photos / "x", photos, inside=True)
-  artefact.keep_apart("digits", "digits")  # the name of a model, and no folder
+      files.keep_apart(out, photos)
+  files.keep_apart(tmp_path / "a" / "photos2", photos)
+  files.keep_apart(photos / "x", photos, inside=True)
+  files.keep_apart("digits", "digits")  # the name of a model, and no folder
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -324,14 +326,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     raise OSError("no space")
 
   with pytest.raises(OSError, match="no space"):
-    artefact.write_whole(out, broken, True, "old")
+    files.write_folder(out, broken, True, "old")
   write = lambda folder: (folder / "new").write_text("new")
   for given in ((), (True, "new")):
     with pytest.raises(ValueError, match=r"is there already|is not a folder with new in it"):
-      artefact.write_whole(out, write, *given)
+      files.write_folder(out, write, *given)
   assert [f.name for f in tmp_path.iterdir()] == ["out"]
   assert (out / "old").read_text() == "old"
-  artefact.write_whole(out, write, True, "old")
+  files.write_folder(out, write, True, "old")
   assert [f.name for f in out.iterdir()] == ["new"]
   assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
@@ -347,9 +349,9 @@ def test_samplers_that_cannot_be_exported(exported, tmp_path):
     ],
   }.items():
     with pytest.raises(ValueError, match=text):
-      artefact.export(run, out, options)
+      export.save(run, out, options)
   with pytest.raises(ValueError, match=r"network\.dtype = .float8. is unknown"):
-    artefact.export(run, out, dtype="float8")
+    export.save(run, out, dtype="float8")
   assert not out.exists()
 
 
@@ -357,41 +359,41 @@ def test_weights_that_are_not_finite_are_not_handed_on(tiny, digits, tmp_path):
   run = make_run(tiny, digits)
   run.model.ema_network.variables[3].assign(run.model.ema_network.variables[3] * np.nan)
   with pytest.raises(ValueError, match="NaN or infinite"):
-    artefact.export(run, tmp_path / "m")
+    export.save(run, tmp_path / "m")
   with pytest.raises(ValueError, match="not finite in float16"):
-    artefact.pack(run, tmp_path / "m.npz")
+    export.pack(run, tmp_path / "m.npz")
   assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_read_is_named(exported, model, tmp_path):
   folder = shutil.copytree(exported[1], tmp_path / "m")
   with pytest.raises(ValueError, match="did you mean 'sample_momentum_3'"):
-    artefact.signature(model, "sample_momentum3")
+    export.signature(model, "sample_momentum3")
   with pytest.raises(ValueError, match="not an exported model"):
-    artefact.load(tmp_path)
-  manifest = folder / artefact.EXTRA / artefact.MANIFEST
+    export.load(tmp_path)
+  manifest = folder / export.EXTRA / export.MANIFEST
   text = manifest.read_text()
-  manifest.write_text(text.replace(artefact.digest_of(exported[0]), "0" * 64))
+  manifest.write_text(text.replace(export.digest_of(exported[0]), "0" * 64))
   with pytest.raises(ValueError, match="not those of its manifest"):
-    artefact.load(folder)
+    export.load(folder)
   manifest.write_text(text.replace('"format": 1', '"format": 2'))
   with pytest.raises(ValueError, match="its format is 2 and this version reads 1"):
-    artefact.load(folder)
+    export.load(folder)
   manifest.write_text("{")
   with pytest.raises(ValueError, match="not JSON"):
-    artefact.from_pretrained(folder)
+    export.from_pretrained(folder)
   content = json.loads(text)
   for bad in (None, 5, [], content | {"step": "7"}, content | {"step": -1},
               {k: v for k, v in content.items() if k != "weights_sha256"},
               content | {"weights_sha256": 5}):  # fmt: skip
     manifest.write_text(json.dumps(bad))
     with pytest.raises(ValueError, match=r"manifest\.json: .*; export the model again"):
-      artefact.from_pretrained(folder)
+      export.from_pretrained(folder)
   manifest.write_text(text)
   data = next((folder / "variables").glob("*.data*"))
   data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
   with pytest.raises(ValueError, match="weights cannot be read"):
-    artefact.load(folder)
+    export.load(folder)
 
 
 # --- One file -------------------------------------------------------------------------------------
@@ -399,22 +401,22 @@ def test_what_cannot_be_read_is_named(exported, model, tmp_path):
 
 def test_a_packed_model_comes_back(exported, tmp_path):
   run = exported[0]
-  artefact.pack(run, tmp_path / "a.npz", dtype="float32")
-  back = artefact.from_pretrained(tmp_path / "a.npz")
+  export.pack(run, tmp_path / "a.npz", dtype="float32")
+  back = export.from_pretrained(tmp_path / "a.npz")
   np.testing.assert_array_equal(back.images(SEEDS), run.images(SEEDS))
-  artefact.pack(run, tmp_path / "b.npz")
-  half = artefact.unpack(tmp_path / "b.npz")
+  export.pack(run, tmp_path / "b.npz")
+  half = export.unpack(tmp_path / "b.npz")
   for one, other in zip(half.model.ema_network.get_weights(), run.model.ema_network.get_weights()):
     np.testing.assert_allclose(one, other, rtol=2**-11, atol=2**-25)  # float16 has 11 bits
   assert (tmp_path / "b.npz").stat().st_size < 0.7 * (tmp_path / "a.npz").stat().st_size
   broken = tmp_path / "c.npz"
   broken.write_bytes((tmp_path / "b.npz").read_bytes()[:5000])
   with pytest.raises(ValueError, match="cannot be read as a packed model"):
-    artefact.from_pretrained(broken)
+    export.from_pretrained(broken)
   with pytest.raises(ValueError, match="no such model comes with the package"):
-    artefact.from_pretrained("digitz")
+    export.from_pretrained("digitz")
   with pytest.raises(ValueError, match="name of a model is empty"):
-    artefact.from_pretrained("")
+    export.from_pretrained("")
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +424,7 @@ def packed(tmp_path_factory, request):
   """A packed model, and what is in it by name."""
   run = make_run(request.getfixturevalue("tiny"), request.getfixturevalue("digits"))
   path = tmp_path_factory.mktemp("packed") / "good.npz"
-  artefact.pack(run, path)
+  export.pack(run, path)
   with np.load(path) as content:
     return path, dict(content)
 
@@ -514,7 +516,7 @@ def test_a_packed_file_of_unknown_origin_is_checked(damage, packed, tmp_path):
   change, text = DAMAGES[damage]
   np.savez(tmp_path / "bad.npz", **change(packed[1]))
   with pytest.raises(ValueError, match=text) as raised:
-    artefact.from_pretrained(tmp_path / "bad.npz")
+    export.from_pretrained(tmp_path / "bad.npz")
   said = str(raised.value)
   assert said.startswith(f"{tmp_path / 'bad.npz'}: ")
   assert "\n" not in said
@@ -524,14 +526,14 @@ def test_a_packed_file_of_unknown_origin_is_checked(damage, packed, tmp_path):
 def test_a_packed_file_without_a_digest_is_of_an_older_version(packed, tmp_path):
   content = _about(packed[1], lambda a: {k: a[k] for k in a if k != "sha256"})
   np.savez(tmp_path / "old.npz", **content)
-  assert artefact.unpack(tmp_path / "old.npz").step == artefact.unpack(packed[0]).step == 7
+  assert export.unpack(tmp_path / "old.npz").step == export.unpack(packed[0]).step == 7
 
 
-@pytest.mark.parametrize("name", artefact.pretrained())
+@pytest.mark.parametrize("name", export.pretrained())
 def test_models_that_come_with_the_package(name, digits):
-  folder = pathlib.Path(artefact.__file__).parent / "pretrained"
+  folder = pathlib.Path(export.__file__).parent / "pretrained"
   assert (folder / f"{name}.npz").stat().st_size < 2_000_000
-  run = artefact.from_pretrained(name)
+  run = export.from_pretrained(name)
   card = (folder / f"{name}.md").read_text()
   with np.load(folder / f"{name}.npz") as content:
     about = json.loads(str(content["about"]))
@@ -550,6 +552,6 @@ def test_models_that_come_with_the_package(name, digits):
 
 
 def test_a_damaged_model_of_the_package_is_refused(monkeypatch):
-  monkeypatch.setattr(artefact, "pretrained", lambda: {"digits": "0" * 64})
+  monkeypatch.setattr(packed_files, "pretrained", lambda: {"digits": "0" * 64})
   with pytest.raises(ValueError, match="damaged"):
-    artefact.from_pretrained("digits")
+    export.from_pretrained("digits")

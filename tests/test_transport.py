@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from soft_diffusion_tf import corruptions as c
 from soft_diffusion_tf import gaussians, schedules
-from soft_diffusion_tf import scheduling as s
+from soft_diffusion_tf import transport as s
 
 LEVELS = np.linspace(0.01, 6.0, 40)
 

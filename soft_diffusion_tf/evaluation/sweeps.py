@@ -10,9 +10,9 @@ import json
 import pathlib
 import re
 
-from soft_diffusion_tf import evaluation, plots, samplers, training
-from soft_diffusion_tf.checkpoints import steps_in
+from soft_diffusion_tf import evaluation, files, plots, samplers, training
 from soft_diffusion_tf.experiment import Experiment
+from soft_diffusion_tf.training.checkpoints import steps_in
 
 FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
 PAPER_NFE = "200-1000:80"
@@ -100,8 +100,8 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
   experiment = Experiment.load(workdir)
   evaluation.check_count(count, float("inf"))
   check_samplers(names)
-  with training.lock(folder, _BUSY):
-    done = {_key(r): r for r in evaluation.read_records(folder / RESULTS)}
+  with files.lock(folder, _BUSY):
+    done = {_key(r): r for r in files.read_records(folder / RESULTS)}
     run, cells = None, []
     total = len(steps) * len(names) * len(nfes)
     for step in steps:
@@ -126,7 +126,7 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
             )  # fmt: skip
             done[key] = record
             if "error" not in record:  # a cell that failed is tried again the next time
-              evaluation.append_record(folder / RESULTS, record)
+              files.append_record(folder / RESULTS, record)
               evaluation.to_tensorboard(workdir, record)
           cells.append(done[key])
     _finish(workdir, cells)
@@ -157,10 +157,7 @@ def _finish(workdir, cells):
     "first_seed",
     "reference",
   )
-  path = workdir / BEST_FILE
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps({n: found[n] for n in names}, indent=1) + "\n", encoding="utf-8")
-  partial.replace(path)
+  files.write_json(workdir / BEST_FILE, {n: found[n] for n in names})
   plot(workdir / FOLDER / CURVES, cells)
 
 
@@ -186,7 +183,7 @@ def last_sweep(workdir):
   """All cells that compare with the workdir's best: same N, seeds and reference."""
   found = best(workdir)
   return [
-    r for r in evaluation.read_records(pathlib.Path(workdir) / FOLDER / RESULTS)
+    r for r in files.read_records(pathlib.Path(workdir) / FOLDER / RESULTS)
     if all(r.get(n) == found[n] for n in ("samples", "first_seed", "reference"))
   ]  # fmt: skip
 

@@ -10,9 +10,7 @@ its steps from the whole batch: there the batch of seed i is all the seeds with 
 
 import copy
 import functools
-import io
 import json
-import os
 import pathlib
 import queue
 import threading
@@ -23,7 +21,7 @@ import tqdm
 from PIL import Image, PngImagePlugin
 
 import soft_diffusion_tf
-from soft_diffusion_tf import arrays, plots, rng, samplers
+from soft_diffusion_tf import arrays, files, plots, rng, samplers
 from soft_diffusion_tf.experiment import Sampling
 
 SETTINGS_FILE = "samples.json"
@@ -32,19 +30,19 @@ _BATCHES_PER_FILE = 8  # an .npz file holds this many batches: what a kill may c
 _PILOT = ("two_step", 20)  # the images that a grid in transport length measures by
 
 
-def batches(seeds, size, company=False):
+def batches(seeds, size, whole_blocks=False):
   """Distinct seeds, packed so that seed i stands at place i mod size.
 
   Args:
     seeds: integers [N].
-    company: a batch holds all the seeds of one quotient i // size, and no other.
+    whole_blocks: a batch holds all the seeds of one quotient i // size, and no other.
 
   Returns:
     Seeds to draw [batches, size], and for each the index in `seeds` that asked for it, or −1.
   """
   seeds = np.asarray(seeds, np.int64)
   place = seeds % size
-  if company:
+  if whole_blocks:
     blocks, batch = np.unique(seeds // size, return_inverse=True)
     drawn = blocks[:, None] * size + np.arange(size)
   else:
@@ -59,7 +57,7 @@ def batches(seeds, size, company=False):
   return drawn, wanted
 
 
-class Drawer:
+class BatchSampler:
   """A sampler with its options, on one device or several: image seeds → images.
 
   Args:
@@ -84,25 +82,25 @@ class Drawer:
     """The same with another sampler; what is traced is shared. Bounds of x̂_0 must stay."""
     mine = self.options
     if (options.clip, options.threshold) != (mine.clip, mine.threshold):
-      raise ValueError("another bound of x̂_0 takes a Drawer of its own")
+      raise ValueError("another bound of x̂_0 takes a BatchSampler of its own")
     if options == mine:
       return self
     other = copy.copy(self)
-    other.__dict__.pop("rows", None)
+    other.__dict__.pop("plan", None)
     other.options = options
     return other
 
   def refresh(self):
     """Says that the denoiser's weights have changed: a grid that images measure is found anew."""
-    self.__dict__.pop("rows", None)
+    self.__dict__.pop("plan", None)
 
   @property
   def adaptive(self):
-    """Whether the sampler chooses its own steps and has no rows."""
+    """Whether the sampler chooses its own steps and has no plan."""
     return self.options.sampler.adaptive
 
   @functools.cached_property
-  def rows(self):
+  def plan(self):
     """The sampler's plan; a ValueError for the adaptive one, which has none."""
     o = self.options
     if o.times:
@@ -124,7 +122,7 @@ class Drawer:
 
     Where TensorFlow knows a batch's size beforehand it takes other kernels and sums in another
     order, which rounds another way. So the size is hidden from it, as it is in `samplers.Sampler`
-    and in an artefact; only a TPU's compiler has to know it.
+    and in an exported model; only a TPU's compiler has to know it.
     """
     size = seeds.shape[1] if isinstance(self.strategy, tf.distribute.TPUStrategy) else None
     if size not in self._traced:
@@ -135,7 +133,7 @@ class Drawer:
           tf.TensorSpec([None, samplers.COLUMNS], tf.float32),
         ],
       )  # fmt: skip
-    return self._traced[size](seeds, self.rows)
+    return self._traced[size](seeds, self.plan)
 
   def _every(self, seeds, rows):
     if self._replicas == 1:
@@ -154,14 +152,14 @@ class Drawer:
       parts = [self.sampler.adaptive(d, rtol=error, atol=error) for d in drawn]
       self.evaluations = max(n for _, n in parts)
       return np.stack([x.numpy() for x, _ in parts])
-    self.evaluations = int(self.rows.shape[0])
+    self.evaluations = int(self.plan.shape[0])
     images = self._on_all(np.resize(drawn, (self._replicas, drawn.shape[1])))
     parts = self.strategy.experimental_local_results(images) if self.strategy else [images]
     return np.stack([part.numpy() for part in parts[: len(drawn)]])
 
   def parts(self, seeds):
     """Draws distinct seeds [N] part by part: yields (indices into seeds, images)."""
-    drawn, wanted = batches(seeds, self.options.batch_size, company=self.adaptive)
+    drawn, wanted = batches(seeds, self.options.batch_size, whole_blocks=self.adaptive)
     for k in range(0, len(drawn), self._replicas):
       images = self._draw(drawn[k : k + self._replicas])
       index = wanted[k : k + self._replicas]
@@ -218,23 +216,15 @@ class _Writer:
       self._raise()
 
 
-def _save(path, content):
-  """Writes a file whole or not at all, whoever else is writing it."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  partial.write_bytes(content)
-  partial.replace(path)
-
-
 def _save_npz(path, images, seeds, settings):
   """Adds images (uint8) to an .npz file, in the order of their seeds."""
   have = _read_npz(path)
   if have is not None:
     images, seeds = np.concatenate([have[0], images]), np.concatenate([have[1], seeds])
   order = np.argsort(seeds)
-  content = io.BytesIO()
   metadata = json.dumps({**settings, "seeds": [int(seeds.min()), int(seeds.max())]})
-  np.savez(content, images=images[order], seeds=seeds[order], metadata=np.array(metadata))
-  _save(path, content.getvalue())
+  with files.whole(path) as partial:
+    np.savez(partial, images=images[order], seeds=seeds[order], metadata=np.array(metadata))
 
 
 def _read_npz(path):
@@ -254,11 +244,10 @@ def _save_png(folder, images, seeds, settings):
   for image, seed in zip(images, seeds):
     notes = PngImagePlugin.PngInfo()
     notes.add_text("soft_diffusion_tf", json.dumps({**settings, "seed": int(seed)}))
-    content = io.BytesIO()
     picture = image if image.shape[-1] == 3 else plots.grid(image[None], padding=0)
     picture = image[..., 0] if image.shape[-1] == 1 else picture
-    Image.fromarray(picture).save(content, format="PNG", pnginfo=notes)
-    _save(folder / _png_name(seed), content.getvalue())
+    with files.whole(folder / _png_name(seed)) as partial:
+      Image.fromarray(picture).save(partial, format="PNG", pnginfo=notes)
 
 
 def _png_name(seed):
@@ -309,10 +298,12 @@ def _claim(out, settings, force):
       old.unlink(missing_ok=True)  # another shard may do the same
   out.mkdir(parents=True, exist_ok=True)
   if theirs != mine:
-    _save(path, (json.dumps(mine, indent=1) + "\n").encode())
+    files.write_json(path, mine)
 
 
-def write(drawer, seeds, out, settings, *, form="npz", shard=(1, 1), force=False, progress=True):
+def write(
+  batch_sampler, seeds, out, settings, *, form="npz", shard=(1, 1), force=False, progress=True
+):
   """Draws seeds into a folder, going on where an earlier call was stopped, even by kill -9.
 
   Files appear whole or not at all; those that are there are kept and not drawn again. Drawing and
@@ -340,7 +331,7 @@ def write(drawer, seeds, out, settings, *, form="npz", shard=(1, 1), force=False
   out = pathlib.Path(out)
   seeds = np.unique(np.asarray(seeds, np.int64))
   _claim(out, {**settings, "format": form}, force)
-  size = drawer.options.batch_size * _BATCHES_PER_FILE
+  size = batch_sampler.options.batch_size * _BATCHES_PER_FILE
   files = np.unique(seeds // size)
   mine = {file: seeds[seeds // size == file] for file in files[k - 1 :: n]}
   path_of = lambda file: out / f"samples-{file * size:06d}-{(file + 1) * size - 1:06d}.npz"
@@ -359,10 +350,10 @@ def write(drawer, seeds, out, settings, *, form="npz", shard=(1, 1), force=False
     with bar, _Writer() as writer:
       for file, wanted in missing.items():
         done, drawn = [], []
-        for index, images in drawer.parts(wanted) if len(wanted) else ():
+        for index, images in batch_sampler.parts(wanted) if len(wanted) else ():
           done.append(wanted[index])
           drawn.append(plots.to_uint8(images))
-          note = {**settings, "nfe": drawer.evaluations}
+          note = {**settings, "nfe": batch_sampler.evaluations}
           if form == "png":
             writer.put(_save_png, out, drawn.pop(), done.pop(), note)
           bar.update(len(index))

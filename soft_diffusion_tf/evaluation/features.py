@@ -33,7 +33,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import classifier, parts, trust
+from soft_diffusion_tf import parts, trust
+from soft_diffusion_tf.evaluation import classifier
 
 TFGAN_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 TFGAN_SIZE, TFGAN_FEATURES, TFGAN_CLASSES = 299, 2048, 1008
@@ -79,11 +80,12 @@ class FeatureNetwork:
     return features, None if logits is None else np.asarray(logits, np.float32)
 
 
-def feature_network(name, source=None, progress=True):
+def feature_network(name, source=None, progress=True, folder=None):
   """A feature network by name (see the module's text).
 
   Args:
     source: a `data.Source` with labels, which "classifier" is trained on.
+    folder: where "classifier" is kept, instead of the user's cache.
 
   Raises:
     ValueError: one line that names what cannot be loaded or does not fit, and the remedy.
@@ -94,7 +96,7 @@ def feature_network(name, source=None, progress=True):
   if name == "classifier":
     if source is None:
       raise ValueError("feature_net = 'classifier' needs a data set with labels to be trained on")
-    own = classifier.get(source, progress=progress)
+    own = classifier.get(source, folder=folder, progress=progress)
     spec = tf.TensorSpec([None, *source.images.shape[1:]], tf.float32)
     call = tf.function(own.network, autograph=False, input_signature=[spec])
     note = f"right on {own.accuracy:.1%} of held-out images"
