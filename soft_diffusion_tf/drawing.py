@@ -114,8 +114,8 @@ class BatchSampler:
 
   def _pilot(self):
     name, steps = _PILOT
-    rows = samplers.plan(name, samplers.time_grid(steps), self.diffusion)
-    return self.sampler(rows, np.arange(self.options.batch_size)).numpy()
+    plan = samplers.plan(name, samplers.time_grid(steps), self.diffusion)
+    return self.sampler(plan, np.arange(self.options.batch_size)).numpy()
 
   def _on_all(self, seeds):
     """Images of one batch of seeds per replica: int64 [replicas, size] → per-replica float32.
@@ -135,15 +135,15 @@ class BatchSampler:
       )  # fmt: skip
     return self._traced[size](seeds, self.plan)
 
-  def _every(self, seeds, rows):
+  def _every(self, seeds, plan):
     if self._replicas == 1:
-      return self._one(seeds[0], rows)
+      return self._one(seeds[0], plan)
     mine = lambda: tf.distribute.get_replica_context().replica_id_in_sync_group
-    return self.strategy.run(lambda: self._one(seeds[mine()], rows))
+    return self.strategy.run(lambda: self._one(seeds[mine()], plan))
 
-  def _one(self, seeds, rows):
+  def _one(self, seeds, plan):
     x = self.diffusion.draw_prior(seeds)
-    return samplers.sample(self.diffusion, self.sampler.denoiser, rows, seeds, x).x
+    return samplers.sample(self.diffusion, self.sampler.denoiser, plan, seeds, x).x
 
   def _draw(self, drawn):
     """Images of up to as many batches [n, size] as there are replicas: [n, size, H, W, C]."""

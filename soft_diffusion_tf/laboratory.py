@@ -334,23 +334,23 @@ class Laboratory:
     return samplers.plan(rule, times, self.diffusion, denoise=denoise)
 
   def grade(self, rule, nfe, grid="uniform", full=False, **options):
-    """The `Grade` of a sampler; `options` are those of `rows`. For the adaptive one its tolerance
+    """The `Grade` of a sampler; `options` are those of `plan`. For the adaptive one its tolerance
     decides, and nfe does not count.
     """
     seeds, rule = np.arange(self.count), samplers.with_fields(rule, options)
     if rule.adaptive:
       images, nfe = self.sampler.adaptive(seeds, rtol=rule.tolerance, atol=rule.tolerance)
       return self.grade_images(images, nfe, full)
-    rows = self.plan(rule, nfe, grid, **options)
-    return self.grade_images(self.sampler(rows, seeds), int(rows.shape[0]), full)
+    plan = self.plan(rule, nfe, grid, **options)
+    return self.grade_images(self.sampler(plan, seeds), int(plan.shape[0]), full)
 
   def drift(self, rule, nfe, frames=10, grid="uniform", **options):
     """Where an error arises: (t, squared Fréchet distance of the sampler's x_t to q_t, its floor).
 
     Against the exact moments of q_t; the floor is that of forward draws of the same number.
     """
-    rows = self.plan(rule, nfe, grid, **options)
-    times, states, _ = self.sampler.trajectory(rows, np.arange(self.count), frames)
+    plan = self.plan(rule, nfe, grid, **options)
+    times, states, _ = self.sampler.trajectory(plan, np.arange(self.count), frames)
     clean = self._fresh.reshape(states[0].shape)
     result = []
     for k, (t, x) in enumerate(zip(times, states)):

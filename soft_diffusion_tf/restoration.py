@@ -220,21 +220,21 @@ def plan(diffusion, t, options=DEFAULT):
   return samplers.plan(options.sampler, times, diffusion, denoise=options.denoise)
 
 
-def restore(diffusion, denoiser, rows, seeds, y, explain=False):
+def restore(diffusion, denoiser, plan, seeds, y, explain=False):
   """One sample of the clean image for each y, as graph operations.
 
   Args:
-    rows: the table from the time of y on (`rows`).
+    plan: the sampler's, from the time of y on (`plan`).
     seeds: int64 [B].
-    y: float32 [B, H, W, C], all at the time rows[0, 0].
+    y: float32 [B, H, W, C], all at the time plan[0, 0].
     explain: hold the predictions to y (`consistent`).
 
   Returns:
     float32 [B, H, W, C].
   """
   if explain:
-    denoiser = consistent(denoiser, diffusion, y, rows[0, 0])
-  return samplers.sample(diffusion, denoiser, rows, seeds, y).x
+    denoiser = consistent(denoiser, diffusion, y, plan[0, 0])
+  return samplers.sample(diffusion, denoiser, plan, seeds, y).x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,16 +310,16 @@ class Restorer:
       diffusion = self._process(shape)
       denoiser = tiled(self._denoiser, self.diffusion.image_shape, shape, self._overlap)
 
-      def run(table, seeds, y):
-        return restore(diffusion, denoiser, table, seeds, y, self._explain)
+      def run(plan, seeds, y):
+        return restore(diffusion, denoiser, plan, seeds, y, self._explain)
 
       def expect(y, t):
         return denoiser(y, tf.fill(tf.shape(y)[:1], t))
 
-      rows, seeds = tf.TensorSpec([None, samplers.COLUMNS]), tf.TensorSpec([None], tf.int64)
+      steps, seeds = tf.TensorSpec([None, samplers.COLUMNS]), tf.TensorSpec([None], tf.int64)
       image = tf.TensorSpec([None, *shape])
       self._by_shape[shape] = (
-        tf.function(run, autograph=False, input_signature=[rows, seeds, image]),
+        tf.function(run, autograph=False, input_signature=[steps, seeds, image]),
         tf.function(expect, autograph=False, input_signature=[image, tf.TensorSpec([])]),
       )
     return self._by_shape[shape]
@@ -347,12 +347,12 @@ class Restorer:
     if count < 1:
       raise ValueError(f"restoration takes at least 1 sample per image, got {count}")
     run, expect = self._for(y.shape[1:])
-    table = plan(self.diffusion, t, self.options)
+    steps = plan(self.diffusion, t, self.options)
     parts, size = [], self.options.batch_size
     index = np.arange(len(y) * count)
     for k in tqdm.tqdm(range(0, len(index), size), progress, disable=progress is None):
       part = index[k : k + size]
-      parts.append(run(table, seed + part, y[part // count]).numpy())
+      parts.append(run(steps, seed + part, y[part // count]).numpy())
     samples = np.concatenate(parts).reshape(len(y), count, *y.shape[1:])
     expected = [expect(y[k : k + size], np.float32(t)).numpy() for k in range(0, len(y), size)]
     return Restored(samples, np.concatenate(expected))

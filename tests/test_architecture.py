@@ -27,7 +27,7 @@ ROOMS = {
   "Grading without training": "laboratory",
   "Experiment": "experiment",
   "Drawing and restoring": "drawing restoration",
-  "Training": "model training score_sde",
+  "Training": "optimizer model training score_sde",
   "Evaluation": "evaluation",
   "Use of a model": "callbacks export serving",
   "Programs": "bin",

@@ -139,8 +139,8 @@ def test_cold_diffusion_is_as_its_authors_have_it(data, rng):
   assert e.loss == losses.AbsoluteError()
   level = schedules.Geometric(0.01, 6.0)
   process = e.replace(level=level, data={"image_shape": (8, 8, 1)}).build_diffusion()
-  rows = samplers.plan(e.sampling.sampler, samplers.time_grid(4), process, denoise=False)
-  np.testing.assert_array_equal(rows[:, 2:], [[1, 0, 0, 0]] * 4)  # Algorithm 2: x − C_t x̂ + C_s x̂
+  plan = samplers.plan(e.sampling.sampler, samplers.time_grid(4), process, denoise=False)
+  np.testing.assert_array_equal(plan[:, 2:], [[1, 0, 0, 0]] * 4)  # Algorithm 2: x − C_t x̂ + C_s x̂
   x_0, x0_hat = rng.random([2, 3, 8, 8, 1], np.float32)
   got = e.loss(process, lambda x, t: x0_hat, x_0, np.float32([0.1, 0.5, 1.0]), 0 * x_0)
   np.testing.assert_allclose(got, np.abs(x0_hat - x_0).sum((1, 2, 3)), rtol=1e-6)
@@ -161,8 +161,8 @@ def test_ihdm_is_as_its_authors_have_it(data, rng):
   heat = lambda x: e.corruption(x, np.take(levels, k - 1)).numpy()
   want = np.sum((heat(x0_hat) - heat(x_0)) ** 2, axis=(1, 2, 3))
   np.testing.assert_allclose(got, want, rtol=1e-3)
-  rows = samplers.plan(e.sampling.sampler, samplers.time_grid(e.sampling.steps), process).numpy()
-  np.testing.assert_allclose(rows[:-1, 2:4], [[0.0, 0.0125]] * 199, rtol=1e-6)
+  plan = samplers.plan(e.sampling.sampler, samplers.time_grid(e.sampling.steps), process).numpy()
+  np.testing.assert_allclose(plan[:-1, 2:4], [[0.0, 0.0125]] * 199, rtol=1e-6)
 
 
 def test_shipped_schedules_are_sound():

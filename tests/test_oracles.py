@@ -102,8 +102,8 @@ def laboratory(digits, blur_diffusion):
   fresh = mixture.draw(1500, seed=1)
 
   def grade(name, steps):
-    rows = samplers.plan(name, samplers.time_grid(steps), process)
-    return gaussians.frechet_between(sampler(rows, range(1500)), fresh)
+    plan = samplers.plan(name, samplers.time_grid(steps), process)
+    return gaussians.frechet_between(sampler(plan, range(1500)), fresh)
 
   return grade, gaussians.frechet_between(mixture.draw(1500, seed=2), fresh)
 

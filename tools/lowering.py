@@ -100,9 +100,9 @@ def program(experiment, what, batch, replicas=1, dtype="float32"):
     held = training.Run(experiment, model, 0)
     denoiser, table = held.sampler().denoiser, held.plan()
 
-    def run(rows, seeds):
+    def run(plan, seeds):
       x = model.diffusion.draw_prior(seeds)
-      return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
+      return samplers.sample(model.diffusion, denoiser, plan, seeds, x).x
 
     arguments = [
       tf.TensorSpec(table.shape, tf.float32),

@@ -66,18 +66,18 @@ def programs(run, images, held_out, plans, sample_batch):
 
   denoiser = run.sampler().denoiser
 
-  def sample(rows, seeds):
+  def sample(plan, seeds):
     x = model.diffusion.draw_prior(seeds)
-    return samplers.sample(model.diffusion, denoiser, rows, seeds, x).x
+    return samplers.sample(model.diffusion, denoiser, plan, seeds, x).x
 
   def evaluate(images, index):
     return model.held_out(data.examples(images, index, 0), True, index[0])
 
   found = {"train": (train, [pictures(images), tf.TensorSpec([batch], tf.int32)])}
   if plans:
-    rows = next(iter(plans.values()))
+    plan = next(iter(plans.values()))
     found["sample"] = (
-      sample, [tf.TensorSpec(rows.shape, tf.float32), tf.TensorSpec([sample_batch], tf.int64)]
+      sample, [tf.TensorSpec(plan.shape, tf.float32), tf.TensorSpec([sample_batch], tf.int64)]
     )  # fmt: skip
   if len(held_out):
     size = min(batch, len(held_out))

@@ -67,8 +67,8 @@ def main():
     workdir / "samples.png",
     [("real digits", real), (f"samples ({how})", np.concatenate(samples)[:100])],
   )
-  rows = run.plan()
-  times, states, predictions = run.sampler().trajectory(rows, np.arange(10), 10)
+  plan = run.plan()
+  times, states, predictions = run.sampler().trajectory(plan, np.arange(10), 10)
   plots.process(workdir / "reverse_process.png", times, states, predictions)
 
   print()

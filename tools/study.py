@@ -439,12 +439,12 @@ def _job(study, name, seed, out):
   for draw, nfe in todo:
     begin = time.process_time()
     times = samplers.time_grid(samplers.steps_for(draw.sampler, nfe), draw.grid, own, images=clean)
-    rows = samplers.plan(draw.sampler, times, own)
+    plan = samplers.plan(draw.sampler, times, own)
 
-    def batches(start, rows=rows, process=processes[draw.prior]):
+    def batches(start, plan=plan, process=processes[draw.prior]):
       for k in range(start, study.samples, study.batch):
         seeds = np.arange(first + k, first + k + study.batch)
-        images = sampler(rows, seeds, process.draw_prior(seeds)).numpy()
+        images = sampler(plan, seeds, process.draw_prior(seeds)).numpy()
         # As 8-bit images, like the real ones; NaN stays, for `measure` to name.
         yield plots.to_uint8(images) if np.isfinite(images).all() else images
 

@@ -59,12 +59,12 @@ def _both(images):
   return {"images": images, "uint8": _uint8(images)}
 
 
-def _cuts(rows):
+def _cuts(plan):
   """Where a table is cut to show its process: up to FRAMES + 1 row numbers, from 0 to its end.
 
   A cut between a step and its corrector would show the step undone.
   """
-  back = np.append(np.asarray(rows)[1:, 5], 0.0)
+  back = np.append(np.asarray(plan)[1:, 5], 0.0)
   ends = np.flatnonzero(back == 0) + 1
   picked = np.linspace(0, len(ends), min(FRAMES, len(ends)) + 1).round().astype(int)[1:]
   return np.concatenate([[0], ends[picked - 1]]).astype(np.int32)
@@ -167,14 +167,14 @@ class Exported(tf.Module):
 def _drawing(batch_sampler):
   """The functions of one sampler: of a number and a seed, of seeds, and the process of seeds."""
   diffusion, denoiser = batch_sampler.diffusion, batch_sampler.sampler.denoiser
-  rows, size, shape = batch_sampler.plan, batch_sampler.options.batch_size, diffusion.image_shape
+  plan, size, shape = batch_sampler.plan, batch_sampler.options.batch_size, diffusion.image_shape
 
   def images_of(seeds):
     x = diffusion.draw_prior(seeds)
-    return [samplers.sample(diffusion, denoiser, rows, seeds, x).x]
+    return [samplers.sample(diffusion, denoiser, plan, seeds, x).x]
 
-  cuts = _cuts(rows)
-  times = np.append(np.asarray(rows)[cuts[:-1], 0], np.asarray(rows)[-1, 1]).astype(np.float32)
+  cuts = _cuts(plan)
+  times = np.append(np.asarray(plan)[cuts[:-1], 0], np.asarray(plan)[-1, 1]).astype(np.float32)
   frames = len(cuts) - 1
 
   def frames_of(seeds):
@@ -184,7 +184,7 @@ def _drawing(batch_sampler):
     def body(k, state, states, predictions):
       begin, end = tf.gather(cuts, k), tf.gather(cuts, k + 1)
       state = samplers.sample(
-        diffusion, denoiser, rows[begin:end], seeds, state.x, state.x0_hat, begin, state.before
+        diffusion, denoiser, plan[begin:end], seeds, state.x, state.x0_hat, begin, state.before
       )
       return k + 1, state, states.write(k, state.x), predictions.write(k, state.x0_hat)
 

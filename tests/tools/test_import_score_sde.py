@@ -261,8 +261,8 @@ def test_a_converted_file_is_a_workdir(tmp_path):
   np.testing.assert_allclose(
     run.diffusion.score(data["x"], t, x_0), score, rtol=1e-3, atol=1e-3 * np.abs(score).max()
   )
-  rows = samplers.plan("ddim", samplers.time_grid(3), run.diffusion)
-  assert np.isfinite(run.sampler()(rows, range(2))).all()
+  plan = samplers.plan("ddim", samplers.time_grid(3), run.diffusion)
+  assert np.isfinite(run.sampler()(plan, range(2))).all()
   with pytest.raises(ValueError, match="holds a run already"):
     import_score_sde.convert(GOLDEN / NAMES[0], None, tmp_path / "w")
 

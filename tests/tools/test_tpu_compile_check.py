@@ -366,9 +366,9 @@ def test_the_samplers_program_gives_the_samples(python, small, tmp_path):
   draw = np.random.default_rng(0)
   for weight in model.ema_network.variables:  # a fresh network gives almost zero
     weight.assign(weight + 0.02 * draw.normal(size=weight.shape))
-  rows = run.plan().numpy()
-  out, _ = run_on_cpu(python, tmp_path, model, function, specs, [rows, seeds], devices=1)
-  want = run.sampler()(rows, seeds).numpy()
+  plan = run.plan().numpy()
+  out, _ = run_on_cpu(python, tmp_path, model, function, specs, [plan, seeds], devices=1)
+  want = run.sampler()(plan, seeds).numpy()
   assert want.std() > 0.05
   # Seven steps of float32 in another order of operations.
   np.testing.assert_allclose(out["0"][0], want, atol=1e-4)

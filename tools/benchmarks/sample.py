@@ -76,17 +76,17 @@ def main(argv=None):
   table = lambda n: samplers.plan(
     args.sampler, samplers.time_grid(samplers.steps_for(args.sampler, n)), process
   )
-  rows, many = table(steps), table(200)
+  plan, many = table(steps), table(200)
   found = _medians(
     {
-      "forward": lambda: [forward(x, t).numpy() for _ in range(rows.shape[0])],
-      "sampler": lambda: full(rows, seeds, x).numpy(),
+      "forward": lambda: [forward(x, t).numpy() for _ in range(plan.shape[0])],
+      "sampler": lambda: full(plan, seeds, x).numpy(),
       "step": lambda: bare(many, seeds, x).numpy(),
     },
     args.repeats,
   )
   per = {
-    "forward": rows.shape[0], "sampler": rows.shape[0], "step": many.shape[0],
+    "forward": plan.shape[0], "sampler": plan.shape[0], "step": many.shape[0],
   }  # fmt: skip
   each = {name: tuple(v / per[name] for v in pair) for name, pair in found.items()}
   print(

@@ -171,8 +171,8 @@ def laboratory(counts, samples, rules=("momentum", "ddim", "two_step")):
       sampler = samplers.Sampler(process, oracles.denoiser(mixture, process))
       grades = []
       for rule in rules:
-        rows = samplers.plan(rule, samplers.time_grid(steps), process)
-        drawn = sampler(rows, tf.range(samples, dtype=tf.int64)).numpy()
+        plan = samplers.plan(rule, samplers.time_grid(steps), process)
+        drawn = sampler(plan, tf.range(samples, dtype=tf.int64)).numpy()
         grades.append(gaussians.frechet_between(drawn, fresh))
       line = "".join(f"{grade:12.4f}" for grade in grades)
       print(f"{steps:5}  {name:34}{line}", flush=True)
