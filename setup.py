@@ -9,6 +9,17 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(
   r'^__version__ = "(.+)"$', (HERE / "soft_diffusion_tf/__init__.py").read_text("utf-8"), re.M
 )[1]
+TFDS = [  # data sets of TFDS
+  "tensorflow-datasets>=4.9.10,<4.10",
+  "importlib-resources>=6",  # tensorflow-datasets imports it without declaring it
+]
+EVALUATION = ["tensorflow-gan==2.1.0"]  # evaluation/distances.py loads two modules of it
+ADAPTIVE = [  # the sampler dormand_prince
+  "tensorflow-probability>=0.25,<0.26",
+  "tf-keras>=2.20,<2.22",  # tensorflow-probability needs it beside Keras 3
+]
+SERVE = ["uvicorn>=0.35,<1"]  # serving/app.py subclasses its h11 protocol; tests hold it
+ALL = [*TFDS, *EVALUATION, *ADAPTIVE, *SERVE]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"]
 
 setuptools.setup(
@@ -26,22 +37,18 @@ setuptools.setup(
   ],
   package_dir={"soft_diffusion_tf.configs": "configs"},
   package_data={
-    "soft_diffusion_tf": ["pretrained/*", "page/*", "py.typed"],
+    "soft_diffusion_tf": ["pretrained/*", "py.typed"],
+    "soft_diffusion_tf.serving": ["page/*"],
     "soft_diffusion_tf.bin": ["*.md"],
     "soft_diffusion_tf.configs": ["schedules/*.json"],
   },
   install_requires=[
     "tensorflow>=2.20,<2.22",
-    "keras>=3.10,<3.16",  # model.py overrides one private optimizer hook; a test holds it
+    "keras>=3.10,<3.16",  # optimizer.py overrides one private hook; a test holds it
     "absl-py>=2.1",
     "ml-collections>=1.1,<2",
     "numpy>=2.0,<3",
     "scipy>=1.14,<2",
-    "tensorflow-datasets>=4.9.10,<4.10",
-    "importlib-resources>=6",  # tensorflow-datasets imports it without declaring it
-    "tensorflow-probability>=0.25,<0.26",
-    "tf-keras>=2.20,<2.22",  # tensorflow-probability needs it beside Keras 3
-    "tensorflow-gan==2.1.0",  # evaluation.py loads two of its modules past a broken __init__
     "scikit-learn>=1.5,<2",  # the built-in digits
     "pillow>=10",
     "tensorboard>=2.20,<2.22",
@@ -50,13 +57,17 @@ setuptools.setup(
     "matplotlib>=3.9,<4",
   ],
   extras_require={
-    "serve": ["uvicorn>=0.35,<1"],  # serving.py subclasses its h11 protocol; tests hold it
+    "all": ALL,
+    "tfds": TFDS,
+    "evaluation": EVALUATION,
+    "adaptive": ADAPTIVE,
+    "serve": SERVE,
     "test": [
+      *ALL,
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",
       "ruff>=0.12",
       "mypy>=1.15",
-      "uvicorn>=0.35,<1",
       "nbclient>=0.10,<1",  # runs the notebook
       "ipykernel>=6.29,<8",
       "scikit-image>=0.24,<0.27",

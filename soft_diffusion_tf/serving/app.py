@@ -55,7 +55,7 @@ class App:
     self.timeout, self.body_timeout, self.max_body = timeout, body_timeout, max_body
     self._held = 0
     self._codec = concurrent.futures.ThreadPoolExecutor(1, "codec")  # JSON holds the GIL anyway
-    folder = importlib.resources.files("soft_diffusion_tf") / "page"
+    folder = importlib.resources.files("soft_diffusion_tf.serving") / "page"
     self._page = {p: ((folder / f).read_bytes(), kind) for p, (f, kind) in _PAGE.items()}
     self._of_model = re.compile(
       r"/v1/models/([^/:]+)(?:/versions/([^/:]+))?(|/metadata|:[A-Za-z]+)"
