@@ -555,3 +555,24 @@ def test_a_damaged_model_of_the_package_is_refused(monkeypatch):
   monkeypatch.setattr(packed_files, "pretrained", lambda: {"digits": "0" * 64})
   with pytest.raises(ValueError, match="damaged"):
     export.from_pretrained("digits")
+
+
+def test_a_run_has_verbs():
+  run = export.from_pretrained("digits")
+  options = run.options(sampler="two_step", steps=3)
+  want = run.images(range(4), options)
+  np.testing.assert_array_equal(run.images(range(4), sampler="two_step", steps=3), want)
+  np.testing.assert_array_equal(
+    run.images(range(4), run.options(steps=3), sampler="two_step"), want
+  )
+  y = restoration.corrupt(run.diffusion, want, 0.5, range(4)).numpy()
+  restorer = restoration.Restorer(
+    run.diffusion, run.denoiser(), restoration.DEFAULT.changed(steps=3)
+  )
+  got, same = run.restore(y, 0.5, count=2, seed=7, steps=3), restorer(y, 0.5, 2, 7)
+  np.testing.assert_array_equal(got.samples, same.samples)
+  assert got.samples.shape == (4, 2, 8, 8, 1)
+  with pytest.warns(DeprecationWarning, match=r"Run\.plan"):
+    np.testing.assert_array_equal(run.table(options), run.plan(options))
+  with pytest.warns(DeprecationWarning, match=r"Run\.batch_sampler"):
+    np.testing.assert_array_equal(run.drawer(options).images(range(4)), want)
