@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from soft_diffusion_tf import data, evaluation, files, training
-from soft_diffusion_tf.evaluation import features, sweeps
+from soft_diffusion_tf.evaluation import features, runs, sweeps
 
 PIXELS = features.feature_network("pixels")
 GRID = {"names": ["naive", "momentum"], "nfes": [2, 3], "progress": False}
@@ -145,7 +145,7 @@ def test_a_cell_goes_on_from_its_partial_state(workdir, real, forget, monkeypatc
 
     return batches
 
-  monkeypatch.setattr(evaluation, "sample_batches", dying)
+  monkeypatch.setattr(runs, "sample_batches", dying)
   with pytest.raises(KeyboardInterrupt):
     sweeps.sweep(workdir, PIXELS, real, 40, every=0.0, **few)
   assert list((workdir / "sweep").glob("partial-*.npz"))

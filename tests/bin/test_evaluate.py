@@ -160,7 +160,7 @@ def test_bad_input_is_one_line(workdir, folders, tmp_path):
   reference = f"--reference=folder:{folders}/two"
   assert "give --workdir=FOLDER, or --images" in error_of(f"--images={folders}/one")
   (tmp_path / "empty").mkdir()
-  assert "no .png, .jpg, .jpeg files" in error_of(f"--images={tmp_path}/empty", reference)
+  assert "no image files in it" in error_of(f"--images={tmp_path}/empty", reference)
   plots.save_png(tmp_path / "mixed" / "a.png", np.zeros([8, 8, 1], np.uint8))
   plots.save_png(tmp_path / "mixed" / "b.png", np.zeros([8, 9, 1], np.uint8))
   assert "its size or colour differs" in error_of(f"--images={tmp_path}/mixed", reference)
