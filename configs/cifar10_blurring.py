@@ -6,6 +6,8 @@ cifar10_ddpmpp gives the noise and is trained by ‖ε̂ − ε‖²; the ancest
 for each frequency. At t = 1 x̂_0 = C_1⁻¹ (x_1 − σ_1 ε̂) is of size 10⁵, so do not clip it.
 
 soft-diffusion-train --config=configs/cifar10_blurring.py --workdir=runs/cifar10_blurring
+
+Hardware and time as cifar10_blur. Their FID is 3.17 (P 5), with another network.
 """
 
 import pathlib

@@ -21,7 +21,7 @@ from absl import flags
 from soft_diffusion_tf.bin import cli
 
 _CORRUPTION = flags.DEFINE_string(
-  "corruption", "blur", "blur, mask, soft_mask, ve, or module:Class of your own (examined)."
+  "corruption", "blur", "blur, heat, mask, soft_mask, ve, or module:Class of your own (examined)."
 )
 _EXAMINE = flags.DEFINE_bool("examine", False, "Examine a corruption of the project, too.")
 _DATA = flags.DEFINE_string("data", "digits", "digits, patches8 or patches16 (of CIFAR-10).")
@@ -33,7 +33,9 @@ _COMPONENTS = flags.DEFINE_string("components", "image", "A Gaussian per image, 
 _STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.", 1e-4,
                          10.0)  # fmt: skip
 _SCHEDULE = flags.DEFINE_string("schedule", "transport", "transport, linear or geometric levels.")
-_PRIOR = flags.DEFINE_string("prior", "", "Prior; by default subspace for a blur, else zero.")
+_PRIOR = flags.DEFINE_string(
+  "prior", "", "Prior; by default subspace for blur and heat, else zero."
+)
 _SAMPLERS = flags.DEFINE_string(
   "samplers", "naive,momentum,probability_flow,ddim,two_step", "Samplers, pairs as ddim+momentum."
 )
@@ -77,7 +79,8 @@ def corruption_of(name):
   if ":" in name:
     return corruptions.from_config({"kind": name}, trust_code=True)
   kinds = {
-    "blur": corruptions.GaussianBlur(), "mask": corruptions.Mask(),
+    "blur": corruptions.GaussianBlur(), "heat": corruptions.HeatDissipation(),
+    "mask": corruptions.Mask(),
     "soft_mask": corruptions.Mask(edge=1.0), "ve": corruptions.Identity(),
   }  # fmt: skip
   if name not in kinds:
@@ -98,11 +101,11 @@ def make_lab(name, images, labels, *, schedule="transport", prior="", components
       shape, corruption, schedules.Constant(0.0), schedules.Geometric(0.01, 50.0)
     )
   else:
-    first = 0.01 if name == "blur" else corruption.level_range[0]
+    first = 0.01 if name in ("blur", "heat") else corruption.level_range[0]
     last = laboratory.strongest(corruption, shape[0])
     level, _ = laboratory.level_schedule(schedule, corruption, first, last, images)
     process = laboratory.two_stage(corruption, level, shape)
-  prior = prior or ("subspace" if name == "blur" else "zero")
+  prior = prior or ("subspace" if name in ("blur", "heat") else "zero")
   mixture = laboratory.mixture_of(images, labels, components, std)
   return laboratory.Laboratory(mixture, process, images, prior, count=count, error=error)
 
