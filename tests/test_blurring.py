@@ -9,14 +9,18 @@ import scipy.fft
 import tensorflow as tf
 
 from soft_diffusion_tf import (
+  artefact,
   corruptions,
+  evaluation,
   experiment,
+  features,
   laboratory,
   oracles,
   priors,
   rng,
   samplers,
   schedules,
+  sweeps,
   training,
 )
 from soft_diffusion_tf.diffusion import Diffusion
@@ -165,6 +169,29 @@ def test_other_corruptions_of_one_basis_are_drawn_by_their_own_chain(digits):
     own = laboratory.two_stage(corruption, schedules.Linear(0.0, stop), SHAPE)
     lab = laboratory.Laboratory(mixture, own, digits[:100], count=500)
     assert lab.grade("ancestral", 160).frechet < lab.bound()
+
+
+@pytest.mark.slow
+def test_a_run_is_swept_and_exported(tmp_path):
+  e = experiment.from_file(CONFIGS / "digits_blurring.py").replace(
+    network={"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
+    training={"steps": 2, "sample_every": 0, "checkpoint_every": 0, "warmup_steps": 0},
+    sampling={"steps": 3, "batch_size": 8},
+    evaluation={"feature_net": "pixels:2", "samples": 24, "subset": 16},
+  )
+  run = training.train(e, tmp_path / "workdir", progress=False)
+  images = run.images(SEEDS)
+  assert np.isfinite(images).all()
+  network = features.feature_network("pixels:2")
+  clean = e.data.load(progress=False).images
+  real = evaluation.reference(network, clean, {"data": "here", "count": 24}, 16, 24, k=3)
+  cells = sweeps.sweep(
+    tmp_path / "workdir", network, real, 24, names=["ancestral", "ddim+ancestral"], nfes=[2, 3],
+    steps=[2], progress=False,
+  )  # fmt: skip
+  assert all(np.isfinite(cell["value"]) for cell in cells)
+  artefact.export(run, tmp_path / "export", [e.sampling])
+  np.testing.assert_array_equal(artefact.load(tmp_path / "export").images(SEEDS), images)
 
 
 def test_what_cannot_be_is_refused(blur_diffusion):
