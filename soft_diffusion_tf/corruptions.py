@@ -53,6 +53,14 @@ class Svd(NamedTuple):
   values: tf.Tensor  # broadcasts against [B, H, W, C]; not negative
 
 
+class Spectrum(NamedTuple):
+  """C = Vᵀ diag(gains) V with a V that is the same at every level, and orthogonal."""
+
+  to: Callable  # x → V x, coefficients of the same shape
+  back: Callable  # c → Vᵀ c
+  gains: Callable  # level [] or [B] → what broadcasts against [B, H, W, C]; not negative
+
+
 def as_channels(images):
   """[N, H, W, C] → [1, H, W, N·C]: small images make small products, channels make large ones."""
   return np.ascontiguousarray(np.moveaxis(images, 0, 2).reshape(1, *images.shape[1:3], -1))
@@ -165,15 +173,23 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
     columns = tf.reshape(self(basis, level), [h * w, h * w])
     return tf.linalg.LinearOperatorFullMatrix(tf.transpose(columns))
 
-  def svd(self, level, image_shape) -> Svd:
-    """Singular value decomposition at one level; the default is dense, O((H·W)³), in float64.
+  def spectrum(self, image_shape) -> Spectrum | None:
+    """C in a basis of its own that is the same at every level, where it has one; else None."""
+    return None
 
-    It holds for operators of any rank, and is verified wherever it is called eagerly.
+  def svd(self, level, image_shape) -> Svd:
+    """Singular value decomposition at one level, that of `spectrum` where there is one.
+
+    Else it is dense, O((H·W)³), in float64. It holds for operators of any rank, and is verified
+    wherever it is called eagerly.
 
     Raises:
       ValueError: the operator mixes channels, so that it is not one on the pixels of each.
     """
     h, w = image_shape[:2]
+    if own := self.spectrum(image_shape):
+      values = tf.broadcast_to(own.gains(level), [1, h, w, 1])[0]
+      return _verified(self, Svd(own.to, own.back, own.to, own.back, values), level, image_shape)
     operator = self.operator(level, image_shape)
     if int(operator.domain_dimension) != h * w:
       raise ValueError(
@@ -268,17 +284,18 @@ class _Diagonal(Corruption):
   def adjoint(self, y, level):
     return self(y, level)
 
-  def _pixel_gains(self, level, image_shape):
+  def spectrum(self, image_shape):
     h, w = image_shape[:2]
-    level = tf.reshape(tf.cast(level, tf.float32), [1, 1, 1, 1])
-    return tf.broadcast_to(self.gains(level, h, w), [1, h, w, 1])[0]
+
+    def gains(level):
+      return self.gains(tf.reshape(tf.cast(level, tf.float32), [-1, 1, 1, 1]), h, w)
+
+    return Spectrum(tf.identity, tf.identity, gains)
 
   def operator(self, level, image_shape):
-    return tf.linalg.LinearOperatorDiag(tf.reshape(self._pixel_gains(level, image_shape), [-1]))
-
-  def svd(self, level, image_shape):
-    gains = self._pixel_gains(level, image_shape)
-    return Svd(tf.identity, tf.identity, tf.identity, tf.identity, gains)
+    h, w = image_shape[:2]
+    gains = tf.broadcast_to(self.spectrum(image_shape).gains(level), [1, h, w, 1])
+    return tf.linalg.LinearOperatorDiag(tf.reshape(gains, [-1]))
 
 
 # --- The corruptions of the paper ---------------------------------------------------------------
@@ -314,15 +331,21 @@ class GaussianBlur(_Separable):
 
 
 @dataclasses.dataclass(frozen=True)
-class HeatDissipation(_Separable):
+class HeatDissipation(Corruption):
   """The heat equation with reflecting borders (Rissanen et al. 2022); the level is the standard
   deviation in pixels of the Gaussian blur that it equals away from the borders.
 
   Cosines are its eigenvectors: C = Vᵀ exp(−½ level² λ) V, V the orthonormal DCT-II and
   λ = π² (n²/H² + m²/W²). No light leaves the image, so a constant image stays as it is at every
   level, where `GaussianBlur` darkens its borders. Blurs of levels a and b in a row are one of
-  √(a² + b²).
+  √(a² + b²), without a floor.
+
+  Attributes:
+    floor: the share of every frequency that stays: C = Vᵀ ((1 − floor) exp(…) + floor) V. Above 0
+      no frequency is lost, and C has an inverse (Hoogeboom and Salimans 2022, with 0.001).
   """
+
+  floor: parts.Share = 0.0
 
   def _cosines(self, n):
     k = np.arange(n)
@@ -337,20 +360,30 @@ class HeatDissipation(_Separable):
     v = self._cosines(n)
     return products.matmul(v * self._gains(level, n)[..., tf.newaxis], v, transpose_a=True)
 
-  def matrices(self, level, h, w):
-    a = self._matrix(level, h)
-    return a, a if w == h else self._matrix(level, w)
+  def apply(self, x, level):
+    level = tf.reshape(level, [-1])
+    blurred = products.two_sided(
+      self._matrix(level, x.shape[1]), x, self._matrix(level, x.shape[2])
+    )
+    return (1.0 - self.floor) * blurred + self.floor * x if self.floor else blurred
 
-  def svd(self, level, image_shape):
+  def adjoint(self, y, level):
+    return self(y, level)
+
+  def spectrum(self, image_shape):
     h, w = image_shape[:2]
     v_h, v_w = self._cosines(h), self._cosines(w)
-    flat = tf.reshape(tf.cast(level, tf.float32), [1])
-    values = self._gains(flat, h)[0, :, tf.newaxis] * self._gains(flat, w)[0]
-    to = lambda x: products.two_sided(v_h, x, v_w)
-    back = lambda c: products.two_sided(tf.transpose(v_h), c, tf.transpose(v_w))
-    return _verified(
-      self, Svd(to, back, to, back, values[..., tf.newaxis]), level, image_shape
-    )  # fmt: skip
+
+    def gains(level):
+      level = tf.reshape(tf.cast(level, tf.float32), [-1])
+      both = self._gains(level, h)[:, :, tf.newaxis] * self._gains(level, w)[:, tf.newaxis]
+      return (1.0 - self.floor) * both[..., tf.newaxis] + self.floor
+
+    return Spectrum(
+      lambda x: products.two_sided(v_h, x, v_w),
+      lambda c: products.two_sided(tf.transpose(v_h), c, tf.transpose(v_w)),
+      gains,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,6 +522,18 @@ class Compose(Corruption):
     y, level = self._prepare(y, level)
     flat = tf.reshape(level, [-1])
     return self.inner.adjoint(self.outer.adjoint(y, self.outer_level(flat)), self.inner_level(flat))
+
+  def spectrum(self, image_shape):
+    """That of `inner` where `outer` is a `Scale`."""
+    own = self.inner.spectrum(image_shape)
+    if own is None or not isinstance(self.outer, Scale):
+      return None
+
+    def gains(level):
+      level = tf.reshape(tf.cast(level, tf.float32), [-1])
+      return own.gains(self.inner_level(level)) * tf.reshape(self.outer_level(level), [-1, 1, 1, 1])
+
+    return own._replace(gains=gains)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,11 +348,17 @@ class Experiment(parts.Checked):
       loss = dataclasses.replace(mine or losses.SoftScoreMatching(), **of_loss)
       object.__setattr__(self, "loss", loss)
       object.__setattr__(self, "training", dataclasses.replace(self.training))
-    for prediction, kind in (("score", corruptions.Identity), ("noise", corruptions.Scale)):
-      if self.network.prediction == prediction and not isinstance(self.corruption, kind):
+    kind = type(self.corruption).__name__
+    if self.network.prediction == "score" and not isinstance(self.corruption, corruptions.Identity):
+      raise ValueError(
+        f"network.prediction = 'score' needs the corruption Identity, not {kind}; use 'residual'"
+      )
+    if self.network.prediction == "noise":
+      own, last = self.corruption.spectrum(self.data.image_shape), schedules.ends(self.level)[1]
+      if own is None or not np.min(own.gains(last)) > 0:
         raise ValueError(
-          f"network.prediction = {prediction!r} needs the corruption {kind.__name__}, not "
-          f"{type(self.corruption).__name__}; use 'residual'"
+          f"network.prediction = 'noise' divides by C, and {kind} at level {last:g} has no known "
+          "inverse: take Scale, HeatDissipation with a floor, a Compose of both, or 'residual'"
         )
     if schedules.is_found(self.sigma):
       self.network.check_sigma(self.sigma)
@@ -369,16 +375,18 @@ class Experiment(parts.Checked):
 
     That is w(t) of a residual; of a score or a noise, which x̂_0 takes times σ² or σ, w(t) σ⁴ or
     w(t) σ²: 1 at all t for 1/σ², where a score is divided by σ already. (1, 1) of other losses.
+    To six digits.
     """
     if not isinstance(self.loss, losses.SoftScoreMatching | losses.Mixture):
       return 1.0, 1.0
-    times = np.linspace(self.training.t_min, 1.0, 1001)
-    sigma = np.asarray(self.sigma(times), np.float64)
+    times = np.linspace(self.training.t_min, 1.0, 1001, dtype=np.float32)
+    sigma = self.sigma(times)
     power = {"residual": 0, "score": 2, "noise": 1}[self.network.prediction]
     power -= bool(getattr(self.network, "scale_by_sigma", False))
-    power -= self.loss.weight == "inverse_variance"
-    weights = sigma ** (2.0 * power)
-    return float(weights.min()), float(weights.max())
+    weights = np.asarray(self.loss.weight(times, sigma), np.float64)
+    weights *= np.asarray(sigma, np.float64) ** (2 * power)
+    low, high = (float(f"{v:.6g}") for v in (weights.min(), weights.max()))
+    return low, high
 
   def check_network(self) -> None:
     """Raises the ValueError of options that make no network, without making its weights."""

@@ -13,7 +13,77 @@ from soft_diffusion_tf import parts
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
 from soft_diffusion_tf.schedules import Schedule
 
-WEIGHTS = ("inverse_variance", "one")
+
+class Weight(parts.Part, role="weight"):
+  """w(t) of a loss: a part (see `parts`) with one method, `__call__`. A text in a config.
+
+      @dataclasses.dataclass(frozen=True)
+      class Bounded(losses.Weight):
+        most: float = 1000.0
+
+        def __call__(self, t, sigma):
+          return tf.minimum(1.0 / sigma**2, self.most)
+
+  `SoftScoreMatching(weight=Bounded())` takes it, and `--config.loss.weight="my_module:Bounded()"`.
+  """
+
+  _as_text = True
+
+  def __call__(self, t: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
+    """The weights of times t [B] with noise σ_t [B]: finite, not negative, float32 [B]."""
+    raise NotImplementedError
+
+  def check_sigma(self, sigma: Schedule, t_min: float) -> None:
+    """Raises the ValueError of a weight that is no weight at some time from t_min to 1."""
+    times = np.linspace(t_min, 1.0, 257, dtype=np.float32)
+    values = np.asarray(self(tf.constant(times), sigma(times)))
+    if values.shape != times.shape:
+      raise ValueError(
+        f"loss.weight = {str(self)!r} gives an array of {values.shape} for {times.shape} times; "
+        "give a number for each"
+      )
+    sound = np.isfinite(values) & (values >= 0)
+    if not sound.all():
+      worst = int(np.argmin(sound))
+      raise ValueError(
+        f"loss.weight = {str(self)!r} is {values[worst]:g} at t = {times[worst]:g}; give weights "
+        "that are finite and not negative"
+      )
+
+  @classmethod
+  def coerce(cls, config: Any) -> Any:
+    """Names of this package's weights are checked here, for a message with the field's name."""
+    if isinstance(config, str) and config.isidentifier():
+      parts.check_choice("loss.weight =", config, tuple(parts.members(cls)))
+    return config
+
+  def __str__(self) -> str:
+    return parts.spell(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseVariance(Weight, name="inverse_variance"):
+  """1/σ_t², P's choice."""
+
+  def __call__(self, t: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
+    return 1.0 / sigma**2
+
+  def check_sigma(self, sigma: Schedule, t_min: float) -> None:
+    times = np.linspace(t_min, 1.0, 257, dtype=np.float32)
+    none = sigma(times).numpy() <= 0
+    if none.any():
+      raise ValueError(
+        f"loss.weight = 'inverse_variance' is 1/σ², and σ is 0 at t = {times[none.argmax()]:g}; "
+        "use loss.weight = 'one' to train without noise, or a larger training.t_min"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class One(Weight, name="one"):
+  """The same at all times."""
+
+  def __call__(self, t: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
+    return tf.ones_like(sigma)
 
 
 class Loss(parts.Part, role="loss"):
@@ -44,7 +114,7 @@ class SoftScoreMatching(Loss):
   not linear it is w(t) ‖C_t(x̂_0) − C_t(x_0)‖².
 
   Attributes:
-    weight: w(t), "inverse_variance" (1/σ_t²: P's choice) or "one".
+    weight: w(t), "inverse_variance" (1/σ_t²: P's choice), "one", or a `Weight` of one's own.
     filtered: False leaves C_t out of the loss: the objective of Bansal et al. 2022 (P 3.1).
     look_ahead: δ, which puts C at t − δ (at least 0) in the place of C_t. From t a sampler makes
       C_s x̂_0 with s < t, and so uses detail that C_t would hide from the loss (docs/theory.md).
@@ -53,7 +123,7 @@ class SoftScoreMatching(Loss):
 
   _group = "loss."
 
-  weight: Annotated[str, parts.Choice(WEIGHTS)] = "inverse_variance"
+  weight: Weight = InverseVariance()
   filtered: bool = True
   look_ahead: Annotated[float, parts.Range(0, 1)] = 0.0
 
@@ -66,13 +136,7 @@ class SoftScoreMatching(Loss):
       )
 
   def check_sigma(self, sigma: Schedule, t_min: float) -> None:
-    times = np.linspace(t_min, 1.0, 257, dtype=np.float32)
-    none = sigma(times).numpy() <= 0
-    if self.weight == "inverse_variance" and none.any():
-      raise ValueError(
-        f"loss.weight = 'inverse_variance' is 1/σ², and σ is 0 at t = {times[none.argmax()]:g}; "
-        "use loss.weight = 'one' to train without noise, or a larger training.t_min"
-      )
+    self.weight.check_sigma(sigma, t_min)
 
   def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
                eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
@@ -83,8 +147,7 @@ class SoftScoreMatching(Loss):
       error = diffusion.corrupt(error, earlier)
     elif self.filtered:
       error = diffusion.corrupt(x0_hat, earlier) - diffusion.corrupt(x_0, earlier)
-    loss = tf.reduce_sum(error**2, axis=[1, 2, 3])
-    return loss / diffusion.sigma(t) ** 2 if self.weight == "inverse_variance" else loss
+    return self.weight(t, diffusion.sigma(t)) * tf.reduce_sum(error**2, axis=[1, 2, 3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +167,7 @@ class Mixture(Loss):
   _group = "loss."
 
   share: Annotated[float, parts.Range(0, 1)] = 0.1
-  weight: Annotated[str, parts.Choice(WEIGHTS)] = "inverse_variance"
+  weight: Weight = InverseVariance()
 
   @property
   def _parts(self) -> tuple[SoftScoreMatching, SoftScoreMatching]:

@@ -38,7 +38,8 @@ class SoftDiffusionModel(keras.Model):
       "residual" (P Eq. 10);
       "score" of a VE network (C = I): x̂_0 = x_t + σ_t² s;
       "noise" of a VP or sub-VP network (C = α I) made for images in [−1, 1]: it sees 2 x_t − α_t,
-      and x̂_0 = (x_t − σ_t ε) / α_t, with σ half of the published one as [0, 1] is half as wide.
+      and x̂_0 = (x_t − σ_t ε) / α_t, with σ half of the published one as [0, 1] is half as wide; of
+      any C with an inverse in a basis of its own, 2 x_t − C_t 1 and x̂_0 = C_t⁻¹ (x_t − σ_t ε).
       `conditioning`: "log_linear" in t from `cond_min` to `cond_max`, which for a VE network is σ;
       "vp_label", 999 t; "ve_label", round((1 − t)(num_scales − 1)).
     loss: a `losses.Loss`; by default that of the paper.
@@ -229,18 +230,17 @@ class SoftDiffusionModel(keras.Model):
       images.check_floats(x_t.dtype.as_numpy_dtype, "the corrupted images")
     x_t = tf.cast(x_t, tf.float32)
     self._check_shape(x_t)
-    sigma, level = (
-      tf.reshape(schedule(t), [-1, 1, 1, 1])
-      for schedule in (self.diffusion.sigma, self.diffusion.level)
-    )
-    prediction = self.network_options.prediction
-    seen = 2.0 * x_t - level if prediction == "noise" else x_t
+    sigma = tf.reshape(self.diffusion.sigma(t), [-1, 1, 1, 1])
+    prediction, seen = self.network_options.prediction, x_t
+    if prediction == "noise":  # of C (2 x_0 − 1) + 2 σ η
+      seen = 2.0 * x_t - self.diffusion.corrupt(tf.ones_like(x_t[..., :1]), t)
     out = self.network_options.apply(network, seen, self.cond(t), **options)
     out = tf.cast(out, tf.float32)
     if prediction == "score":
       return x_t + sigma**2 * out
     if prediction == "noise":
-      return (x_t - sigma * out) / level
+      own = self.diffusion.corruption.spectrum(self.diffusion.image_shape)
+      return own.back(own.to(x_t - sigma * out) / own.gains(self.diffusion.level(t)))
     return x_t + out
 
   def denoiser(self, ema=True):

@@ -238,6 +238,7 @@ class Part(Checked):
 
   _role: ClassVar[str] = "part"  # underscores: a part's fields may have any name without
   _members: ClassVar[dict[str, type[Part]]] = {}
+  _as_text: ClassVar[bool] = False  # in a config, where it is a field of another part
 
   def __init_subclass__(cls, role: str = "", name: str = "", **kwargs: Any) -> None:
     super().__init_subclass__(**kwargs)
@@ -302,9 +303,11 @@ def kind_of(part: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-  """A field's value ready for JSON: parts, alone or in tuples, by their configs."""
+  """A field's value ready for JSON: parts, alone or in tuples, by their configs or as texts."""
   if isinstance(value, tuple):
     return tuple(map(plain, value))
+  if isinstance(value, Part) and value._as_text:
+    return spell(value)
   return value.get_config() if hasattr(value, "get_config") else value
 
 

@@ -6,10 +6,14 @@ With s < t the next time, x̂_0 the denoiser's prediction, and r = x_t − C_t x
     x_s = C_s x̂_0 + a r + b η.
 
 A rule sees all steps of a run and gives a, b and γ for each; a plan holds a row (t, s, a, b, γ,
-back) for every evaluation of the denoiser; `sample` runs the plan. γ replaces x̂_0 by the
-extrapolation x̂_0 + γ (x̂_0 − x̂_0 of the evaluation before). back = 1 makes a corrector of the row:
-it takes the step of the row before once more, from where that step started, with an x̂_0 predicted
-where it ended.
+kind) for every evaluation of the denoiser; `sample` runs the plan. γ replaces x̂_0 by the
+extrapolation x̂_0 + γ (x̂_0 − x̂_0 of the evaluation before). The kind is 0, or
+
+- 1, a corrector: the row takes the step of the row before once more, from where that step started,
+  with an x̂_0 predicted where it ended;
+- 2, a step whose coefficients are operators, in the basis that all C share (`Corruption.spectrum`):
+  the noise that is kept goes through G = C_t C_s⁻¹ as the image does on its way from s to t, and
+  what G takes from it is drawn afresh: A = a G, B² = b² I + a² σ_t² (I − G²).
 
 A new sampler is a class of a few lines:
 
@@ -28,6 +32,7 @@ A new sampler is a class of a few lines:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +42,15 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import packages, parts, rng
-from soft_diffusion_tf.corruptions import Scale
+from soft_diffusion_tf.corruptions import Identity, Scale, Spectrum
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
 from soft_diffusion_tf.parts import NotNegative, Positive, Range
 
 Array = np.ndarray
 
 GRIDS = ("uniform", "quadratic", "level", "transport", "relative")
-COLUMNS = 6  # t, s, a, b, γ, back
+COLUMNS = 6  # t, s, a, b, γ, kind
+CORRECTOR, FILTERED = 1.0, 2.0  # kinds of rows
 
 _FINE = 256  # cells in which a grid measures a schedule's length
 _LEAST_ROWS = 1024  # compiled by XLA, plans are filled up to a power of two of at least this
@@ -74,12 +80,20 @@ class Step(NamedTuple):
     return self.over(self.sigma_s)
 
 
+def _spectrum(diffusion: Diffusion) -> Spectrum | None:
+  """The basis of a C that is no multiple of the identity, whose gains are one number."""
+  corruption = diffusion.corruption
+  known = isinstance(corruption, Scale | Identity)
+  return None if known else corruption.spectrum(diffusion.image_shape)
+
+
 class Update(NamedTuple):
   """What a rule gives for each step: numbers, or arrays with an entry for each step.
 
   `corrector`, where it is not None, is the γ of a second evaluation, by which the step is taken
   again: −½ averages the predictions at both of its ends. `stay`, where it is not None, is (a, b) of
-  a second evaluation at s, which moves x there without a change of time.
+  a second evaluation at s, which moves x there without a change of time. `filtered` makes operators
+  of a and b: the noise that is kept goes through C_t C_s⁻¹.
   """
 
   a: Array | float
@@ -87,6 +101,7 @@ class Update(NamedTuple):
   gamma: Array | float = 0.0
   corrector: float | None = None
   stay: tuple[Array | float, Array | float] | None = None
+  filtered: bool = False
 
 
 class Rule(parts.Part, role="sampler"):
@@ -175,16 +190,19 @@ class DDIM(Rule, name="ddim"):
 class Ancestral(Rule, name="ancestral"):
   """DDIM with the k that makes the step a draw from q(x_s | x_t, x_0 = x̂_0).
 
-  For C = α I (VP, α = 1: VE) that is the ancestral sampler of DDPM (Song et al. 2021a, Eq. 12 with
-  their η = 1): k² = σ_s² (1 − ρ_s²/ρ_t²) with ρ = σ/α. For other corruptions the noise alone counts
-  (α = 1), so no noise is exchanged where σ stands still.
+  The chain is that of DDPM, x_t = C_t C_s⁻¹ x_s + noise. For C = α I (VP, α = 1: VE) the step is
+  Song et al. 2021a, Eq. 12 with their η = 1: k² = σ_s² (1 − ρ_s²/ρ_t²) with ρ = σ/α. Where C has
+  a basis of its own (`Corruption.spectrum`) α and k are one number for each frequency, as
+  Hoogeboom and Salimans (2022) have it. For other corruptions the noise alone counts (α = 1), so
+  no noise is exchanged where σ stands still.
   """
 
   def coefficients(self, step: Step) -> Update:
     ratio = step.ratio
     if isinstance(step.diffusion.corruption, Scale):
       ratio = ratio * step.level_t / step.level_s
-    return _ddim(step, step.sigma_s * np.sqrt(1.0 - np.minimum(ratio, 1.0) ** 2))
+    update = _ddim(step, step.sigma_s * np.sqrt(1.0 - np.minimum(ratio, 1.0) ** 2))
+    return update._replace(filtered=_spectrum(step.diffusion) is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,7 +450,7 @@ def _at(schedule: Callable[[Any], Any], times: Array) -> Array:
 
 def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
          denoise: bool = True) -> tf.Tensor:  # fmt: skip
-  """The rows (t, s, a, b, γ, back) of a sampler, float32 [N, 6]; N is the number of evaluations.
+  """The rows (t, s, a, b, γ, kind) of a sampler, float32 [N, 6]; N is the number of evaluations.
 
   Args:
     rule: a `Rule`, or what `rule_of` takes: "ddim", "ddim(k=0.1)", "ddim+momentum", a sequence.
@@ -470,21 +488,27 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
     update = each.coefficients(step)
     if (update.corrector is not None) + (update.stay is not None) != each.evaluations - 1:
       raise ValueError(f"{each}: a rule with a corrector, and no other, has evaluations = 2")
+    if update.filtered and (_spectrum(diffusion) is None or update.corrector is not None):
+      raise ValueError(
+        f"{each}: filtered steps need a corruption with a spectrum, unlike "
+        f"{type(diffusion.corruption).__name__}, and no corrector"
+      )
     columns = [np.broadcast_to(v, t.shape) for v in (update.a, update.b, update.gamma)]
     stay = update.stay and [np.broadcast_to(v, t.shape) for v in update.stay]
-    updates.append((*columns, update.corrector, stay))
+    kind = FILTERED if update.filtered else 0.0
+    updates.append((*columns, kind, update.corrector, stay))
   rows = []
   for n in range(len(t)):
-    *columns, corrector, stay = updates[n % len(turns)]
+    *columns, kind, corrector, stay = updates[n % len(turns)]
     a, b, gamma = (column[n] for column in columns)
     final = s[n] == 0
     if final:
       b = 0.0
       if denoise:
         a = gamma = 0.0
-    rows.append((t[n], s[n], a, b, gamma, 0.0))
+    rows.append((t[n], s[n], a, b, gamma, kind))
     if corrector is not None and not final:
-      rows.append((t[n], s[n], a, b, corrector, 1.0))
+      rows.append((t[n], s[n], a, b, corrector, CORRECTOR))
     if stay is not None and not final:
       rows.append((s[n], s[n], stay[0][n], stay[1][n], 0.0, 0.0))
   with np.errstate(over="ignore"):
@@ -610,18 +634,35 @@ def sample(
   first = State(x, *(tf.zeros_like(x) if v is None else tf.ensure_shape(v, image)
                      for v in (x0_previous, before)))  # fmt: skip
 
+  own = _spectrum(diffusion)
+
   def step(n: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-    t, s, a, b, gamma, back = tf.unstack(rows[n])
-    here, start = tf.where(back > 0, s, t), tf.where(back > 0, state.before, state.x)
+    t, s, a, b, gamma, kind = tf.unstack(rows[n])
+    corrects = kind == CORRECTOR
+    here, start = tf.where(corrects, s, t), tf.where(corrects, state.before, state.x)
     x0_hat = denoiser(state.x, tf.fill(tf.shape(seeds), here))
     ahead = x0_hat + gamma * (x0_hat - state.x0_hat)
-    x_s = diffusion.corrupt(ahead, s) + a * (start - diffusion.corrupt(ahead, t))
+    made, r = diffusion.corrupt(ahead, s), start - diffusion.corrupt(ahead, t)
     salt = tf.cast(first_row, tf.int64) + tf.cast(n, tf.int64)
-    x_s = tf.cond(
-      b > 0,
-      lambda: x_s + b * rng.normal_per_image(seeds, salt, diffusion.image_shape),
-      lambda: x_s,
-    )
+
+    def normal() -> tf.Tensor:
+      return rng.normal_per_image(seeds, salt, diffusion.image_shape)
+
+    def scalar() -> tf.Tensor:
+      x_s = made + a * r
+      return tf.cond(b > 0, lambda: x_s + b * normal(), lambda: x_s)
+
+    def filtered(own: Spectrum) -> tf.Tensor:
+      gain = tf.math.divide_no_nan(*(own.gains(diffusion.level(time)) for time in (t, s)))
+      gone = tf.maximum(1.0 - gain**2, 0.0)  # of the noise that is kept
+      size = tf.sqrt(b**2 + (a * diffusion.sigma(t)) ** 2 * gone)
+      size = tf.where(s > 0, size, 0.0)
+      return made + own.back(a * gain * own.to(r) + size * own.to(normal()))
+
+    if own is None:
+      x_s = scalar()
+    else:
+      x_s = tf.cond(kind == FILTERED, functools.partial(filtered, own), scalar)
     after = State(x_s, x0_hat, start)
     return n + 1, State(*(tf.ensure_shape(new, x.shape) for new in after))
 
@@ -734,8 +775,8 @@ class Sampler:
     seeds = rng.image_seeds(seeds)
     state = self.start(rows, seeds)
     # A cut between a step and its corrector would show the step undone.
-    back = np.append(np.asarray(rows)[1:, 5], 0.0)
-    ends = np.flatnonzero(back == 0) + 1
+    following = np.append(np.asarray(rows)[1:, 5], 0.0)
+    ends = np.flatnonzero(following != CORRECTOR) + 1
     picked = np.linspace(0, len(ends), frames + 1).round().astype(int)[1:]
     cuts = [0, *np.unique(ends[picked[picked > 0] - 1])]
     times, states, predictions = [float(rows[0, 0])], [state.x.numpy()], []

@@ -19,10 +19,13 @@ from soft_diffusion_tf import files, parts
 
 __all__ = [
   "Constant",
+  "CosineScale",
+  "CosineSigma",
   "Geometric",
   "Linear",
   "PiecewiseLinear",
   "Scaled",
+  "SineSquared",
   "Staged",
   "SubVPSigma",
   "Unfound",
@@ -196,6 +199,51 @@ class SubVPSigma(Schedule):
 
   def value(self, t: tf.Tensor) -> tf.Tensor:
     return -tf.math.expm1(-_beta_integral(t, self.beta_min, self.beta_max))
+
+
+class _Cosine(Schedule):
+  log_snr_min: float
+  log_snr_max: float
+
+  def angle(self, t: tf.Tensor) -> tf.Tensor:
+    first, last = (np.arctan(np.exp(-0.5 * v)) for v in (self.log_snr_max, self.log_snr_min))
+    return first * (1.0 - t) + last * t
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineScale(_Cosine):
+  """α_t = cos θ_t of a VP process, whose angle θ rises evenly (Nichol and Dhariwal 2021).
+
+  With σ_t = sin θ_t (`CosineSigma`) log(α²/σ²) = −2 log tan θ falls from `log_snr_max` to
+  `log_snr_min`, as Hoogeboom and Salimans (2022) have it.
+  """
+
+  log_snr_min: float = -10.0
+  log_snr_max: float = 10.0
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return tf.cos(self.angle(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineSigma(_Cosine):
+  """σ_t = sin θ_t of a VP process, see `CosineScale`."""
+
+  log_snr_min: float = -10.0
+  log_snr_max: float = 10.0
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return tf.sin(self.angle(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class SineSquared(Schedule):
+  """stop · sin²(½ π t), from 0 to stop: slow at both ends (Hoogeboom and Salimans 2022)."""
+
+  stop: float
+
+  def value(self, t: tf.Tensor) -> tf.Tensor:
+    return self.stop * tf.square(tf.sin(0.5 * np.pi * t))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,16 @@ class Absolute(losses.Loss):
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounded(losses.Weight):
+  """1/σ², at the most `most`."""
+
+  most: float = 1000.0
+
+  def __call__(self, t, sigma):
+    return tf.minimum(1.0 / sigma**2, self.most)
+
+
+@dataclasses.dataclass(frozen=True)
 class UNet(networks.Architecture):
   """A plain U-Net of functional Keras, told of t by a feature map of log σ."""
 

@@ -2,6 +2,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from soft_diffusion_tf import (
   corruptions,
@@ -163,6 +164,27 @@ def test_ihdm_is_as_its_authors_have_it(data, rng):
   np.testing.assert_allclose(got, want, rtol=1e-3)
   plan = samplers.plan(e.sampling.sampler, samplers.time_grid(e.sampling.steps), process).numpy()
   np.testing.assert_allclose(plan[:-1, 2:4], [[0.0, 0.0125]] * 199, rtol=1e-6)
+
+
+def test_level_and_noise_of_one_found_path_are_trained(digits):
+  """Level and σ of digits_joint are the nodes of one file, and a network learns by them."""
+  e = experiment.from_file(CONFIGS[0].parent / "digits_joint.py")
+  found = schedules.load_levels(CONFIGS[0].parent / "schedules" / "digits_joint.json")
+  assert found["corruption"] == e.corruption.get_config()
+  assert found["data"] == e.data.name
+  t = np.linspace(0, 1, len(found["levels"]), dtype=np.float32)
+  np.testing.assert_allclose(e.level(t), found["levels"], rtol=1e-4)
+  np.testing.assert_allclose(e.sigma(t), found["sigmas"], rtol=1e-4)
+  together = (np.diff(found["levels"]) > 0) & (np.diff(found["sigmas"]) > 0)
+  assert together.mean() > 0.5  # P's process has no such step
+  e = e.replace(
+    network={"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
+    training={"warmup_steps": 0, "low_variance_t": True},
+  )
+  model = training.build(e, e.build_diffusion())
+  step = tf.function(model.update, autograph=False)
+  losses_ = [float(step(digits[32 * k : 32 * k + 32])["loss"]) for k in range(40)]
+  assert np.mean(losses_[-10:]) < 0.7 * np.mean(losses_[:3])
 
 
 def test_shipped_schedules_are_sound():

@@ -1,7 +1,18 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import corruptions, diffusion, losses, oracles, parts, schedules
+from soft_diffusion_tf import (
+  corruptions,
+  diffusion,
+  losses,
+  oracles,
+  parts,
+  schedules,
+  training,
+  trust,
+)
 
 
 @pytest.fixture
@@ -164,6 +175,44 @@ def test_the_range_of_weights(tiny):
                         sigma=schedules.SubVPSigma())  # fmt: skip
   assert sub_vp.weight_range()[1] > 1e11
   assert sub_vp.replace(network={"prediction": "noise"}).weight_range() == (1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rising(losses.Weight):
+  power: float = 1.0
+
+  def __call__(self, t, sigma):
+    return t**self.power
+
+
+def test_a_weight_of_ones_own(tiny, blur_diffusion, batch):
+  """By hand, in both losses; it travels as a text, and training takes it and warns by it."""
+  x_0, t, eta = batch
+  args = (blur_diffusion, denoiser, x_0, t, eta)
+  for kind in (losses.SoftScoreMatching, losses.Mixture):
+    plain = kind(weight="one")(*args).numpy()
+    np.testing.assert_allclose(kind(weight=Rising(2.0))(*args), t**2 * plain, rtol=1e-5)
+    loss = kind(weight=Rising(2.0))
+    assert loss.get_config()["weight"] == f"{__name__}:Rising(power=2.0)"
+    with pytest.raises(trust.UntrustedCode, match="Rising"):
+      parts.make(losses.Loss, loss.get_config())
+    assert parts.make(losses.Loss, loss.get_config(), trust_code=True) == loss
+    assert kind().get_config()["weight"] == "inverse_variance"  # as configs have had it
+  e = tiny.replace(loss=losses.SoftScoreMatching(Rising()))
+  assert e.code() == {f"{__name__}:Rising"}
+  assert e.weight_range() == pytest.approx((1e-5, 1.0), rel=1e-5)  # from t_min on
+  with pytest.raises(trust.UntrustedCode):
+    type(e).from_config(e.to_dict())
+  config = e.to_config()
+  config.loss.weight = "one"  # a flag's text in the place of another
+  assert type(e).from_config(config).loss.weight == losses.One()
+  model = training.build(e, e.build_diffusion())
+  found = model.update(x_0)
+  other = training.build(tiny.replace(loss={"weight": "one"}), e.build_diffusion()).update(x_0)
+  np.testing.assert_allclose(found["losses"], found["t"] * other["losses"], rtol=1e-4)
+  for bad, text in ((Rising(-1.0), r"Rising\(power=-1.0\)' is inf at t = 0"), ("snr", "unknown")):
+    with pytest.raises(ValueError, match=text):
+      tiny.replace(loss={"weight": bad}, training={"t_min": 0.0})
 
 
 def test_a_perfect_denoiser_has_no_loss(blur_diffusion, batch):

@@ -9,6 +9,7 @@ from soft_diffusion_tf import (
   corruptions,
   evaluation,
   export,
+  losses,
   parts,
   samplers,
   schedules,
@@ -24,6 +25,7 @@ CHANGES = {  # of the experiment `tiny`, one for each seam
   "corruption": {"corruption": seams.Fade(0.5), "level": schedules.Linear(0.0, 1.0)},
   "level": {"level": seams.Cosine(0.01, 6.0)},
   "loss": {"loss": seams.Absolute(2.0)},
+  "weight": {"loss": losses.SoftScoreMatching(seams.Bounded(500.0))},
   "network": {"network": seams.UNet(width=4, depth=1)},
   "sampler": {"sampling": {"sampler": seams.Halfway(0.25)}},
   "prior": {"prior": seams.Uniformly(rank=3)},
@@ -34,7 +36,9 @@ CHANGES = {  # of the experiment `tiny`, one for each seam
 
 def test_parts_of_ones_own_for_all_seams_at_once(tiny, tmp_path):
   changes = {name: value for change in CHANGES.values() for name, value in change.items()}
-  goes_everywhere(tiny, tmp_path, changes | {"level": seams.Cosine(0.0, 1.0)})
+  goes_everywhere(
+    tiny, tmp_path, changes | {"level": seams.Cosine(0.0, 1.0), "loss": seams.Absolute(2.0)}
+  )
 
 
 @pytest.mark.slow

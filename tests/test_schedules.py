@@ -17,6 +17,9 @@ EXAMPLES = [
   s.Scaled(s.Linear(1.0, 2.0), 0.5),
   s.SubVPSigma(),
   s.VPScale(),
+  s.CosineScale(),
+  s.CosineSigma(),
+  s.SineSquared(6.0),
   s.VPSigma(),
 ]
 T = np.linspace(0, 1, 101, dtype=np.float32)
@@ -67,6 +70,12 @@ def test_values():
   staged = s.Staged(s.Geometric(0.01, 0.1), 0.0, 0.2)(T).numpy()
   np.testing.assert_allclose(staged[T >= 0.2], 0.1, rtol=1e-6)
   np.testing.assert_allclose(staged[10], 0.01 * 10**0.5, rtol=1e-5)  # half way: t = 0.1
+
+
+def test_the_cosine_schedule_has_its_ratio():
+  alpha, sigma = s.CosineScale(-8.0, 12.0)(T).numpy(), s.CosineSigma(-8.0, 12.0)(T).numpy()
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+  np.testing.assert_allclose(np.log(alpha / sigma)[[0, -1]], [6.0, -4.0], rtol=1e-5)  # ½ of it
 
 
 def test_vp_preserves_variance_and_sub_vp_is_its_square():

@@ -158,11 +158,22 @@ def _ihdm(base, steps=200):
   )  # fmt: skip
 
 
+def _blurring(base):
+  """Blurring Diffusion as in configs/digits_blurring.py, up to the blur of `base`."""
+  corruption = corruptions.Compose(
+    corruptions.HeatDissipation(floor=0.001), corruptions.Scale(),
+    schedules.SineSquared(schedules.ends(base.level)[1]), schedules.CosineScale(),
+  )  # fmt: skip
+  vp = _vp(base, schedules.CosineSigma(), fir=False, progressive_input="none")
+  return vp.replace(corruption=corruption, level=schedules.Linear(0.0, 1.0))
+
+
 OWN_SAMPLERS = {  # that a rival's authors draw by
   VE: ("langevin",),
   "ddpmpp": ("ancestral", "ddim"),
   "subvp": ("ancestral", "ddim"),
   "ihdm": ("naive(size=1.25)",),
+  "blurring": ("ancestral", "ddim"),
 }
 
 
@@ -176,6 +187,7 @@ def _with_rivals(models):
       level=base.level.inner, sigma=schedules.Constant(0.0), loss={"kind": "AbsoluteError"}
     ),
     "ihdm": _ihdm(base),
+    "blurring": _blurring(base),
   }
   if VE not in models:
     lacking = {VE: _ve(base, schedules.ends(models["ve"].sigma)[1])} | lacking
@@ -717,7 +729,7 @@ def _between(r, seed):
 _OURS = _of(MAIN, "two_step", "subspace")
 _RIVALS = tuple(
   (model, *draw)
-  for model in (PRINTED, "unfiltered", VE, "ddpmpp", "subvp", "cold", "ihdm")
+  for model in (PRINTED, "unfiltered", VE, "ddpmpp", "subvp", "cold", "ihdm", "blurring")
   for draw in (
     (), ("two_step",), ("two_step", "subspace"), *((s,) for s in OWN_SAMPLERS.get(model, ()))
   )
@@ -747,6 +759,7 @@ PAPER_CLAIMS = (
       ("4f", "sub-VP", "subvp", "ancestral"),
       ("4g", "Cold Diffusion", "cold", "momentum"),
       ("4h", "IHDM", "ihdm", "naive(size=1.25)"),
+      ("4i", "Blurring Diffusion", "blurring", "ancestral"),
     )
   ),
   Claim("5a. DDIM is better than Momentum at 25 evaluations", "yes",

@@ -57,7 +57,7 @@ _SWEEP = flags.DEFINE_bool(
 _NFE = flags.DEFINE_string(
   "nfe", None,
   "Evaluations of the network in place of --steps; of a sweep FIRST-LAST:STEP or A,B,C (default: "
-  "200-1000:80).",
+  "200-920:80, P's ten).",
 )  # fmt: skip
 _SAMPLERS = flags.DEFINE_string(
   "samplers", None, "Samplers of a sweep, A,B,C; by default the config's."

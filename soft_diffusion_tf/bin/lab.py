@@ -25,7 +25,7 @@ from soft_diffusion_tf.bin.lab_precision import STUDY_RECORD, draw_study, grade_
 from soft_diffusion_tf.bin.lab_report import write_report
 
 _CORRUPTION = flags.DEFINE_string(
-  "corruption", "blur", "blur, mask, soft_mask, ve, or module:Class of your own (examined)."
+  "corruption", "blur", "blur, heat, mask, soft_mask, ve, or module:Class of your own (examined)."
 )
 _EXAMINE = flags.DEFINE_bool("examine", False, "Examine a corruption of the project, too.")
 _DATA = flags.DEFINE_string("data", "digits", "digits, patches8 or patches16 (of CIFAR-10).")
@@ -37,7 +37,9 @@ _COMPONENTS = flags.DEFINE_string("components", "image", "A Gaussian per image, 
 _STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.", 1e-4,
                          10.0)  # fmt: skip
 _SCHEDULE = flags.DEFINE_string("schedule", "transport", "transport, linear or geometric levels.")
-_PRIOR = flags.DEFINE_string("prior", "", "Prior; by default subspace for a blur, else zero.")
+_PRIOR = flags.DEFINE_string(
+  "prior", "", "Prior; by default subspace for blur and heat, else zero."
+)
 _SAMPLERS = flags.DEFINE_string(
   "samplers", "naive,momentum,probability_flow,ddim,two_step", "Samplers, pairs as ddim+momentum."
 )

@@ -15,7 +15,8 @@ def corruption_of(name):
   if ":" in name:
     return corruptions.from_config({"kind": name}, trust_code=True)
   kinds = {
-    "blur": corruptions.GaussianBlur(), "mask": corruptions.Mask(),
+    "blur": corruptions.GaussianBlur(), "heat": corruptions.HeatDissipation(),
+    "mask": corruptions.Mask(),
     "soft_mask": corruptions.Mask(edge=1.0), "ve": corruptions.Identity(),
   }  # fmt: skip
   if name not in kinds:
@@ -36,11 +37,11 @@ def make_lab(name, images, labels, *, schedule="transport", prior="", components
       shape, corruption, schedules.Constant(0.0), schedules.Geometric(0.01, 50.0)
     )
   else:
-    first = 0.01 if name == "blur" else corruption.level_range[0]
+    first = 0.01 if name in ("blur", "heat") else corruption.level_range[0]
     last = laboratory.strongest(corruption, shape[0])
     level, _ = laboratory.level_schedule(schedule, corruption, first, last, images)
     process = laboratory.two_stage(corruption, level, shape)
-  prior = prior or ("subspace" if name == "blur" else "zero")
+  prior = prior or ("subspace" if name in ("blur", "heat") else "zero")
   mixture = laboratory.mixture_of(images, labels, components, std)
   return laboratory.Laboratory(mixture, process, images, prior, count=count, error=error)
 

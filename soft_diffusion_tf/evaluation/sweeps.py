@@ -1,5 +1,7 @@
 """P's protocol: distances over numbers of steps, samplers and kept checkpoints; the best is named.
 
+P takes the best of ten numbers of steps (App. D, Table 2), which a sweep does where none are given.
+
 A workdir's `sweep/results.jsonl` has a line for every cell, with all its conditions, which are also
 its key: a cell that is there is not computed again, one that was cut short goes on where its last
 partial state was written. `best.json` in the workdir names the best cell of the last sweep.
@@ -15,7 +17,7 @@ from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.training.checkpoints import steps_in
 
 FOLDER, RESULTS, CURVES, BEST_FILE = "sweep", "results.jsonl", "distance_by_nfe.png", "best.json"
-PAPER_NFE = "200-1000:80"
+PAPER_NFE = "200-920:80"  # P's ten, "from 200 to 1000 with a step size of 80": with 1,000, 11
 _MOST = 10_000  # numbers in one flag
 _BUSY = "another sweep is at work in it; wait for it or end it, nothing will be lost"
 # Of a cell's conditions, what makes it another cell; the rest follows from these.

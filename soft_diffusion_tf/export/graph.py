@@ -64,8 +64,8 @@ def _cuts(plan):
 
   A cut between a step and its corrector would show the step undone.
   """
-  back = np.append(np.asarray(plan)[1:, 5], 0.0)
-  ends = np.flatnonzero(back == 0) + 1
+  following = np.append(np.asarray(plan)[1:, 5], 0.0)
+  ends = np.flatnonzero(following != samplers.CORRECTOR) + 1
   picked = np.linspace(0, len(ends), min(FRAMES, len(ends)) + 1).round().astype(int)[1:]
   return np.concatenate([[0], ends[picked - 1]]).astype(np.int32)
 

@@ -175,7 +175,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
   else:
     picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
     images = source.floats(np.sort(picked))
-    say(f"fitting the prior to {len(images):,} images")
+    if not isinstance(experiment.prior, priors.Zero):  # which needs none
+      say(f"fitting the prior to {len(images):,} images")
     prior = priors.fit(experiment.prior, images, diffusion)
   diffusion = diffusion.with_prior(prior)
   say("building the network")

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from soft_diffusion_tf import experiment, files, schedules
+from soft_diffusion_tf import experiment, files, losses, schedules
 from tools import study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -135,9 +135,9 @@ def test_a_study_of_an_older_record_goes_on_with_what_that_lacks(tmp_path):
   jobs = study.jobs_of(digits)
   assert "ve_score-0" in jobs
   assert not [j for j in jobs if j.startswith("ve-")]
-  for name in ("ddpmpp", "subvp"):  # an error of what the network gives has one weight at all t
+  for name in ("ddpmpp", "subvp", "blurring"):  # what the network gives has one weight at all t
     assert digits.models[name].weight_range() == (1.0, 1.0)
-  for name in ("ddpmpp", "subvp", "cold", "ihdm"):
+  for name in ("ddpmpp", "subvp", "cold", "ihdm", "blurring"):
     config = experiment.from_file(ROOT / "configs" / f"digits_{name}.py")
     model = digits.models[name]
     assert type(model.corruption) is type(config.corruption)
@@ -218,6 +218,7 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
     "subvp": {"corruption", "level", "sigma", "prior", "network", "loss"},
     "cold": {"level", "sigma", "loss"},
     "ihdm": {"corruption", "level", "sigma", "loss"},
+    "blurring": {"corruption", "level", "sigma", "prior", "network", "loss"},
   }.items():  # fmt: skip
     differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
     assert differs == groups, name
@@ -258,7 +259,7 @@ def test_the_open_choices_are_judged_by_their_own_models_and_grids(tmp_path):
   assert differences["blur"] == []
   assert len(differences["stratified_t"]) == len(differences["unweighted"]) == 1
   assert defaults.models["stratified_t"].training.low_variance_t
-  assert defaults.models["unweighted"].loss.weight == "one"
+  assert defaults.models["unweighted"].loss.weight == losses.One()
 
   def value(model, draw, nfe):
     worse = {"stratified_t": 0.8, "unweighted": 3.0}.get(model, 1.0)
