@@ -495,7 +495,8 @@ class Experiment(parts.Checked):
       ) from None
     except (ValueError, RecursionError) as error:
       kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
-      version, own = content.get("version"), soft_diffusion_tf.__version__
+      version = content.get("version") if isinstance(content, dict) else None
+      own = soft_diffusion_tf.__version__
       remedy = (
         f"; it is of version {version}, and this is {own}, which may refuse more: use that one "
         "for this folder, or train anew" if isinstance(version, str) and version != own else ""

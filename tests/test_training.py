@@ -258,9 +258,10 @@ def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
   original = monitoring.Monitor.record
 
   def terminate(self, step, **values):
-    original(self, step, **values)
+    record = original(self, step, **values)
     if step == 4:
       signal.raise_signal(signal.SIGTERM)
+    return record
 
   rare = tiny.replace(training={"checkpoint_every": 100})
   monkeypatch.setattr(monitoring.Monitor, "record", terminate)
