@@ -77,7 +77,7 @@ def _pack(d):
   splits = [_SPLIT.value] if _SPLIT.value else list(dict.fromkeys([d.train_split, d.test_split]))
   counts = pack.write(
     _OUT.value, lambda split, room: d.load(split, _DATA_DIR.value, say=cli.say, room=room),
-    str(d.name), splits, pack.preparing(d.image_shape, d.crop, d.policy),
+    str(d.name), splits, pack.preparing(d.image_shape, d.crop, d.policy), cli.say,
   )  # fmt: skip
   print(f"packed {', '.join(f'{n:,} images as {split}' for split, n in counts.items())}")
   print(f"next: soft-diffusion-train --config=… --config.data.name=pack:{_OUT.value}")
