@@ -319,10 +319,11 @@ def test_the_label_says_where_a_spot_goes_and_what_becomes_of_its_shape():
       stretched = axes @ np.diag([2 ** (0.2 * length), 2 ** (-0.2 * length)]) @ axes.T
       matrix = stretched @ turn * 2 ** (0.2 * s)
       place = matrix @ start + side / 8 * np.array([right, down])
-      if np.abs(place).max() > 10:  # the edge would be seen
+      if np.abs(place).max() > 14:  # the edge would be seen
         continue
       seen += 1
-      image = np.where(image > 1e-3, image, 0)
+      near = np.hypot(x - place[0], y - place[1]) < 16  # beyond may be its image in the edge
+      image = np.where((image > 1e-3) & near, image, 0)
       mean = np.array([(image * x).sum(), (image * y).sum()]) / image.sum()
       off = np.stack([x - mean[0], y - mean[1]])
       covariance = np.einsum("ihw,jhw,hw->ij", off, off, image) / image.sum()
@@ -385,7 +386,7 @@ def test_the_network_is_told_and_samples_as_if_nothing_was_done():
   noticed = two.gradients(images, done)[0][kernel].numpy()
   same(noticed.any(1), done.numpy().any(0))
   parts = training.build(e := told.replace(training={"accumulate": 2}), e.build_diffusion())
-  np.testing.assert_allclose(parts.gradients(images, done)[0][kernel], noticed, atol=1e-6)
+  np.testing.assert_allclose(parts.gradients(images, done)[0][kernel], noticed, rtol=1e-3)
 
 
 def test_a_worker_reads_its_own_part_of_a_batch_alone():

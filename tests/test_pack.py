@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,75 @@ def test_batches_are_the_same_to_the_bit(tmp_path, folder, most):
       for (x, y), (u, v) in zip(batches_of(one, options), batches_of(two, options)):
         np.testing.assert_array_equal(x, u)
         np.testing.assert_array_equal(y, v)
+
+
+def random_folder(folder, rng):
+  """Pictures of random sizes, modes and formats, in class folders."""
+  for k in range(int(rng.integers(11, 30))):
+    image = Image.fromarray(rng.integers(0, 256, [*rng.integers(8, 24, 2), 3]).astype(np.uint8))
+    mode = rng.choice(["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"])
+    kinds = {"CMYK": ["jpg", "tif"], "RGB": ["png", "jpg", "webp", "bmp"], "L": ["png", "jpg"]}
+    if mode == "RGBA":
+      image.putalpha(image.convert("L"))
+    elif mode == "I;16":
+      image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    else:
+      image = image.convert(mode)
+    file = folder / rng.choice(["a", "b", "c/d"]) / f"{k}.{rng.choice(kinds.get(mode, ['png']))}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = int(rng.integers(1, 9))
+    image.save(file, **({"exif": exif} if file.suffix == ".jpg" else {}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_folders_give_the_same_batches_in_every_way(tmp_path, seed):
+  """From memory, archives, arrays and packs; whole, in parts for workers, and from any step on."""
+  rng, folder = np.random.default_rng(seed), tmp_path / "in"
+  random_folder(folder, rng)
+  shape = (int(rng.integers(4, 9)), int(rng.integers(4, 9)), int(rng.choice([1, 3])))
+  for kind in ("zip", "tar"):
+    shutil.make_archive(str(tmp_path / "in"), kind, folder)
+  source = data.load(f"folder:{folder}", "all", shape)
+  name = packed(tmp_path / "pack", f"folder:{folder}", ("all",), shape)
+  ways = [data.load(f"folder:{tmp_path / 'in'}.{kind}", "all", shape) for kind in ("zip", "tar")]
+  ways += [data.load((source.images, source.labels), "all", shape)]
+  ways += [data.load(name, "all", shape, most=most) for most in (0, 1 << 30)]
+  size, start = 4 * int(rng.integers(1, 4)), int(rng.integers(0, 10**6))
+  options = {
+    "seed": seed, "flip": bool(rng.integers(2)), "balanced": bool(rng.integers(2)),
+    "augment": [(), (data.Shift(1),), (data.EDM(), data.Shift(1))][seed], "labels": True,
+  }  # fmt: skip
+
+  def taken(source, start, count, **part):
+    pipeline = data.batches(source, size, start=start, **part, **options)
+    return [[x.numpy() for x in batch] for batch in pipeline.take(count)]
+
+  want = taken(source, start, 3)
+  for way in ways:
+    np.testing.assert_equal(taken(way, start, 3), want)
+  np.testing.assert_equal(taken(ways[-2], start + 1, 2), want[1:])  # a run that goes on
+  for hosts, each in ((1, 2), (2, 1), (2, 2)):
+    parts = [taken(ways[-2], start, 3 * each, part=(h, hosts), each=each) for h in range(hosts)]
+    for k, batch in enumerate(want):
+      for j, whole in enumerate(batch):
+        got = [part[k * each + r][j] for part in parts for r in range(each)]
+        np.testing.assert_array_equal(np.concatenate(got), whole)
+
+
+def test_a_worker_reads_no_rows_but_its_own(tmp_path, folder):
+  source = data.load(packed(tmp_path / "pack", folder), "train", SHAPE)
+  read = []
+
+  class Seen(np.memmap):
+    def __getitem__(self, index):
+      read.append(np.array(index))
+      return np.asarray(self)[index]
+
+  images = source.images.view(Seen)
+  watched = data.Source("x", images, source.labels)
+  next(iter(data.batches(watched, 8, part=(1, 2), each=2)))
+  assert {len(rows) for rows in read} == {2}  # of 8, for 4 replicas
 
 
 def test_any_source_is_packed(tmp_path, rng):

@@ -144,8 +144,10 @@ class EDM(Augmentation, name="edm"):
     if did("quarter_turns"):
       images = _turned(images, drawn["quarter_turns"][:, 0], square)
     if did("shift"):
-      sides = tf.cast(tf.shape(images)[1:3], tf.float32)
-      images = _moved(images, tf.cast(tf.round(drawn["shift"] * sides * _REACH), tf.int32))
+      reach = tf.cast(tf.shape(images)[1:3], tf.float32) * _REACH
+      pixels = tf.round(all_drawn["shift"] * reach)
+      all_drawn["shift"] = pixels / reach
+      images = _moved(images, tf.cast(pixels[:count], tf.int32))
     if did(*_GEOMETRIC):
       changed = tf.reduce_any(tf.concat([drawn[n] != 0 for n in _GEOMETRIC], 1), 1)
       images = _where(changed, images, _warped, _matrix(all_drawn, images)[:count])

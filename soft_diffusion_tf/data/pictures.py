@@ -73,13 +73,12 @@ def read(path, policy=None, channels=None):
         raise
       except Exception as error:
         file.seek(0)
-        if type(error).__name__ == "UnidentifiedImageError":  # such as floats of three colours
-          if (bands := tiff.read_bands(file)) is not None:
-            return _of_array(bands, path, "TIFF")
-        # Notes in a PNG file must not make its pixels unreadable.
-        elif (pixels := _without_notes(file)) is not None:
-          return _decode(pixels, path, policy, channels)
-        raise
+        unknown = type(error).__name__ == "UnidentifiedImageError"  # as are floats of three colours
+        if unknown and (bands := tiff.read_bands(file)) is not None:
+          return _of_array(bands, path, "TIFF")
+        if (pixels := _without_notes(file)) is None:
+          raise
+        return _decode(pixels, path, policy, channels)  # notes must not make pixels unreadable
   except Unusable:
     raise
   except Exception as error:  # Pillow's decoders raise many kinds, errors of their own among them
