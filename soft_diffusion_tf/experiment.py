@@ -62,7 +62,7 @@ INCIDENTAL = (  # fields, by how their names begin, that do not change the weigh
 # Fields that came later, with the values by which an experiment is what it was before.
 _LATER = {
   "data.transparency": "white", "data.small": "leave_out", "data.skip_bad": 0.0,
-  "data.balanced": False, "data.augment": [],
+  "data.balanced": False, "data.augment": [], "network.augment_dim": 0,
 }  # fmt: skip
 
 
@@ -93,7 +93,8 @@ class Data(Group):
   happens to images that cannot be taken as they are (see `data.Policy`). `balanced` draws every
   class of the labels equally often. Of a pack ("pack:PATH") up to `in_memory` GiB are read into
   memory; more stay in its file. `augment` changes training images further: each a
-  `data.Augmentation`, or a text such as "shift(pixels=2)".
+  `data.Augmentation`, or a text such as "shift(pixels=2)". The network is told what "edm" does to
+  an image if `network.augment_dim` says so.
   """
 
   _group = "data."
@@ -116,6 +117,8 @@ class Data(Group):
     super().__post_init__()
     object.__setattr__(self, "name", data.reader_of(self.name))
     self.policy  # noqa: B018  it raises for a text that is no colour
+    for change in self.augment:
+      change.check(self.image_shape)
 
   @property
   def policy(self) -> data.Policy:
@@ -360,6 +363,12 @@ class Experiment(parts.Checked):
           f"network.prediction = 'noise' divides by C, and {kind} at level {last:g} has no known "
           "inverse: take Scale, HeatDissipation with a floor, a Compose of both, or 'residual'"
         )
+    told, size = getattr(self.network, "augment_dim", 0), data.label_size(self.data.augment)
+    if told not in (0, size):
+      raise ValueError(
+        f"network.augment_dim = {told}, and the augmentation tells {size} numbers of an image; set "
+        f"network.augment_dim to {size}, or to 0 not to tell the network"
+      )
     if schedules.is_found(self.sigma):
       self.network.check_sigma(self.sigma)
       self.loss.check_sigma(self.sigma, self.training.t_min)
@@ -501,7 +510,8 @@ class Experiment(parts.Checked):
       ) from None
     except (ValueError, RecursionError) as error:
       kind = type(error) if isinstance(error, trust.UntrustedCode) else ValueError
-      version, own = content.get("version"), soft_diffusion_tf.__version__
+      version = content.get("version") if isinstance(content, dict) else None
+      own = soft_diffusion_tf.__version__
       remedy = (
         f"; it is of version {version}, and this is {own}, which may refuse more: use that one "
         "for this folder, or train anew" if isinstance(version, str) and version != own else ""

@@ -220,9 +220,10 @@ class SoftDiffusionModel(keras.Model):
     self._check_shape(x_t if hasattr(x_t, "shape") else np.asarray(x_t))  # before Keras, in a line
     return super().__call__(x_t, *args, **kwargs)
 
-  def call(self, x_t, t, training=False, seed=None, first=0):
+  def call(self, x_t, t, training=False, seed=None, first=0, done=None):
     """x̂_0 for x_t [B, H, W, C] at times t [B], float32, by the weights under training."""
-    return self._predict(self.network, x_t, t, training=training, seed=seed, first=first)
+    told = {} if done is None else {"done": done}
+    return self._predict(self.network, x_t, t, training=training, seed=seed, first=first, **told)
 
   def _predict(self, network, x_t, t, **options):
     x_t = tf.convert_to_tensor(x_t)
@@ -268,11 +269,12 @@ class SoftDiffusionModel(keras.Model):
       u = rng.uniform(seed, first, rows)
     return t_min + (1.0 - t_min) * u
 
-  def gradients(self, x_0):
+  def gradients(self, x_0, done=None):
     """The gradients of this replica's share of the loss, float32, of the trainable variables.
 
     Args:
       x_0: float32 [B, H, W, C] in [0, 1]; replica r holds rows r·B … (r+1)·B − 1.
+      done: what augmentation did to them, float32 [B, n], for a network that is told; else nothing.
 
     Returns:
       gradients (to be summed over the replicas), the losses [B] and the times t [B].
@@ -285,15 +287,17 @@ class SoftDiffusionModel(keras.Model):
     step = tf.cast(self.optimizer.iterations, tf.int64)
     seed = tf.stack([tf.constant(self.seed, tf.int64), step])
     variables = self.network.trainable_variables
+    if not getattr(self.network_options, "augment_dim", 0):
+      done = None
 
-    def of_rows(x_0, first):
+    def of_rows(x_0, done, first):
       rows = tf.shape(x_0)[0]
       t = self._draw_times(rng.fold_in(seed, _TIME), first, rows, batch)
       eta = rng.normal(rng.fold_in(seed, _NOISE), first, rows, self.diffusion.image_shape)
       dropout = rng.fold_in(seed, _DROPOUT)
 
       def denoiser(x_t, t):
-        return self(x_t, t, training=True, seed=dropout, first=first)
+        return self(x_t, t, training=True, seed=dropout, first=first, done=done)
 
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([v.value for v in variables])
@@ -302,7 +306,7 @@ class SoftDiffusionModel(keras.Model):
       return tape.gradient(loss, [v.value for v in variables]), each, t
 
     if options.accumulate == 1:
-      return of_rows(x_0, first)
+      return of_rows(x_0, done, first)
     tf.debugging.assert_equal(
       rows % options.accumulate, 0,
       f"training.accumulate = {options.accumulate} parts must share a replica's batch evenly",
@@ -311,7 +315,8 @@ class SoftDiffusionModel(keras.Model):
 
     def body(k, total, each, t):
       begin = k * size
-      part = of_rows(x_0[begin : begin + size], first + begin)
+      rows = slice(begin, begin + size)
+      part = of_rows(x_0[rows], None if done is None else done[rows], first + begin)
       total = [a + b for a, b in zip(total, part[0])]
       return k + 1, total, each.write(k, part[1]), t.write(k, part[2])
 
@@ -323,21 +328,21 @@ class SoftDiffusionModel(keras.Model):
     )  # fmt: skip
     return total, each.concat(), t.concat()
 
-  def update(self, x_0):
+  def update(self, x_0, done=None):
     """One optimisation step on this replica's part of the global batch.
 
     Where the gradient of the whole batch is not finite, weights, averages and the optimizer's state
     stay as they are, on every replica; only the step is counted.
 
     Args:
-      x_0: see `gradients`.
+      x_0, done: see `gradients`.
 
     Returns:
       A dictionary: "loss" (this replica's share: the sum over replicas is the batch's mean),
       "losses" and "t" [B], "gradient_norm" (global, before the clip).
     """
     context = tf.distribute.get_replica_context()
-    gradients, each, t = self.gradients(x_0)
+    gradients, each, t = self.gradients(x_0, done)
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
     gradients, norm, finite = self._clip(gradients)
     self._apply_if(finite, gradients)

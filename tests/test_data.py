@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from soft_diffusion_tf import data
+from soft_diffusion_tf import corruptions, data, experiment, schedules, training
 from soft_diffusion_tf.data import pictures
 
 TFDS = pathlib.Path(
@@ -247,21 +248,162 @@ def test_augmentations_follow_each_other_with_draws_of_their_own(rng):
   assert 0.4 < unchanged < 0.6
 
 
-def test_replica_r_gets_the_rth_part_of_a_batch():
-  """With the functions by which TensorFlow shares a data set between hosts, and then replicas."""
-  from tensorflow.python.data.experimental.ops import distribute
-  from tensorflow.python.distribute import input_ops
+# --- The augmentation of Karras et al. 2022 -------------------------------------------------------
 
+NOTHING = dict.fromkeys(("x_flip", "y_flip", "scale", "rotate", "stretch", "move"), 0.0)
+
+
+def changed(images, **fields):
+  """Images float32 in [0, 1] as `data.EDM` changes them by the fields given, and the labels."""
+  change = data.EDM(**{**NOTHING, **fields})
+  done, label = change.labelled(tf.constant(images, tf.float32), tf.constant([3, 4], tf.int64), 0)
+  assert label.shape == (len(images), change.label_size)
+  return done.numpy(), label.numpy()
+
+
+def test_where_the_label_is_0_an_image_keeps_its_bits(rng):
+  images = rng.random([200, 8, 8, 3]).astype(np.float32)
+  assert data.EDM().label_size == 9  # as published
+  every = dict.fromkeys([f.name for f in dataclasses.fields(data.EDM)], 0.05)
+  for fields in (every, {}):
+    done, label = changed(images, **fields)
+    same = (done == images).all((1, 2, 3))
+    np.testing.assert_array_equal(same, (label == 0).all(1))
+    assert same.all() == (not fields)
+    assert done.min() >= 0
+    assert done.max() <= 1
+  for name in every:  # each is drawn as often as its field says, and for itself
+    some, all_of = changed(images, **{name: 0.3})[1], changed(images, **{name: 1.0})[1]
+    drawn = (some != 0).any(1)
+    assert 0.3 / 2 - 0.15 < drawn.mean() < 0.3 + 0.12  # of a coin or of turns by 0 half is seen
+    np.testing.assert_array_equal(some[drawn], all_of[drawn])
+
+
+def test_mirrors_turns_and_whole_pixels_are_exact(rng):
+  images = rng.random([64, 16, 16, 3]).astype(np.float32)
+  for name, mirrored in (("x_flip", images[:, :, ::-1]), ("y_flip", images[:, ::-1])):
+    done, label = changed(images, **{name: 1.0})
+    assert set(label[:, 0]) == {0, 1}
+    np.testing.assert_array_equal(done, np.where(label[:, :, None, None] == 1, mirrored, images))
+  done, label = changed(images, quarter_turns=1.0)
+  turns = np.rint(np.arctan2(label[:, 1], label[:, 0] + 1) / (np.pi / 2)).astype(int) % 4
+  assert set(turns) == {0, 1, 2, 3}
+  for x, y, k in zip(images, done, turns):
+    np.testing.assert_array_equal(y, np.rot90(x, k))
+  done, label = changed(images[:, :, :10], quarter_turns=1.0)  # not square
+  assert {tuple(row) for row in np.rint(label)} == {(0, 0), (-2, 0)}
+  done, label = changed(images, shift=1.0)
+  for x, y, (down, right) in zip(images, done, np.rint(label * 16 / 8).astype(int)):
+    np.testing.assert_array_equal(y[2:-2, 2:-2], np.roll(x, (-down, -right), (0, 1))[2:-2, 2:-2])
+
+
+def test_the_label_says_where_a_spot_goes_and_what_becomes_of_its_shape():
+  """Of a small spot beside the centre: its centre and covariance, by the matrix of the label."""
+  side, n = 64, 40
+  y, x = np.mgrid[:side, :side] - (side - 1) / 2
+  start, wide = np.array([4.0, -3.0]), np.diag([4.0, 9.0])
+  spot = np.exp(-0.5 * ((x - start[0]) ** 2 / wide[0, 0] + (y - start[1]) ** 2 / wide[1, 1]))
+  images = np.repeat(spot[None, :, :, None], n, 0)
+  for fields in ("scale", "rotate", "stretch", "move", "scale rotate stretch move"):
+    done, label = changed(images, **dict.fromkeys(fields.split(), 1.0))
+    whole, column = np.zeros([n, 7]), 0
+    for name, begin, size in (("scale", 0, 1), ("rotate", 1, 2), ("stretch", 3, 2), ("move", 5, 2)):
+      if name in fields:
+        whole[:, begin : begin + size] = label[:, column : column + size]
+        column += size
+    seen = 0
+    for image, (s, cos, sin, a, b, right, down) in zip(done[..., 0].astype(float), whole):
+      turn = np.array([[cos + 1, -sin], [sin, cos + 1]])
+      length, along = np.hypot(a, b), np.arctan2(b, a)
+      axes = np.array([[np.cos(along), -np.sin(along)], [np.sin(along), np.cos(along)]])
+      stretched = axes @ np.diag([2 ** (0.2 * length), 2 ** (-0.2 * length)]) @ axes.T
+      matrix = stretched @ turn * 2 ** (0.2 * s)
+      place = matrix @ start + side / 8 * np.array([right, down])
+      if np.abs(place).max() > 14:  # the edge would be seen
+        continue
+      seen += 1
+      near = np.hypot(x - place[0], y - place[1]) < 16  # beyond may be its image in the edge
+      image = np.where((image > 1e-3) & near, image, 0)
+      mean = np.array([(image * x).sum(), (image * y).sum()]) / image.sum()
+      off = np.stack([x - mean[0], y - mean[1]])
+      covariance = np.einsum("ihw,jhw,hw->ij", off, off, image) / image.sum()
+      np.testing.assert_allclose(mean, place, atol=0.05)
+      # Filters and the cut at 1e-3 move variances, of 4 to 9 pixels², by less.
+      np.testing.assert_allclose(covariance, matrix @ wide @ matrix.T, atol=0.4)
+    assert seen > n / 4
+
+
+def test_colours_are_what_the_label_says(rng):
+  images = rng.uniform(0.4, 0.6, [30, 4, 4, 3]).astype(np.float32)
+  centred, grey = images - 0.5, images.mean(3, keepdims=True)
+  number = lambda label: label[:, :1, None, None]
+  inside = lambda done: ((done > 0) & (done < 1)).all((1, 2, 3))  # else it is cut off
+
+  def check(fields, want, atol=1e-5):
+    done, label = changed(images, **fields)
+    keep = inside(done)
+    assert keep.sum() > 9
+    np.testing.assert_allclose(done[keep], want(number(label), label)[keep], atol=atol)
+
+  check({"brightness": 1.0}, lambda n, _: images + 0.1 * n)
+  check({"contrast": 1.0}, lambda n, _: 0.5 + centred * 2 ** (0.5 * n))
+  check({"invert": 1.0}, lambda n, _: images - 2 * n * (grey - 0.5))
+  check({"saturation": 1.0}, lambda n, _: grey + (images - grey) * 2**n)
+  done, label = changed(images, hue=1.0)
+  np.testing.assert_allclose(done.mean(3), images.mean(3), atol=1e-5)
+  before, after = images - grey, done - done.mean(3, keepdims=True)
+  cosine = (before * after).sum((1, 2, 3)) / (before**2).sum((1, 2, 3))
+  np.testing.assert_allclose(cosine, label[:, 0] + 1, atol=1e-4)
+  with pytest.raises(ValueError, match=r"edm\(hue=1\) changes colours, and an image of 1 channels"):
+    experiment.Data(image_shape=(8, 8, 1), augment=("edm(hue=1)",))
+
+
+def test_the_network_is_told_and_samples_as_if_nothing_was_done():
+  """An old network keeps its bits; a network that is told learns from the label."""
+  tell = {"augment": ("edm(y_flip=1)",), "flip": False}
+  plain = experiment.Experiment(
+    data=experiment.Data(name="digits", image_shape=(8, 8, 1), **tell),
+    network=experiment.Network(nf=8, ch_mult=(1,), num_res_blocks=1, init_scale=1.0),
+    training=experiment.Training(batch_size=8),
+    level=schedules.Constant(0.0), corruption=corruptions.Identity(),
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"augment_dim = 7, and the augmentation tells 9 numbers"):
+    plain.replace(network={"augment_dim": 7})
+  told = plain.replace(network={"augment_dim": 9})
+  assert told.identity() != plain.identity()
+  one, two = (training.build(e, e.build_diffusion()) for e in (plain, told))
+  for a, b in zip(one.network.weights, two.network.weights):  # the layer of the label is the last
+    np.testing.assert_array_equal(a.numpy(), b.numpy())
+  assert len(two.network.weights) == len(one.network.weights) + 2
+  source = data.load("digits")
+  images, done = next(iter(data.batches(source, 8, augment=told.data.augment, told=True)))
+  same = lambda x, y: np.testing.assert_array_equal(x, y)
+  for a, b in zip(one.gradients(images)[0], two.gradients(images)[0]):
+    same(a.numpy(), b.numpy())  # without a label it is the old network
+  same(*(m.denoiser()(images, tf.fill([8], 0.5)).numpy() for m in (one, two)))
+  kernel = [v.path for v in two.network.trainable_variables].index(two.network.augment.kernel.path)
+  assert not two.gradients(images)[0][kernel].numpy().any()
+  noticed = two.gradients(images, done)[0][kernel].numpy()
+  same(noticed.any(1), done.numpy().any(0))
+  parts = training.build(e := told.replace(training={"accumulate": 2}), e.build_diffusion())
+  np.testing.assert_allclose(parts.gradients(images, done)[0][kernel], noticed, rtol=1e-3)
+
+
+def test_a_worker_reads_its_own_part_of_a_batch_alone():
   source, size = data.load("digits", "train"), 24
-  plain = next(iter(data.batches(source, size, seed=3))).numpy()
+  augment = (data.Shift(), data.EDM())
+  options = {"seed": 3, "flip": True, "start": 60, "augment": augment, "labels": True, "told": True}
+  plain = [[x.numpy() for x in b] for b in data.batches(source, size, **options).take(4)]
   for hosts, each in ((1, 4), (4, 1), (2, 2), (2, 3), (3, 2)):
-    batches = data.batches(source, size, seed=3, replicas=(hosts, each))
-    got = []
+    parts = []
     for host in range(hosts):
-      parts = batches.rebatch(distribute.batch_sizes_for_worker(size, hosts, each, host))
-      parts = iter(input_ops.auto_shard_dataset(parts, hosts, host, hosts * each))
-      got += [next(parts).numpy() for _ in range(each)]
-    np.testing.assert_array_equal(np.concatenate(got), plain)
+      pipeline = data.batches(source, size, part=(host, hosts), each=each, **options)
+      assert pipeline.element_spec[0].shape[0] == size // (hosts * each)
+      parts.append([[x.numpy() for x in b] for b in pipeline.take(4 * each)])
+    for k, batch in enumerate(plain):
+      for j, whole in enumerate(batch):
+        got = [part[k * each + r][j] for part in parts for r in range(each)]
+        np.testing.assert_array_equal(np.concatenate(got), whole)
 
 
 def test_a_damaged_tfds_data_set_ends_with_one_line(monkeypatch):

@@ -1,13 +1,20 @@
 """Packs: the same batches to the bit as from memory and from a folder, and no damage unseen."""
 
+import errno
 import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from soft_diffusion_tf import data
-from soft_diffusion_tf.data import pack
+from soft_diffusion_tf.data import doctor, pack, pictures
 
 SHAPE = (8, 8, 3)
 
@@ -22,10 +29,11 @@ def folder(tmp_path, rng):
   return f"folder:{tmp_path / 'in'}"
 
 
-def packed(out, name, splits=("train", "test"), shape=SHAPE, **policy):
+def packed(out, name, splits=("train", "test"), shape=SHAPE, say=None, **policy):
   policy = data.Policy(**policy)
   load = lambda split, room: data.load(name, split, shape, policy=policy, room=room)
-  pack.write(out, load, name, splits, pack.preparing(shape, "auto", policy))
+  text = name if isinstance(name, str) else "own"
+  pack.write(out, load, text, splits, pack.preparing(shape, "auto", policy), say)
   return f"pack:{out}"
 
 
@@ -43,10 +51,79 @@ def test_batches_are_the_same_to_the_bit(tmp_path, folder, most):
     assert isinstance(two.images, np.memmap) == (not most)
     assert two.label_names == one.label_names == ("a", "b", "c")
     assert one.digest() == two.digest()
-    for options in ({}, {"balanced": True}, {"start": 5, "replicas": (2, 2)}):
+    for options in ({}, {"balanced": True}, {"start": 5, "part": (1, 2), "each": 2}):
       for (x, y), (u, v) in zip(batches_of(one, options), batches_of(two, options)):
         np.testing.assert_array_equal(x, u)
         np.testing.assert_array_equal(y, v)
+
+
+def random_folder(folder, rng):
+  """Pictures of random sizes, modes and formats, in class folders."""
+  for k in range(int(rng.integers(11, 30))):
+    image = Image.fromarray(rng.integers(0, 256, [*rng.integers(8, 24, 2), 3]).astype(np.uint8))
+    mode = rng.choice(["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"])
+    kinds = {"CMYK": ["jpg", "tif"], "RGB": ["png", "jpg", "webp", "bmp"], "L": ["png", "jpg"]}
+    if mode == "RGBA":
+      image.putalpha(image.convert("L"))
+    elif mode == "I;16":
+      image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    else:
+      image = image.convert(mode)
+    file = folder / rng.choice(["a", "b", "c/d"]) / f"{k}.{rng.choice(kinds.get(mode, ['png']))}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = int(rng.integers(1, 9))
+    image.save(file, **({"exif": exif} if file.suffix == ".jpg" else {}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_folders_give_the_same_batches_in_every_way(tmp_path, seed):
+  """From memory, archives, arrays and packs; whole, in parts for workers, and from any step on."""
+  rng, folder = np.random.default_rng(seed), tmp_path / "in"
+  random_folder(folder, rng)
+  shape = (int(rng.integers(4, 9)), int(rng.integers(4, 9)), int(rng.choice([1, 3])))
+  for kind in ("zip", "tar"):
+    shutil.make_archive(str(tmp_path / "in"), kind, folder)
+  source = data.load(f"folder:{folder}", "all", shape)
+  name = packed(tmp_path / "pack", f"folder:{folder}", ("all",), shape)
+  ways = [data.load(f"folder:{tmp_path / 'in'}.{kind}", "all", shape) for kind in ("zip", "tar")]
+  ways += [data.load((source.images, source.labels), "all", shape)]
+  ways += [data.load(name, "all", shape, most=most) for most in (0, 1 << 30)]
+  size, start = 4 * int(rng.integers(1, 4)), int(rng.integers(0, 10**6))
+  options = {
+    "seed": seed, "flip": bool(rng.integers(2)), "balanced": bool(rng.integers(2)),
+    "augment": [(), (data.Shift(1),), (data.EDM(), data.Shift(1))][seed], "labels": True,
+  }  # fmt: skip
+
+  def taken(source, start, count, **part):
+    pipeline = data.batches(source, size, start=start, **part, **options)
+    return [[x.numpy() for x in batch] for batch in pipeline.take(count)]
+
+  want = taken(source, start, 3)
+  for way in ways:
+    np.testing.assert_equal(taken(way, start, 3), want)
+  np.testing.assert_equal(taken(ways[-2], start + 1, 2), want[1:])  # a run that goes on
+  for hosts, each in ((1, 2), (2, 1), (2, 2)):
+    parts = [taken(ways[-2], start, 3 * each, part=(h, hosts), each=each) for h in range(hosts)]
+    for k, batch in enumerate(want):
+      for j, whole in enumerate(batch):
+        got = [part[k * each + r][j] for part in parts for r in range(each)]
+        np.testing.assert_array_equal(np.concatenate(got), whole)
+
+
+def test_a_worker_reads_no_rows_but_its_own(tmp_path, folder):
+  source = data.load(packed(tmp_path / "pack", folder), "train", SHAPE)
+  read = []
+
+  class Seen(np.memmap):
+    def __getitem__(self, index):
+      read.append(np.array(index))
+      return np.asarray(self)[index]
+
+  images = source.images.view(Seen)
+  watched = data.Source("x", images, source.labels)
+  next(iter(data.batches(watched, 8, part=(1, 2), each=2)))
+  assert {len(rows) for rows in read} == {2}  # of 8, for 4 replicas
 
 
 def test_any_source_is_packed(tmp_path, rng):
@@ -100,17 +177,128 @@ def test_damage_is_found_and_named(tmp_path, folder):
   refused(f"pack:{tmp_path / 'in'}", "no pack.json in it")
 
 
-def test_a_pack_is_there_when_it_is_whole(tmp_path, folder):
-  out = tmp_path / "pack"
+def contents(out):
+  return {file.name: file.read_bytes() for file in out.iterdir()}
 
-  def killed(split, room):
-    if split == "test":
+
+def reads(monkeypatch):
+  """A list that grows with every picture that is read."""
+  read, found = pictures.read, []
+  monkeypatch.setattr(pictures, "read", lambda *args: found.append(args[0]) or read(*args))
+  return found
+
+
+KILLED = """
+import os, signal
+from soft_diffusion_tf.data import pack
+from tests.test_pack import packed
+commit, count, pack._EVERY = pack.Room.commit, [], 4
+def dying(room):
+  commit(room)
+  count.append(room)
+  if len(count) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+pack.Room.commit = dying
+packed({out!r}, {name!r})
+"""
+
+
+def test_a_packer_that_was_killed_goes_on(tmp_path, folder, monkeypatch):
+  packed(tmp_path / "whole", folder)
+  out, partial = tmp_path / "pack", tmp_path / ".pack.partial"
+  code, root = KILLED.format(out=str(out), name=folder), pathlib.Path(__file__).parents[1]
+  ended = subprocess.run(
+    [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+  )
+  assert ended.returncode == -signal.SIGKILL
+  assert partial.is_dir()
+  assert not out.exists()
+  refused(f"pack:{partial}", "no pack.json in it")
+  with open(partial / "0.journal", "a") as file:  # cut off in the middle of a line
+    file.write('["mark", "", "pla')
+  found, said = reads(monkeypatch), []
+  packed(out, folder, say=said.append)
+  assert len(found) == 23 - 8
+  assert said == ["train: 8 were read by a packing before that was stopped"]
+  assert contents(out) == contents(tmp_path / "whole")
+  assert not partial.exists()
+
+
+@pytest.mark.parametrize("commits", [1, 5, 6, 7])  # of 21 and 2 images: also at the end of a split
+@pytest.mark.parametrize("change", ["", "file", "policy", "damage"])
+def test_what_changed_meanwhile_is_read_again(tmp_path, folder, monkeypatch, commits, change):
+  def stopped(room):
+    commit(room)
+    count.append(room)
+    if len(count) == commits:
       raise KeyboardInterrupt
-    return data.load(folder, split, SHAPE, room=room)
 
-  made = pack.preparing(SHAPE, "auto", data.Policy())
+  commit, count = pack.Room.commit, []
+  with monkeypatch.context() as patched:
+    patched.setattr(pack, "_EVERY", 4)
+    patched.setattr(pack.Room, "commit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+      packed(tmp_path / "pack", folder)
+  policy, behind = {}, min(4 * commits, 21) + 2 * (commits == 7)
+  if change == "file":  # the third in order is another picture
+    files = data.list_images(tmp_path / "in")
+    Image.fromarray(np.zeros([9, 9, 3], np.uint8)).save(files[2])
+    behind = 2 + 2 * (commits == 7)
+  elif change == "policy":
+    policy, behind = {"small": "enlarge"}, 0
+  elif change == "damage":
+    (tmp_path / ".pack.partial" / "0.images").write_bytes(b"x")
+    behind = 2 * (commits == 7)
+  found = reads(monkeypatch)
+  packed(tmp_path / "pack", folder, **policy)
+  assert len(found) == 23 - behind
+  packed(tmp_path / "whole", folder, **policy)
+  assert contents(tmp_path / "pack") == contents(tmp_path / "whole")
+
+
+def test_images_that_a_program_has_go_on_by_their_digests(tmp_path, rng, monkeypatch):
+  images = list(rng.integers(0, 256, [20, 8, 8, 3]).astype(np.uint8))
+
+  class Stopping(list):
+    def __getitem__(self, k):
+      if k == 12:
+        raise KeyboardInterrupt
+      return super().__getitem__(k)
+
+  monkeypatch.setattr(pack, "_EVERY", 1)
+  monkeypatch.setattr(doctor, "in_parallel", lambda function, items: map(function, items))
   with pytest.raises(KeyboardInterrupt):
-    pack.write(out, killed, folder, ["train", "test"], made)
+    packed(tmp_path / "pack", Stopping(images), ("all",))
+  images[10] = images[0]
+  said = []
+  packed(tmp_path / "pack", images, ("all",), say=said.append)
+  assert said == ["all: 10 were read by a packing before that was stopped"]
+  np.testing.assert_array_equal(data.load(f"pack:{tmp_path / 'pack'}", "all").images, images)
+
+
+@pytest.mark.parametrize("where", ["posix_fallocate", "fsync", "truncate"])
+def test_a_full_disk_leaves_nothing(tmp_path, folder, monkeypatch, where):
+  def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  before = sorted(tmp_path.iterdir())
+  monkeypatch.setattr(os, where, full)
+  with pytest.raises((ValueError, OSError), match="No space left") as caught:
+    packed(tmp_path / "pack", folder)
+  assert "\n" not in str(caught.value)
+  if where == "posix_fallocate":
+    assert "21 images take 0.00 GiB" in str(caught.value)
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_pack_is_there_when_it_is_whole(tmp_path, folder):
+  out, made = tmp_path / "pack", pack.preparing(SHAPE, "auto", data.Policy())
+
+  def bad(split, room):
+    raise ValueError("bad")
+
+  with pytest.raises(ValueError, match="bad"):  # what is refused would be refused again
+    pack.write(out, bad, folder, ["train"], made)
   assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
   def twice(split, room):

@@ -5,13 +5,17 @@
   soft-diffusion-data check cifar10 --split=test
   soft-diffusion-data pack photos --config=cifar10_blur --out=packed
 
-SOURCE is a folder, or what a config's data.name takes; left out, it is the config's. Every image is
-read once. The table counts formats, modes, sizes, orientations and labels, and names every file
-that cannot be used as the config asks, with the remedy; also duplicates and images of one colour.
-Without --config nothing is asked of the sizes. The exit code is 2 where a training would refuse.
+SOURCE is a folder, a zip or tar file, a pack, or any name that data.name takes in a config. Without
+SOURCE the config's own data set is read.
 
-`pack` writes the images of the config's two splits, prepared as it says, into a folder; train on it
-by --config.data.name=pack:FOLDER. Neither takes more memory for more images.
+`check` reads every image once. Its table counts formats, modes, sizes, orientations and labels. It
+names every file that the config cannot use, and says what helps. It also names pictures that are
+there twice, and pictures of one colour. Without --config no size is asked for. The exit code is 2
+if a training would refuse the data set.
+
+`pack` prepares the images of both splits as the config says, and writes them into a folder. A
+training with --config.data.name=pack:FOLDER reads them from there, in the same memory for any
+number of images. If packing is interrupted, the same command goes on where it stopped.
 """
 
 import dataclasses
@@ -24,10 +28,10 @@ from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
 _SPLIT = flags.DEFINE_string(
-  "split", None, "Split to read; by default all images, and to pack both splits of the config."
+  "split", None, "Split to read. By default check reads all images, and pack both of the config's."
 )
-_DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
-_OUT = cli.define_path("out", None, "Folder of the pack to write, which must not be there.")
+_DATA_DIR = cli.define_path("data_dir", None, "Folder where TFDS keeps its data sets.")
+_OUT = cli.define_path("out", None, "Folder to write the pack into. It must not exist yet.")
 
 _COMMANDS = ("check", "pack")
 
@@ -36,15 +40,18 @@ def _check():
   command, source = (*cli.words(), None, None)[:2]
   if command not in _COMMANDS:
     got = f", not {command!r}" if command else ""
-    raise ValueError(f"give a command{got}: soft-diffusion-data check SOURCE [--config=FILE]")
+    raise ValueError(
+      f"give a command{got}: soft-diffusion-data check SOURCE [--config=FILE], or pack SOURCE "
+      "--config=FILE --out=FOLDER"
+    )
   if source is None or command == "pack":
     cli.require_config()
   if command == "check":
-    cli.refuse([flags.FLAGS["out"]], "check writes nothing")
+    cli.refuse([flags.FLAGS["out"]], "check writes no files")
   elif _OUT.value is None:
-    raise ValueError("give --out=FOLDER, where the pack is written")
+    raise ValueError("give --out=FOLDER, a new folder for the pack")
   elif os.path.exists(_OUT.value):
-    raise ValueError(f"--out={_OUT.value} is there already; give another --out or remove it")
+    raise ValueError(f"--out={_OUT.value} exists already; give another --out or remove it")
   else:
     files.check_folder(os.path.dirname(os.path.abspath(_OUT.value)), "out", _OUT.value)
 
@@ -78,10 +85,11 @@ def _pack(d):
   splits = [_SPLIT.value] if _SPLIT.value else list(dict.fromkeys([d.train_split, d.test_split]))
   counts = pack.write(
     _OUT.value, lambda split, room: d.load(split, _DATA_DIR.value, say=cli.say, room=room),
-    str(d.name), splits, pack.preparing(d.image_shape, d.crop, d.policy),
+    str(d.name), splits, pack.preparing(d.image_shape, d.crop, d.policy), cli.say,
   )  # fmt: skip
-  print(f"packed {', '.join(f'{n:,} images as {split}' for split, n in counts.items())}")
-  print(f"next: soft-diffusion-train --config=… --config.data.name=pack:{_OUT.value}")
+  each = ", ".join(f"{n:,} images of the split {split}" for split, n in counts.items())
+  print(f"{_OUT.value} holds {each}")
+  print(f"train on it with --config.data.name=pack:{_OUT.value}")
 
 
 def run():

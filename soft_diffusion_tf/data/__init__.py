@@ -17,7 +17,7 @@ with a source. `folders`, `tfds` and `own` read sources, `pack` writes and reads
 makes batches.
 """
 
-from soft_diffusion_tf.data.augment import Augmentation, Flip, Shift
+from soft_diffusion_tf.data.augment import EDM, Augmentation, Flip, Shift, label_size
 from soft_diffusion_tf.data.doctor import Report
 from soft_diffusion_tf.data.folders import list_images
 from soft_diffusion_tf.data.pictures import CROPS, prepare, read_image
@@ -37,6 +37,7 @@ from soft_diffusion_tf.data.sources import (
 __all__ = [
   "CROPS",
   "DIGITS_TRAIN",
+  "EDM",
   "FOLDER",
   "SMALL",
   "Augmentation",
@@ -51,6 +52,7 @@ __all__ = [
   "batches",
   "check_consent",
   "examples",
+  "label_size",
   "list_images",
   "load",
   "order",

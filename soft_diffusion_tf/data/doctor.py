@@ -41,21 +41,27 @@ def examine(picture, where, shape, crop, policy):
   change = ""
   if (h, w) != prepared.shape[:2]:
     change = "shrunk" if h * w > prepared.shape[0] * prepared.shape[1] else "enlarged"
-  digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16)
-  digest.update(repr(pixels.shape).encode())
   flat = bool((pixels == pixels[:1, :1]).all())
   lost = 1 - h * w / (height * width)
   return prepared, Facts(
     picture.format, picture.mode, picture.orientation, picture.done, (height, width),
-    digest.digest(), flat, lost, change,
+    bytes.fromhex(digest(pixels)), flat, lost, change,
   )  # fmt: skip
+
+
+def digest(values):
+  """A digest of an array, or of bytes: 32 hexadecimal digits."""
+  found = hashlib.blake2b(digest_size=16)
+  found.update(values if isinstance(values, bytes) else np.ascontiguousarray(values))
+  found.update(repr(getattr(values, "shape", ())).encode())
+  return found.hexdigest()
 
 
 class Report:
   """What was found in a source: `lines` is the table, `check` the refusal."""
 
   def __init__(self, name, split, shape, policy, keep=True, room=None):
-    self.keep, self.room = keep, room  # the images, and where: `allocate`
+    self.keep, self.room = keep, room or Memory()  # the images, and where
     self.name, self.split, self.shape, self.policy = name, split, shape, policy
     self.facts: list[Facts] = []
     self.places: list[str] = []  # of each of the facts
@@ -119,7 +125,7 @@ class Report:
       more = " …" if len(errors) > _NAMED else ""
       groups.append(f"{len(errors)} {kind}, {errors[0].text} ({named}{more}): {REMEDIES[kind]}")
     return (
-      f"{self.name}: {len(self.bad)} of {self.count} {self.what} cannot be used: "
+      f"{shown(self.name)}: {len(self.bad)} of {self.count} {self.what} cannot be used: "
       f"{'; '.join(groups)}{remedy}"
     )
 
@@ -153,7 +159,8 @@ class Report:
     if shape and self.facts:
       rows.append((f"to {shape}", self._changed()))
     rows.append(("policy", str(self.policy)))
-    return [f"{self.name}, split {self.split}", *(f"  {head:<16}{text}" for head, text in rows)]
+    head = f"{shown(self.name)}, split {shown(self.split)}"
+    return [head, *(f"  {name:<16}{text}" for name, text in rows)]
 
   def _counted(self):
     def row(head, values):
@@ -188,47 +195,76 @@ class Report:
     return ", ".join([*parts, f"{whole:,} as they are"])
 
 
-def collect(one, items, total, report, shape, bar, disable=None):
+def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
   """The images of a source, each prepared by `one`, read in parallel; with the places kept.
 
   Args:
     one: item → (pixels, `Facts`, place), or raises `Unusable`.
     items: of the source, in order.
     total: their number, or None where it is not known.
+    stamp: item → a text that is another one when the item is another; by it a packing that was
+      killed knows what it has already (see `pack.Room`).
 
   Returns:
     (images uint8 [n, H, W, C], indices of the items kept); images are None where there are none.
   """
+  room = report.room if total is not None else Memory()
+  going_on = stamp is not None and shape is not None and room.goes_on
 
-  def guarded(item):
+  def guarded(work):
+    item, mark, known = work
+    if known is not None:
+      return mark, known, True
     try:
-      return one(item)
+      return mark, one(item), False
     except Unusable as error:
-      return error
+      return mark, error, False
 
-  room = report.room if report.room and total is not None else allocate
+  def fed():
+    for k, item in enumerate(items):
+      mark = stamp(item) if going_on else ""
+      yield item, mark, room.known(k, mark) if going_on else None
+
   rows = _FIRST if total is None else total
   images = room(report.name, rows, shape) if report.keep and shape is not None else None
   kept: list[int] = []
   first = ""
-  for k, found in enumerate(tqdm.tqdm(in_parallel(guarded, items), bar, total, disable=disable)):
+  bar = tqdm.tqdm(in_parallel(guarded, fed()), bar, total, disable=disable)
+  for k, (mark, found, known) in enumerate(bar):
+    if not isinstance(found, Unusable):
+      pixels, facts, place = found
+      if report.keep and images is None:
+        images, first = room(report.name, rows, pixels.shape), place
+      if images is not None and not known and pixels.shape != images.shape[1:]:
+        other = shown(os.path.basename(str(first)))
+        found = Unusable("size", place, f"its size or colour differs from {other}'s")
     if isinstance(found, Unusable):
       report.leave_out(found)
-      continue
-    pixels, facts, place = found
-    if report.keep and images is None:
-      images, first = room(report.name, rows, pixels.shape), place
-    if images is not None and pixels.shape != images.shape[1:]:
-      other = shown(os.path.basename(str(first)))
-      report.leave_out(Unusable("size", place, f"its size or colour differs from {other}'s"))
-      continue
-    if images is not None:
-      if len(kept) == len(images):  # more than was known
-        images = np.concatenate([images, allocate(report.name, len(images), images.shape[1:])])
-      images[len(kept)] = pixels
-    kept.append(k)
-    report.add(place, facts)
+    else:
+      if images is not None and not known:
+        if len(kept) == len(images):  # more than was known
+          images = np.concatenate([images, allocate(report.name, len(images), images.shape[1:])])
+        images[len(kept)] = pixels
+      kept.append(k)
+      report.add(place, facts)
+    if going_on and not known:
+      room.note(mark, found)
   return (None if images is None else images[: len(kept)]), kept
+
+
+class Memory:
+  """Where the images of a source go while they are read: room in memory, and no way to go on."""
+
+  goes_on = False
+
+  def __call__(self, name, count, shape):
+    return allocate(name, count, shape)
+
+  def known(self, place, mark):
+    """What was found of an item before, by its place in the source and its mark; or None."""
+
+  def note(self, mark, found):
+    """Takes in what was found of the next item: (pixels, `Facts`, place) or an `Unusable`."""
 
 
 def in_parallel(function, items, ahead=64):

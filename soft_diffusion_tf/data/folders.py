@@ -1,16 +1,27 @@
-"""Folders and zip files of pictures: what lies in one, its splits and its class folders."""
+"""Folders and archives of pictures: what lies in one, its splits and its class folders."""
 
+import contextlib
 import dataclasses
+import functools
 import io
+import json
+import os
 import pathlib
+import shutil
+import tarfile
+import tempfile
+import threading
+import typing
 import zipfile
 
 import numpy as np
 
 from soft_diffusion_tf.data import celeba, doctor, pictures
+from soft_diffusion_tf.data.labels import numbered
 from soft_diffusion_tf.data.policy import shown
 
-_LARGEST = 1 << 30  # bytes of a file in a zip file
+_LARGEST = 1 << 30  # bytes of a file in an archive
+LABELS = "dataset.json"  # labels of pictures, as the tools of StyleGAN and EDM write them
 PREFIX = "folder:"  # before the path of a folder of images
 SPLIT = 'every tenth file, in the order of the paths, is "test", the others "train"'
 
@@ -23,6 +34,7 @@ class Found:
   hidden: int = 0
   other: tuple[str, ...] = ()  # names of files that are no pictures by name or content
   links: tuple[str, ...] = ()  # to folders that are read under another name
+  listed: typing.Any = None  # a path or member: the list of labels, `LABELS`
 
 
 def scan(folder):
@@ -32,8 +44,8 @@ def scan(folder):
   is followed, but every folder is read once.
   """
   folder = pathlib.Path(folder)
-  if folder.is_file() and zipfile.is_zipfile(folder):
-    return _scan_zip(folder)
+  if folder.is_file() and _is_archive(folder):
+    return _scan_archive(folder)
   if folder.is_file():
     raise ValueError(f"{folder} is a file; give the folder that holds the images")
   if not folder.is_dir():
@@ -66,7 +78,10 @@ def scan(folder):
       else:
         seen.add(place)
         waiting.append(entry)
-  return Found(sorted(files), hidden, tuple(other), tuple(links))
+  listed = folder / LABELS
+  return Found(
+    sorted(files), hidden, tuple(other), tuple(links), listed if listed.is_file() else None
+  )
 
 
 def list_images(folder):
@@ -86,48 +101,130 @@ def _is_candidate(entry):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Member:
-  """A file in a zip file, with as much of a `pathlib.Path` as is asked of one here."""
+  """A file in an archive, with as much of a `pathlib.Path` as is asked of one here."""
 
   inside: pathlib.PurePosixPath
-  archive: zipfile.ZipFile = dataclasses.field(compare=False)
+  archive: str = dataclasses.field(compare=False)  # the path of the archive
+  size: int = dataclasses.field(compare=False)
+  stamp: str = dataclasses.field(compare=False)  # another for another content
+  read: typing.Callable = dataclasses.field(compare=False, repr=False)  # () → the content
 
   @property
   def name(self):
     return self.inside.name
 
   def open(self, mode="rb"):
-    if self.archive.getinfo(str(self.inside)).file_size > _LARGEST:
+    if self.size > _LARGEST:
       raise MemoryError("it is larger unpacked than a picture may be")
-    return io.BytesIO(self.archive.read(str(self.inside)))
+    return io.BytesIO(self.read())
 
   def __fspath__(self):
-    return f"{self.archive.filename}/{self.inside}"
+    return f"{self.archive}/{self.inside}"
 
   __str__ = __fspath__
 
 
-def _scan_zip(path):
+def _is_archive(path):
+  """Whether a file begins like an archive, sound or not."""
   try:
-    archive = zipfile.ZipFile(path)
-  except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-    raise ValueError(f"{path}: cannot be read as a zip file ({error}); copy it again") from None
-  files, other, hidden = [], [], 0
-  for info in archive.infolist():
-    member = Member(pathlib.PurePosixPath(info.filename), archive)
-    if info.is_dir():
-      continue
+    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+  except Exception:  # of a compressed one that is damaged
+    return True
+
+
+def _scan_archive(path):
+  """What lies in a zip or tar file; of two files of one name the last, as when it is unpacked."""
+  try:
+    members = _of_zip(path) if zipfile.is_zipfile(path) else _of_tar(path)
+  except Exception as error:  # both modules raise many kinds for what is damaged
+    text = " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"{path}: cannot be read as an archive ({text}); copy it again") from None
+  files, other, hidden, listed = [], [], 0, None
+  for member in {member.inside: member for member in members}.values():
     if any(part.startswith((".", "__MACOSX")) for part in member.inside.parts):
       hidden += 1
     elif member.inside.suffix.lower() in pictures.suffixes() or pictures.is_picture(member):
       files.append(member)
     else:
       other.append(member.name)
-  return Found(sorted(files), hidden, tuple(other))
+      listed = member if str(member.inside) == LABELS else listed
+  return Found(sorted(files), hidden, tuple(other), listed=listed)
+
+
+def _of_zip(path):
+  archive = zipfile.ZipFile(path)
+  return [
+    Member(pathlib.PurePosixPath(info.filename), str(path), info.file_size, f"{info.CRC:08x}",
+           functools.partial(archive.read, info))
+    for info in archive.infolist() if not info.is_dir()
+  ]  # fmt: skip
+
+
+def _of_tar(path):
+  """Of a tar file; one that is compressed is unpacked into a file without a name, to jump in it."""
+  with open(path, "rb") as file, contextlib.closing(tarfile.open(fileobj=file)) as packed:
+    compressed = not isinstance(packed.fileobj, io.BufferedReader)
+    plain = tempfile.TemporaryFile() if compressed else open(path, "rb")  # noqa: SIM115
+    if compressed:
+      packed.fileobj.seek(0)
+      shutil.copyfileobj(packed.fileobj, plain, 1 << 20)
+      plain.seek(0)
+  archive, alone = tarfile.open(fileobj=plain), threading.Lock()  # noqa: SIM115
+
+  def content(info):
+    try:
+      with alone, archive.extractfile(info) as file:
+        return file.read()
+    except KeyError:
+      raise OSError(f"a link to {info.linkname}, which is not in the archive") from None
+
+  return [
+    Member(pathlib.PurePosixPath(info.name), str(path), info.size, f"{info.mtime:.6f}",
+           functools.partial(content, info))
+    for info in archive.getmembers() if info.isfile() or info.islnk() or info.issym()
+  ]  # fmt: skip
+
+
+def stamp(file):
+  """A text that tells whether a picture is still the same: its place, its size, when it changed."""
+  if isinstance(file, Member):
+    return f"{file.inside} {file.size} {file.stamp}"
+  try:
+    about = os.stat(file)
+  except OSError:  # a broken link
+    return f"{file} -"
+  return f"{file} {about.st_size} {about.st_mtime_ns}"
 
 
 def _class_of(file, folder):
   """The folder that a file lies in, below the one that was asked for."""
-  return str(file.inside.parent if isinstance(file, Member) else file.parent.relative_to(folder))
+  parent = file.inside.parent if isinstance(file, Member) else file.parent.relative_to(folder)
+  return os.fsencode(parent).decode("utf-8", "backslashreplace")  # a name that is no text
+
+
+def _labels_of(folder, found):
+  """(int64 [N], names) of the labels of all files: by the list that lies there, or by folders."""
+  if found.listed is not None:
+    place = lambda f: str(f.inside) if isinstance(f, Member) else f.relative_to(folder).as_posix()
+    try:
+      with pictures.opened(found.listed) as file:
+        given = json.load(file)["labels"]
+      known = None if given is None else {str(name): label for name, label in given}
+      texts = [] if known is None else [known[place(f)] for f in found.files]
+      numbers, names = numbered(texts) if texts else (np.zeros([len(found.files)], np.int64), ())
+    except KeyError as error:
+      raise ValueError(
+        f"{found.listed}: it has no {error}; mend it, or take it away for labels by folders"
+      ) from None
+    except Exception as error:  # whatever a file of that name may hold
+      raise ValueError(
+        f"{found.listed}: no list of labels ({error}); mend it, or take it away"
+      ) from None
+    if numbers is None:
+      raise ValueError(f"{found.listed}: labels must be one whole number or text for each picture")
+    return numbers, names
+  classes, numbers = np.unique([_class_of(f, folder) for f in found.files], return_inverse=True)
+  return numbers.astype(np.int64), tuple(map(str, classes))
 
 
 def held_out(count, split, what="a folder"):
@@ -145,7 +242,7 @@ def held_out(count, split, what="a folder"):
 def read(folder, split, shape, crop, report):
   """(images, labels, names of the labels) of a split of a folder, prepared.
 
-  An image's label is the folder that it lies in.
+  An image's label is the folder that it lies in, or what dataset.json says.
   """
   found = scan(folder)
   if not found.files:
@@ -156,6 +253,7 @@ def read(folder, split, shape, crop, report):
   if not files:
     needs = "it takes at least 10 images" if parts is None else f"by {celeba.SAID}"
     raise ValueError(f"{folder}: the split {split!r} is empty; {needs}")
+  numbers, names = _labels_of(folder, found)
   channels = None if shape is None else shape[2]
   if crop == "auto":
     aligned = parts is not None and _size_of(files[0]) == celeba.SHAPE
@@ -165,10 +263,11 @@ def read(folder, split, shape, crop, report):
     picture = pictures.read(path, report.policy, channels)
     return *doctor.examine(picture, path, shape, crop, report.policy), path
 
-  images, kept = doctor.collect(one, files, len(files), report, shape, "reading images")
-  classes, numbers = np.unique([_class_of(f, folder) for f in found.files], return_inverse=True)
+  images, kept = doctor.collect(
+    one, files, len(files), report, shape, "reading images", stamp=stamp
+  )
   _remark(report, folder, found, parts)
-  return images, numbers[keep][kept].astype(np.int64), tuple(map(str, classes))
+  return images, numbers[keep][kept], names
 
 
 def _size_of(path):
@@ -182,6 +281,8 @@ def _remark(report, folder, found, parts):
   passed = []
   if found.hidden:
     passed.append(f"{found.hidden:,} hidden files or folders")
+  if found.listed is not None:
+    report.remarks.append(("labels by", str(found.listed)))
   if found.other:
     named = ", ".join(map(shown, found.other[:3])) + (" …" if len(found.other) > 3 else "")
     passed.append(f"{len(found.other):,} that are no pictures ({named})")

@@ -33,10 +33,24 @@ def of_file(path, split):
   if images.ndim != 4 or not len(images) or (labels is not None and len(labels) != len(images)):
     raise ValueError(f"{path}: an array {list(images.shape)} is no set of images; {remedy}")
   keep = folders.held_out(len(images), split, str(path))
-  images = np.asarray(images) if keep.all() else np.asarray(images[keep])
-  if not len(images):
+  if not keep.any():
     raise ValueError(f"{path}: the split {split!r} is empty; it takes at least 10 images")
-  return images, None if labels is None else labels[keep]
+  rows = images if keep.all() else _Rows(images, np.flatnonzero(keep))
+  return rows, None if labels is None else labels[keep]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Some rows of an array, which may be a mapped file: read one by one."""
+
+  images: np.ndarray
+  index: np.ndarray
+
+  def __len__(self):
+    return len(self.index)
+
+  def __getitem__(self, k):
+    return self.images[self.index[k]]
 
 
 def read(source, name, report, crop):
@@ -54,18 +68,20 @@ def read(source, name, report, crop):
       raise ValueError(f"{name}: give images [N, H, W, C], not an array {list(found.shape)}")
     if given is not None and np.shape(given)[:1] != found.shape[:1]:
       raise ValueError(f"{name}: {len(found)} images and labels of shape {list(np.shape(given))}")
-  if isinstance(found, np.ndarray) and found.dtype == np.uint8:
-    images, numbers = _prepared(found, name, report, crop), given
+  as_it_is = isinstance(found, np.ndarray) and report.shape in (None, found.shape[1:])
+  if as_it_is and found.dtype == np.uint8 and not isinstance(found, np.memmap):
+    images, numbers = _seen(found, name, report), given
   else:
     numbers = [] if given is None else given
     keep = None if given is not None else numbers
     images, kept = doctor.collect(
       lambda item: _one(item, name, report, crop), enumerate(_items(found, name, keep)),
-      None, report, report.shape, "reading images",
+      None if isinstance(found, tf.data.Dataset) else len(found),
+      report, report.shape, "reading images", stamp=lambda item: doctor.digest(item[1]),
     )  # fmt: skip
     if not report.count:
       raise ValueError(f"{name} holds no images")
-    if not len(numbers):
+    if not len(numbers) or not kept:
       numbers = None
     elif given is not None or len(numbers) == report.count:
       numbers = [numbers[k] for k in kept]
@@ -81,9 +97,13 @@ def read(source, name, report, crop):
 
 def _apart(source):
   """(images, labels or None) of a pair of arrays; what else there is, and None."""
-  arrays = lambda x: isinstance(x, np.ndarray | tf.Tensor)
-  if isinstance(source, tuple) and len(source) == 2 and arrays(source[0]) and source[0].ndim == 4:
-    return np.asarray(source[0]), None if source[1] is None else np.asarray(source[1])
+  if isinstance(source, tuple) and len(source) == 2:
+    images, labels = source
+    if isinstance(images, _Rows):
+      return images, labels
+    if isinstance(images, np.ndarray | tf.Tensor) and images.ndim == 4:
+      images = images if isinstance(images, np.ndarray) else np.asarray(images)
+      return images, None if labels is None else np.asarray(labels)
   return (np.asarray(source) if isinstance(source, tf.Tensor) else source), None
 
 
@@ -126,16 +146,10 @@ def _one(item, name, report, crop):
   return *doctor.examine(picture, where, report.shape, crop, report.policy), where
 
 
-def _prepared(images, name, report, crop):
-  """Images uint8 of one size, each prepared; the first that cannot be is refused."""
-  shape, policy = report.shape, report.policy
-  crop = "none" if shape == images.shape[1:] else crop
-  if policy.small == "leave_out":  # all of them
-    policy = dataclasses.replace(policy, small="refuse")
-  prepared = []
+def _seen(images, name, report):
+  """Images uint8 that stay as they are, without a copy; the report takes what is found."""
   for k, image in enumerate(images):
     picture = pictures.Picture(image, "array", f"{image.shape[2]} × {image.dtype}")
-    pixels, facts = doctor.examine(picture, f"{name} {k}", shape, crop, policy)
+    _, facts = doctor.examine(picture, f"{name} {k}", report.shape, "none", report.policy)
     report.add(f"{name} {k}", facts)
-    prepared.append(pixels)
-  return images if shape is None or shape == images.shape[1:] else np.stack(prepared)
+  return images

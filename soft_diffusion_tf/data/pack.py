@@ -15,17 +15,21 @@ import json
 import os
 import pathlib
 import shutil
+import time
 
 import numpy as np
 import tqdm
 
 import soft_diffusion_tf
-from soft_diffusion_tf.data.policy import Policy
+from soft_diffusion_tf.data import doctor
+from soft_diffusion_tf.data.policy import Policy, Unusable
 
 PREFIX = "pack:"  # before the path of a pack
 FORMAT = 1
 INDEX = "pack.json"
 _BLOCK = 1 << 24  # bytes of a digest
+_PLAN = "plan.json"  # what an unfinished pack is to be
+_EVERY, _SECONDS = 4096, 5.0  # images, or time, after which a packer that is killed loses no more
 _AGAIN = "pack it again with soft-diffusion-data pack"
 
 
@@ -37,23 +41,120 @@ def preparing(shape, crop, policy):
   }  # fmt: skip
 
 
-class Room:
-  """A file for the images of a split, while they are read: what `doctor.allocate` is in memory."""
+class Room(doctor.Memory):
+  """A file for the images of a split while they are read, and a journal of what was found.
+
+  The journal has a line for each item of the source: its mark, and what the doctor found. A line is
+  written when the image is on the disk. So a packer that was killed goes on behind the last line,
+  as long as the items have the marks that they had.
+  """
+
+  goes_on = True
 
   def __init__(self, path):
     self.path, self.made = path, None
+    self._journal = path.with_suffix(".journal")
+    self._found: list[tuple] = []  # (mark, what was found) of a packer before
+    self._lines: list[str] = []  # that are not written yet
+    self._written = time.monotonic()
 
   def __call__(self, name, count, shape):
     """An array uint8 [count, *shape] on the disk, whose space is taken at once."""
-    with open(self.path, "wb") as file:
-      os.posix_fallocate(file.fileno(), 0, max(1, count * int(np.prod(shape))))
+    row = int(np.prod(shape))
+    self._found = _journalled(self._journal)
+    whole = sum(not isinstance(found, Unusable) for _, found in self._found)
+    if not self.path.exists() or self.path.stat().st_size < whole * row:
+      self._found = []
+      self._journal.unlink(missing_ok=True)
+    with open(self.path, "ab") as file:
+      os.truncate(self.path, max(1, count * row))
+      try:
+        os.posix_fallocate(file.fileno(), 0, max(1, count * row))
+      except OSError as error:
+        free = shutil.disk_usage(self.path.parent).free
+        raise ValueError(
+          f"{self.path.parent.parent}: {count:,} images take {count * row / 2**30:.2f} GiB, and "
+          f"{free / 2**30:.2f} GiB are free ({error.strerror}); make room or give another --out"
+        ) from None
     self.made = np.memmap(self.path, np.uint8, "r+", shape=(count, *shape))
     return self.made
 
+  @property
+  def before(self):
+    """Items of which a packer before has found what there is."""
+    return len(self._found)
+
+  def known(self, place, mark):
+    if place < len(self._found) and self._found[place][0] != mark:
+      self._found = self._found[:place]  # what comes behind may lie at another place now
+      text = "".join(_line(*each) for each in self._found)
+      _put(self._journal, text.encode())
+    return self._found[place][1] if place < len(self._found) else None
+
+  def note(self, mark, found):
+    self._lines.append(_line(mark, found))
+    if len(self._lines) >= _EVERY or time.monotonic() - self._written > _SECONDS:
+      self.commit()
+
+  def commit(self):
+    """Puts images and journal on the disk, in this order."""
+    if self._lines:
+      self.made.flush()
+      with open(self._journal, "a", encoding="utf-8") as file:
+        file.write("".join(self._lines))
+        file.flush()
+        os.fsync(file.fileno())
+    self._lines, self._written = [], time.monotonic()
+
+
+def _line(mark, found):
+  """A line of the journal."""
+  if isinstance(found, Unusable):
+    content = [mark, found.kind, str(found.where), found.text]
+  else:
+    _, facts, place = found
+    content = [mark, "", str(place), facts._replace(digest=facts.digest.hex())]
+  return json.dumps(content) + "\n"
+
+
+def _journalled(path):
+  """[(mark, what was found)] of a journal, as far as its lines are whole."""
+  found: list[tuple] = []
+  if not path.exists():
+    return found
+  for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
+    try:
+      mark, kind, where, content = json.loads(line)
+      if kind:
+        one = Unusable(kind, where, content)
+      else:
+        facts = doctor.Facts(*content)
+        one = None, facts._replace(
+          done=tuple(facts.done), size=tuple(facts.size), digest=bytes.fromhex(facts.digest)
+        ), where  # fmt: skip
+    except (ValueError, TypeError, KeyError):
+      break
+    if not line.endswith("\n"):
+      break
+    found.append((mark, one))
+  text = "".join(_line(*each) for each in found)  # what is written next begins a line
+  _put(path, text.encode())
+  return found
+
+
+def _put(path, content):
+  """Writes a file at once: it is never there by half."""
+  other = path.with_name(f"{path.name}.new")
+  with open(other, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(other, path)
+
 
 @contextlib.contextmanager
-def _alone(out):
-  """Holds a folder for one packer, and clears what a packer before left unfinished."""
+def _alone(out, plan):
+  """Holds the folder of an unfinished pack for one packer; what another plan left is cleared."""
   partial = out.with_name(f".{out.name}.partial")
   partial.mkdir(parents=True, exist_ok=True)
   with open(partial / ".lock", "w") as lock:
@@ -63,23 +164,29 @@ def _alone(out):
       raise ValueError(
         f"{out}: another process packs into it; wait or give another --out"
       ) from None
-    for file in partial.iterdir():
-      if file.name != ".lock":
-        file.unlink()
+    text = json.dumps(plan, indent=1).encode()
     try:
+      if not (partial / _PLAN).exists() or (partial / _PLAN).read_bytes() != text:
+        for file in partial.iterdir():
+          if file.name != ".lock":
+            file.unlink()
+        _put(partial / _PLAN, text)
       yield partial
-    except BaseException:  # what is not whole is of no use
+    except Exception:  # it would be refused again, or there is no space for it
       shutil.rmtree(partial, ignore_errors=True)
       raise
 
 
-def write(out, load, name, splits, prepared):
+def write(out, load, name, splits, prepared, say=None):
   """Writes a pack: at its place when it is whole, not before.
 
+  What a packer that was killed has done stays beside the place, in ".NAME.partial": the same call
+  goes on from there. The pack is the same to the bit.
+
   Args:
-    load: (split, room) → `Source` whose images are in the room, a function by which images are
-      allocated.
+    load: (split, room) → `Source` whose images are in the room, where the images go.
     prepared: see `preparing`.
+    say: a function that gets a line where it goes on.
 
   Returns:
     {split: number of images}
@@ -87,17 +194,20 @@ def write(out, load, name, splits, prepared):
   out = pathlib.Path(out)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out or remove it")
-  with _alone(out) as partial:
-    content = {"format": FORMAT, "version": soft_diffusion_tf.__version__, "source": name,
-               "prepared": prepared, "splits": {}}  # fmt: skip
+  content = {"format": FORMAT, "version": soft_diffusion_tf.__version__, "source": name,
+             "prepared": prepared, "splits": {}}  # fmt: skip
+  with _alone(out, {**content, "splits": splits}) as partial:
     for k, split in enumerate(splits):
       room = Room(partial / f"{k}.images")
       source = load(split, room)
+      if room.before and say:
+        say(f"{split}: {room.before:,} were read by a packing before that was stopped")
       images = source.images
       if room.made is None or not np.may_share_memory(images, room.made):  # it was there already
         held, images = images, room(name, len(images), images.shape[1:])
         images[:] = held
-      images.flush()
+      room.commit()
+      room.made.flush()
       shape, labels = list(images.shape), np.ascontiguousarray(source.labels, "<i8")
       os.truncate(room.path, int(np.prod(shape)))
       (partial / f"{k}.labels").write_bytes(labels.tobytes())
@@ -107,9 +217,11 @@ def write(out, load, name, splits, prepared):
         "digests": _digests(room.path), "labels_digest": _digests(partial / f"{k}.labels")[0],
       }  # fmt: skip
       del images, source
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    (partial / INDEX).write_text(text, encoding="utf-8")
+    (partial / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():
+      if file.suffix == ".journal" or file.name == _PLAN:
+        file.unlink()
+        continue
       with open(file, "rb") as written:
         os.fsync(written.fileno())
     (partial / ".lock").unlink()

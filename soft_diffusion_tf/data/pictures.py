@@ -25,6 +25,7 @@ _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "
 _ARRAY_MARK = b"\x93NUMPY"
 _PNG_MARK, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTATION = 0x0112  # the EXIF tag
+_BITS, _WHITE, _SAMPLES = 258, 262, 339  # tags of TIFF: bits, whether 0 is white, kind of number
 _ORIENTED = re.compile(rb"(?i)exif|orientation")  # in a file that may have one
 _SIXTEEN = 257.0  # 65535 / 255
 _LIKE_SRGB = 2  # levels by which a profile may move a colour and count as sRGB: it rounds
@@ -70,17 +71,20 @@ def read(path, policy=None, channels=None):
         return _decode(file, path, policy, channels)
       except Unusable:
         raise
-      except Exception:  # notes in a PNG file must not make its pixels unreadable
+      except Exception as error:
         file.seek(0)
+        unknown = type(error).__name__ == "UnidentifiedImageError"  # as are floats of three colours
+        if unknown and (bands := tiff.read_bands(file)) is not None:
+          return _of_array(bands, path, "TIFF")
         if (pixels := _without_notes(file)) is None:
           raise
-        return _decode(pixels, path, policy, channels)
+        return _decode(pixels, path, policy, channels)  # notes must not make pixels unreadable
   except Unusable:
     raise
   except Exception as error:  # Pillow's decoders raise many kinds, errors of their own among them
     text = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":  # whose text is an object's address
-      text = f"it is none of {', '.join(_FORMATS)}"
+      text = f"it is none of {', '.join(_FORMATS)}, or damaged"
     large = isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError"
     kind = "too large" if large else "unreadable"
     raise Unusable(kind, path, f"cannot be read as an image ({text})") from None
@@ -142,19 +146,24 @@ def _decode(file, path, policy, channels):
 def _colours(image, path, policy, channels, done):
   """The pixels of a loaded Pillow image: uint8, grey or RGB, with alpha where it is asked for."""
   mode, alpha, profile = image.mode, None, image.info.get("icc_profile")
+  if image.format == "TIFF" and mode == "L" and _tag(image, _SAMPLES) == 2:
+    raise Unusable("values", path, "signed whole numbers, whose white is not known")
   if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-    values = np.asarray(image)
+    values = _as_shown(image, 65535)
     if (clear := image.info.get("transparency")) is not None:
       alpha = np.where(values == clear, 0, 255).astype(np.uint8)
     image = _picture_of(scaled(values.astype(np.uint16), path))
     done.append("16 bits scaled to 8")
   elif mode in ("F", "I"):
-    values = np.asarray(image)
+    values = _as_shown(image, 1.0)
     if mode == "I":
       raise Unusable("values", path, "32-bit whole numbers, whose white is not known")
     image = _picture_of(scaled(values, path))
     done.append("floats scaled to 8 bits")
   elif mode in ("P", "1", "L", "RGB") and "transparency" in image.info:
+    clear = image.info["transparency"]
+    if mode == "RGB" and max(clear) > 255:  # of 16 bits, of which Pillow has taken the upper eight
+      image.info["transparency"] = tuple(value >> 8 for value in clear)
     image = image.convert("LA" if mode in ("1", "L") else "RGBA")
   elif mode == "1":
     image = image.convert("L")
@@ -183,6 +192,25 @@ def _colours(image, path, policy, channels, done):
   return on_background(pixels, alpha, path, policy, done)
 
 
+def _tag(image, number):
+  """The value of a tag of a TIFF file, the first of several; None where there is none."""
+  value = getattr(image, "tag_v2", {}).get(number)
+  return value[0] if isinstance(value, tuple) and value else value
+
+
+def _as_shown(image, most):
+  """The numbers of a grey image of more than 8 bits, from black to `most`.
+
+  Pillow leaves 12 bits of a TIFF file as they are, and of more than 8 bits those whose white is 0.
+  """
+  values = np.asarray(image)
+  if image.format != "TIFF":
+    return values
+  if _tag(image, _BITS) == 12:
+    values = np.rint(values * (65535 / 4095)).astype(np.uint16)
+  return most - values if _tag(image, _WHITE) == 0 else values
+
+
 def on_background(pixels, alpha, where, policy, done=None):
   """Pixels uint8 [h, w, c] with alpha [h, w] on the policy's colour, as a viewer shows them."""
   if alpha.min(initial=255) == 255:
@@ -204,6 +232,7 @@ def scaled(values, where):
   Raises:
     Unusable: numbers that are none of these, or beyond their range.
   """
+  values = values.astype(values.dtype.newbyteorder("="), copy=False)
   if values.dtype == np.uint8:
     return values
   if values.dtype == np.uint16:

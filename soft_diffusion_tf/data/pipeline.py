@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import rng
-from soft_diffusion_tf.data.augment import augmented
+from soft_diffusion_tf.data.augment import augmented, label_size
 
 
 def order(position, count, seed, stream=0):
@@ -60,16 +60,18 @@ def examples(images, index, first, seed=0, flip=False):
 
 
 def _rows(images, index):
-  """The images at an index; of a pack in a file these alone are read."""
-  if not isinstance(images, np.memmap):
+  """The images at an index: of an array where it lies, be it a mapped file; TensorFlow's constants
+  would be a second copy of all.
+  """
+  if not isinstance(images, np.ndarray):
     return tf.gather(images, index)
   rows = tf.numpy_function(lambda k: np.asarray(images[k]), [index], tf.uint8, stateful=False)
   return tf.ensure_shape(rows, [*index.shape, *images.shape[1:]])
 
 
 def batches(
-  source, batch_size, *, seed=0, start=0, flip=False, replicas=(1, 1), labels=False,
-  balanced=False, augment=(),
+  source, batch_size, *, seed=0, start=0, flip=False, part=(0, 1), each=1, labels=False,
+  balanced=False, augment=(), told=False,
 ):  # fmt: skip
   """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
 
@@ -77,43 +79,37 @@ def batches(
 
   Args:
     flip: mirror left-right with probability ½.
-    replicas: (H, R) of `strategies.replicas_by_host`, for a pipeline that is to be distributed.
-      TensorFlow cuts a batch into H·R parts and gives the hosts every H-th of them: they are put
-      into the order in which replica r gets the r-th H·R-th of the batch.
+    part, each: (h, H) and R, for worker h of H that feeds R replicas: it gets R pieces of every
+      batch one after the other, [batch_size / (H·R), H, W, C], and reads no other images.
     labels: give pairs, of the images and their labels int64 [batch_size].
+    told: give also what augmentation did, float32 [batch_size, `augment.label_size`], at the end.
     balanced: every class equally often (see `balanced_order`).
     augment: `augment.Augmentation`s, which change the images in turn.
   """
-  hosts, each = replicas
+  host, hosts = part
+  pieces = hosts * each
   if len(source) < 1 or batch_size < 1:
     raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
+  if batch_size % pieces:
+    raise ValueError(f"a batch of {batch_size} cannot be cut into {pieces} equal pieces")
+  size = batch_size // pieces
   with tf.device("CPU:0"):  # a GPU's memory is for the network
-    images = source.images
-    if not isinstance(images, np.memmap):
-      images = tf.constant(images)
     names = tf.constant(source.labels, tf.int64)
 
-  def arranged(values):
-    """A part of a batch, in the order of the replicas that get it."""
-    if hosts > 1 < each:
-      parts = tf.reshape(values, [hosts, each, -1, *values.shape[1:]])
-      turned = tf.transpose(parts, [1, 0, *range(2, len(parts.shape))])
-      values = tf.reshape(turned, tf.shape(values))
-    return tf.ensure_shape(values, [batch_size, *values.shape[1:]])
-
-  def make(step):
-    first = step * batch_size
-    position = first + tf.range(batch_size, dtype=tf.int64)
+  def make(k):
+    step, piece = start + k // each, host * each + k % each
+    first = step * batch_size + piece * size
+    position = first + tf.range(size, dtype=tf.int64)
     if balanced:
       index = balanced_order(position, source.labels, seed)
     else:
       index = order(position, len(source), seed)
-    batch = examples(images, index, first, seed, flip)
-    batch = arranged(augmented(batch, augment, seed, first))
-    return (batch, arranged(tf.gather(names, index))) if labels else batch
+    batch = examples(source.images, index, first, seed, flip)
+    changed, done = augmented(batch, augment, seed, first)
+    changed = tf.ensure_shape(changed, [size, *batch.shape[1:]])
+    done = tf.ensure_shape(done, [size, label_size(augment)])
+    batch = (changed, *[tf.gather(names, index)] * labels, *[done] * told)
+    return batch if len(batch) > 1 else changed
 
-  steps = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
-  sharding = tf.data.Options()  # several workers take their parts of the same global batch
-  sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-  steps = steps.with_options(sharding)
+  steps = tf.data.Dataset.range(np.iinfo(np.int64).max)
   return steps.map(make, tf.data.AUTOTUNE, deterministic=True).prefetch(4)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import typing
 
 import numpy as np
 
@@ -21,14 +20,15 @@ GIVEN = "given"  # how the names of images begin that a program hands over
 class Source:
   """A data set in memory: images uint8 [N, H, W, C], labels int64 [N], and where it is from.
 
-  `label_names[k]` is the name of label k, where labels have names; `report` is the doctor's.
+  `label_names[k]` is the name of label k, where labels have names; `report` is the doctor's table,
+  in lines.
   """
 
   name: str
   images: np.ndarray
   labels: np.ndarray
   label_names: tuple[str, ...] = ()
-  report: typing.Any = dataclasses.field(default=None, compare=False, repr=False)
+  report: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
   def __post_init__(self):
     if self.images.dtype != np.uint8:
@@ -112,7 +112,7 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
     data_dir: where TFDS keeps its data sets.
     policy: a `Policy`: what happens to images that cannot be taken as they are.
     say: a function that gets the lines of the doctor's table, before anything is refused.
-    room: a function (name, count, shape) that gives an array for the images, instead of memory.
+    room: where the images go instead of memory: like `doctor.Memory`.
     most: bytes of a pack's images that are read into memory; more stay in its file.
 
   Raises:
@@ -121,13 +121,13 @@ def load(name, split="train", image_shape=None, crop="auto", data_dir=None, prog
   name, images, labels, names, report = _read_all(
     name, split, image_shape, crop, data_dir, progress, policy, True, room, most
   )
-  if say is not None:
-    for line in report.lines():
-      say(line)
+  lines = tuple(report.lines())
+  for line in lines if say is not None else ():
+    say(line)
   report.check()
   if images is None:
     raise ValueError(f"{name}: the split {split!r} holds no images; take another")
-  return Source(name, images, labels, names, report)
+  return Source(name, images, labels, names, lines)  # what it kept of each image is let go
 
 
 def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep, room=None, most=0):

@@ -90,8 +90,9 @@ def read(name, split, shape, crop, data_dir, progress, report):
 
   try:
     images, kept = doctor.collect(
-      one, records(), total, report, shape, f"reading {name}", None if progress else True
-    )
+      one, records(), total, report, shape, f"reading {name}", None if progress else True,
+      lambda record: doctor.digest(record[1]["file" if files else "image"]),
+    )  # fmt: skip
   except tf.errors.OpError as error:  # a file that is missing or damaged, or an image in it
     text = parts.first_line(error)
     raise ValueError(

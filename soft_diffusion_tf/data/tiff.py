@@ -8,8 +8,8 @@ _MARKS = (b"II*\0", b"MM\0*")
 _KINDS = {1: "u", 2: "i", 3: "f"}  # of the tag SampleFormat
 
 
-def read_bands(file, bands):
-  """The samples [h, w, bands] of an open TIFF file that has so many; None for all others.
+def read_bands(file, bands=None):
+  """The samples [h, w, bands] of an open TIFF file that has so many, or any; None for all others.
 
   Strips without compression or by zlib, of samples one type; the file is left at its beginning.
   """
@@ -23,6 +23,8 @@ def read_bands(file, bands):
   file.seek(tags.next)
   tags.load(file)
   file.seek(0)
+  if bands is None:
+    bands = tags.get(277, 1)
   if tags.get(277, 1) != bands:
     return None
   if 256 not in tags or 257 not in tags:
@@ -48,6 +50,8 @@ def read_bands(file, bands):
   if values.size < width * height * bands:
     raise ValueError("it is cut off")
   values = values[: width * height * bands].astype(values.dtype.newbyteorder("="))
+  if tags.get(262) == 0:  # it says that 0 is white
+    values = (1 if kinds[0] == 3 else (1 << bits[0]) - 1) - values
   if apart:
     return np.ascontiguousarray(np.moveaxis(values.reshape(bands, height, width), 0, 2))
   return values.reshape(height, width, bands)

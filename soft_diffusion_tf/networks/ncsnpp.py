@@ -43,6 +43,9 @@ class Network(Architecture, name="NCSNpp"):
       ⌊cond⌋ of a geometric table of `num_scales` values from `sigma_max` down to `sigma_min`
       ("positional"). With it the network's own numbers are of size 1 at every σ.
     sigma_min, sigma_max: of that table.
+    augment_dim: numbers that the network is told in training of what augmentation did to an image
+      (the label of `data.EDM`); 0: it is not told. A dense layer adds them to the features of
+      `cond`. Samples are drawn with zeros, as images that nothing was done to.
   """
 
   nf: Annotated[int, Range(4, 4096)] = 128
@@ -67,6 +70,7 @@ class Network(Architecture, name="NCSNpp"):
   scale_by_sigma: bool = False
   sigma_min: Positive = 0.01
   sigma_max: Positive = 50.0
+  augment_dim: Annotated[int, Range(0, 4096)] = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -87,6 +91,11 @@ class Network(Architecture, name="NCSNpp"):
       raise ValueError(
         "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
         f"use the conditioning 've_label', not {self.conditioning!r}"
+      )
+    if self.augment_dim and not self.conditional:
+      raise ValueError(
+        f"network.augment_dim = {self.augment_dim} numbers reach the network where cond does; set "
+        "network.conditional = True, or augment_dim = 0"
       )
     if not self.ch_mult:
       raise ValueError("network.ch_mult = () must hold one positive multiplier per resolution")
@@ -336,6 +345,8 @@ class NCSNpp(keras.Model):
           )
     if self.progressive != "output_skip":
       head(channels, channels_image, self.init_scale, "last")
+    if self.augment_dim:  # behind all others, whose numbers and first values stay as they are
+      add(blocks.Dense, self.augment_dim, features, dtype="float32", name="augment")
     # An attribute each: tf.train.Checkpoint does not look into the lists of a Keras model.
     for layer in layers:
       setattr(self, layer.name, layer)
@@ -352,7 +363,7 @@ class NCSNpp(keras.Model):
     table = np.geomspace(self.sigma_max, self.sigma_min, self.num_scales)
     return tf.gather(tf.constant(table, tf.float32), tf.cast(cond, tf.int32))
 
-  def call(self, x, cond, training=False, seed=None, first=0):
+  def call(self, x, cond, training=False, seed=None, first=0, done=None):
     """The network's output, float32 [B, H, W, C].
 
     Args:
@@ -361,6 +372,7 @@ class NCSNpp(keras.Model):
       training: whether to drop out.
       seed: int [2], of dropout; row p's mask depends on (seed, first + p) alone.
       first: the place of row 0 in the global batch.
+      done: what augmentation did to the images, [B, augment_dim]; by default nothing.
     """
     if training and self.dropout and seed is None:
       raise ValueError(
@@ -392,6 +404,9 @@ class NCSNpp(keras.Model):
     if self.conditional:
       if features is None:
         features = blocks.positional_features(cond, self.nf)
+      if self.augment_dim:
+        nothing = tf.zeros([tf.shape(x)[0], self.augment_dim])
+        features += self.augment(nothing if done is None else tf.cast(done, tf.float32))
       # Every residual block activates the embedding; once is enough.
       hidden = tf.nn.silu(take()(features))
       embedding = tf.nn.silu(take()(hidden))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import sys
 
@@ -42,7 +43,8 @@ from soft_diffusion_tf.training.workers import (
   on_sigterm,
 )
 
-PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images
+PRIOR_IMAGES = 10_000  # the prior is fitted to at most this many training images, and to fewer
+PRIOR_BYTES = 1 << 29  # where they would take more than this: 64 × 64 × 3 do not
 _WIDEST = 1e6  # ratio of the loss's weights over t that goes without a warning
 
 
@@ -61,8 +63,8 @@ def make_loop(model, strategy):
   whose loss was not, or NaN where only the gradient was not.
   """
 
-  def replica_step(x_0, labels=None):  # no model uses them yet
-    out = model.update(x_0)
+  def replica_step(x_0, labels=None, done=None):  # no model uses labels yet
+    out = model.update(x_0, done)
     bucket = tf.minimum(tf.cast(out["t"] * BUCKETS, tf.int32), BUCKETS - 1)
     odd = ~tf.math.is_finite(out["losses"])
     return {
@@ -173,7 +175,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     with trust.trust_code(experiment.code()):  # its class is one that this run names
       prior = priors.Prior.load(workdir / PRIOR_FILE)
   else:
-    picked = np.random.default_rng(experiment.seed).permutation(len(source))[:PRIOR_IMAGES]
+    most = min(PRIOR_IMAGES, max(64, PRIOR_BYTES // (4 * math.prod(experiment.data.image_shape))))
+    picked = np.random.default_rng(experiment.seed).permutation(len(source))[:most]
     images = source.floats(np.sort(picked))
     if not isinstance(experiment.prior, priors.Zero):  # which needs none
       say(f"fitting the prior to {len(images):,} images")
@@ -221,12 +224,16 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
     say_what_evaluation_lacks(experiment, source, say)
   if restored is None:
     say(f"starting at step 0 of {options.steps:,}")
-  pipeline = data.batches(
-    source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
-    replicas=strategies.replicas_by_host(strategy), labels=True, balanced=experiment.data.balanced,
-    augment=experiment.data.augment,
-  )  # fmt: skip
-  iterator = iter(strategy.experimental_distribute_dataset(pipeline))
+  hosts, each = strategies.replicas_by_host(strategy)
+
+  def pipeline(context):  # a worker's own part of every batch
+    return data.batches(
+      source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
+      part=(context.input_pipeline_id, hosts), each=each, labels=True, told=True,
+      balanced=experiment.data.balanced, augment=experiment.data.augment,
+    )  # fmt: skip
+
+  iterator = iter(strategy.distribute_datasets_from_function(pipeline))
   loop, norms = make_loop(model, strategy), make_norms(model)
   anywhere = make_anywhere(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
