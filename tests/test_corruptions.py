@@ -12,7 +12,7 @@ import scipy.signal
 import tensorflow as tf
 
 from soft_diffusion_tf import corruptions as c
-from soft_diffusion_tf import parts
+from soft_diffusion_tf import parts, products
 
 
 def fade_family(level):
@@ -412,13 +412,13 @@ def test_singular_values_in_graphs(rng):
 
 
 def test_a_wrong_decomposition_is_not_handed_out(monkeypatch):
-  right = c.products.svd
+  right = products.svd
 
   def wrong(matrix):
     s, u, v = right(matrix)
     return s, 1.01 * u, v
 
-  monkeypatch.setattr(c.products, "svd", wrong)
+  monkeypatch.setattr(products, "svd", wrong)
   for corruption in (c.BlockAverage(), c.GaussianBlur()):
     with pytest.raises(
       ValueError, match=r"at level 2 on \(4, 4, 1\): its singular values are wrong"

@@ -56,9 +56,9 @@ def test_the_identity_is_of_what_decides_the_weights(tiny):
 def test_fields_that_came_later_leave_the_identity_as_it_was(tiny):
   """As this config had it before there were any, so that its folders of samples go on."""
   fields = {k: v for k, v in tiny.flat().items() if not k.startswith(experiment.INCIDENTAL)}
-  known = {k: v for k, v in fields.items() if k not in experiment._LATER}
-  assert fields.keys() - known.keys() == experiment._LATER.keys()
-  assert tiny.identity() == experiment._digest(known)
+  known = {k: v for k, v in fields.items() if k not in experiment.LATER}
+  assert fields.keys() - known.keys() == experiment.LATER.keys()
+  assert tiny.identity() == experiment.digest_of(known)
   for change in ({"transparency": "black"}, {"balanced": True}, {"augment": ("shift(pixels=1)",)}):
     assert tiny.replace(data=change).identity() != tiny.identity()
 
