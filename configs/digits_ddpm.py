@@ -11,8 +11,16 @@ import pathlib
 from soft_diffusion_tf import experiment
 
 HERE = pathlib.Path(__file__).parent
-OPTIONS = ("prediction", "conditioning", "embedding_type", "centered", "resblock_type", "fir",
-           "skip_rescale", "progressive_input")  # fmt: skip
+OPTIONS = (
+  "prediction",
+  "conditioning",
+  "embedding_type",
+  "centered",
+  "resblock_type",
+  "fir",
+  "skip_rescale",
+  "progressive_input",
+)
 
 
 def get_config():

@@ -30,8 +30,13 @@ _PRIOR_NOISE = -2  # salt of the noise on the prior; the sampler's steps are sal
 def check_image_shape(shape: Any) -> None:
   """Raises the ValueError of what is not (height, width, channels) of an image."""
   whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in shape)
-  if not (whole and len(shape) == 3 and min(shape) >= 1 and max(shape) <= _MOST_SIDE
-          and math.prod(map(int, shape)) <= _MOST_NUMBERS):  # fmt: skip
+  if not (
+    whole
+    and len(shape) == 3
+    and min(shape) >= 1
+    and max(shape) <= _MOST_SIDE
+    and math.prod(map(int, shape)) <= _MOST_NUMBERS
+  ):
     raise ValueError(
       f"image_shape = {reprlib.repr(shape)} is not (height, width, channels): give three whole "
       f"numbers from 1 to {_MOST_SIDE:,}, of at most {_MOST_NUMBERS:,} pixels and channels together"

@@ -127,12 +127,13 @@ class BatchSampler:
     size = seeds.shape[1] if isinstance(self.strategy, tf.distribute.TPUStrategy) else None
     if size not in self._traced:
       self._traced[size] = tf.function(
-        self._every, autograph=False,
+        self._every,
+        autograph=False,
         input_signature=[
           tf.TensorSpec([self._replicas, size], tf.int64),
           tf.TensorSpec([None, samplers.COLUMNS], tf.float32),
         ],
-      )  # fmt: skip
+      )
     return self._traced[size](seeds, self.plan)
 
   def _every(self, seeds, plan):
@@ -257,10 +258,14 @@ def _png_name(seed):
 def settings_of(experiment, step, options, nfe):
   """What decides the images of a folder, besides their seeds; ready for JSON."""
   return {
-    "config": experiment.identity(), "name": experiment.name, "checkpoint": step,
-    "sampler": str(options.sampler), "nfe": nfe, "sampling": options.to_dict(),
+    "config": experiment.identity(),
+    "name": experiment.name,
+    "checkpoint": step,
+    "sampler": str(options.sampler),
+    "nfe": nfe,
+    "sampling": options.to_dict(),
     "version": soft_diffusion_tf.__version__,
-  }  # fmt: skip
+  }
 
 
 def check_out(out):

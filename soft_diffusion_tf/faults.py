@@ -52,9 +52,11 @@ def wrong_products(cases):
       values = [*arguments, *concrete.captured_inputs]
       names = [tensor.name for tensor in concrete.inputs]
       np.savez(
-        pathlib.Path(folder) / f"{k}.npz", names=names, result=concrete.outputs[0].name,
+        pathlib.Path(folder) / f"{k}.npz",
+        names=names,
+        result=concrete.outputs[0].name,
         **{f"value_{i}": np.asarray(v) for i, v in enumerate(values)},
-      )  # fmt: skip
+      )
     done = _run(sys.executable, "-P", __file__, folder)
   errors = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
   faults = []

@@ -100,8 +100,9 @@ def read_records(path):
 
 
 @contextlib.contextmanager
-def lock(folder, busy="another process is training in it; wait for it or take another workdir",
-         wait=False):  # fmt: skip
+def lock(
+  folder, busy="another process is training in it; wait for it or take another workdir", wait=False
+):
   """Holds a folder for one process; the second waits, or gets a ValueError with the text `busy`."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

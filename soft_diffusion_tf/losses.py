@@ -89,8 +89,9 @@ class One(Weight, name="one"):
 class Loss(parts.Part, role="loss"):
   """What a training step minimises: a part (see `parts`) with one method, `__call__`."""
 
-  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
-               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+  def __call__(
+    self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor, eta: tf.Tensor
+  ) -> tf.Tensor:
     """The loss of each example, float32 [B]; the step minimises their mean.
 
     Args:
@@ -138,8 +139,9 @@ class SoftScoreMatching(Loss):
   def check_sigma(self, sigma: Schedule, t_min: float) -> None:
     self.weight.check_sigma(sigma, t_min)
 
-  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
-               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+  def __call__(
+    self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor, eta: tf.Tensor
+  ) -> tf.Tensor:
     x_0 = tf.cast(x_0, tf.float32)
     x0_hat = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32)
     error, earlier = x0_hat - x_0, tf.maximum(t - self.look_ahead, 0.0)
@@ -176,12 +178,11 @@ class Mixture(Loss):
   def check_sigma(self, sigma: Schedule, t_min: float) -> None:
     self._parts[0].check_sigma(sigma, t_min)
 
-  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
-               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+  def __call__(
+    self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor, eta: tf.Tensor
+  ) -> tf.Tensor:
     x0_hat = denoiser(diffusion.forward(x_0, t, eta), t)  # once for both
-    filtered, plain = (
-      part(diffusion, lambda *_: x0_hat, x_0, t, eta) for part in self._parts
-    )  # fmt: skip
+    filtered, plain = (part(diffusion, lambda *_: x0_hat, x_0, t, eta) for part in self._parts)
     return (1.0 - self.share) * filtered + self.share * plain
 
 
@@ -193,18 +194,26 @@ class AbsoluteError(Loss):
   score. Cold Diffusion has no noise, so it needs none.
   """
 
-  def __call__(self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
-               eta: tf.Tensor) -> tf.Tensor:  # fmt: skip
+  def __call__(
+    self, diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor, eta: tf.Tensor
+  ) -> tf.Tensor:
     x_0 = tf.cast(x_0, tf.float32)
     error = tf.cast(denoiser(diffusion.forward(x_0, t, eta), t), tf.float32) - x_0
     return tf.reduce_sum(tf.abs(error), axis=[1, 2, 3])
 
 
-def soft_score_matching(diffusion: Diffusion, denoiser: Denoiser, x_0: tf.Tensor, t: tf.Tensor,
-                        eta: tf.Tensor, **options: Any) -> tf.Tensor:  # fmt: skip
+def soft_score_matching(
+  diffusion: Diffusion,
+  denoiser: Denoiser,
+  x_0: tf.Tensor,
+  t: tf.Tensor,
+  eta: tf.Tensor,
+  **options: Any,
+) -> tf.Tensor:
   """Deprecated: `SoftScoreMatching`, as version 0.1 named it."""
   warnings.warn(
     "losses.soft_score_matching is deprecated; use losses.SoftScoreMatching(...)",
-    DeprecationWarning, stacklevel=2,
-  )  # fmt: skip
+    DeprecationWarning,
+    stacklevel=2,
+  )
   return SoftScoreMatching(**options)(diffusion, denoiser, x_0, t, eta)

@@ -69,8 +69,13 @@ def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
 def _check_batch(field, size, each, states, limit):
   if states + size * each > limit:
     fitting = max(1, (limit - states) // each)
-    _refuse(field, size, states + size * each, limit,
-            f"take at most {fitting:,}, or fewer, for this counts the least")  # fmt: skip
+    _refuse(
+      field,
+      size,
+      states + size * each,
+      limit,
+      f"take at most {fitting:,}, or fewer, for this counts the least",
+    )
 
 
 def _refuse(field, value, needed, limit, remedy):

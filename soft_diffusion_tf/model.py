@@ -308,9 +308,10 @@ class SoftDiffusionModel(keras.Model):
     if options.accumulate == 1:
       return of_rows(x_0, done, first)
     tf.debugging.assert_equal(
-      rows % options.accumulate, 0,
+      rows % options.accumulate,
+      0,
       f"training.accumulate = {options.accumulate} parts must share a replica's batch evenly",
-    )  # fmt: skip
+    )
     size = rows // options.accumulate
 
     def body(k, total, each, t):
@@ -323,9 +324,11 @@ class SoftDiffusionModel(keras.Model):
     zeros = [tf.zeros_like(v.value) for v in variables]
     arrays = [tf.TensorArray(tf.float32, options.accumulate) for _ in range(2)]
     _, total, each, t = tf.while_loop(
-      lambda k, *_: k < options.accumulate, body, (tf.constant(0), zeros, *arrays),
+      lambda k, *_: k < options.accumulate,
+      body,
+      (tf.constant(0), zeros, *arrays),
       parallel_iterations=1,  # one part at a time is the point of it
-    )  # fmt: skip
+    )
     return total, each.concat(), t.concat()
 
   def update(self, x_0, done=None):

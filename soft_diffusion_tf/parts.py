@@ -257,8 +257,9 @@ class Part(Checked):
     config: dict[str, Any] = {"kind": kind_of(self)}
     names: list[str] = (
       [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
-      if dataclasses.is_dataclass(self) else []
-    )  # fmt: skip
+      if dataclasses.is_dataclass(self)
+      else []
+    )
     cached = lambda k: isinstance(getattr(cls, k, None), functools.cached_property)
     lost = [k for k in vars(self) if k not in names and not cached(k)]
     if lost:

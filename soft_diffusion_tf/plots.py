@@ -123,8 +123,14 @@ def curves(path, lines, xlabel, ylabel, title="", floor=None):
   for k, (name, points) in enumerate(lines.items()):
     x, y = np.array(points, float).T
     low = int(np.argmin(y))
-    axis.plot(x, y, marker="o", markersize=3, color=f"C{k}",
-              label=f"{name} (best {y[low]:.3g} at {x[low]:g})")  # fmt: skip
+    axis.plot(
+      x,
+      y,
+      marker="o",
+      markersize=3,
+      color=f"C{k}",
+      label=f"{name} (best {y[low]:.3g} at {x[low]:g})",
+    )
     axis.plot(x[low], y[low], marker="*", markersize=11, color=f"C{k}")
   if floor is not None:
     axis.axhline(

@@ -85,9 +85,11 @@ class Prior:
     """The same as text, ready for JSON: float32 arrays in base64."""
     encode = lambda a: base64.b64encode(np.asarray(a, "<f4").tobytes()).decode()
     return {
-      "kind": self.kind, "shape": list(self.mean.shape), "mean": encode(self.mean),
+      "kind": self.kind,
+      "shape": list(self.mean.shape),
+      "mean": encode(self.mean),
       "factors": encode(self.factors),
-    }  # fmt: skip
+    }
 
   @classmethod
   def from_config(cls, config):

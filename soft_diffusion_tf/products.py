@@ -189,11 +189,12 @@ def _stated(a, b):
   highest = xla_data_pb2.PrecisionConfig.HIGHEST
   precision = xla_data_pb2.PrecisionConfig(operand_precision=[highest, highest])
   y = gen_xla_ops.xla_dot_v2(
-    a, b,
+    a,
+    b,
     dimension_numbers=numbers.SerializeToString(),
     precision_config=precision.SerializeToString(),
     preferred_element_type=a.dtype,
-  )  # fmt: skip
+  )
   y.set_shape([*a.shape[:-1], b.shape[-1]])
   return y
 

@@ -209,9 +209,16 @@ def corrupt(diffusion, x_0, t, seeds):
 
 def plan(diffusion, t, options=DEFAULT):
   """The plan of a sampler's steps from t down to 0, float32 [N, 6]."""
-  if options.sampler.adaptive or options.times or options.grid not in (
-    "uniform", "quadratic", "level",
-  ):  # fmt: skip
+  if (
+    options.sampler.adaptive
+    or options.times
+    or options.grid
+    not in (
+      "uniform",
+      "quadratic",
+      "level",
+    )
+  ):
     raise ValueError(
       f"restoration makes its own steps from t: sampler {options.sampler} with grid "
       f"{options.grid!r} or fixed times cannot; take another sampler and the grid 'uniform'"

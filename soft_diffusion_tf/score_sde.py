@@ -340,21 +340,28 @@ def experiment(config):
   if sde == "vesde":
     low, high = model["sigma_min"], model["sigma_max"]
     process = {
-      "corruption": corruptions.Identity(), "level": schedules.Constant(0.0),
+      "corruption": corruptions.Identity(),
+      "level": schedules.Constant(0.0),
       "sigma": schedules.Geometric(low, high),
-    }  # fmt: skip
+    }
     positional = options["embedding_type"] == "positional"
     sampler = "momentum"
-    told = {"prediction": "score", "conditioning": "ve_label" if positional else "log_linear",
-            "cond_min": float(low), "cond_max": float(high)}  # fmt: skip
+    told = {
+      "prediction": "score",
+      "conditioning": "ve_label" if positional else "log_linear",
+      "cond_min": float(low),
+      "cond_max": float(high),
+    }
   else:
-    beta = {key: float(model.get(key, value)) for key, value in
-            (("beta_min", 0.1), ("beta_max", 20.0))}  # fmt: skip
+    beta = {
+      key: float(model.get(key, value)) for key, value in (("beta_min", 0.1), ("beta_max", 20.0))
+    }
     kind = schedules.VPSigma if sde == "vpsde" else schedules.SubVPSigma
     process = {
-      "corruption": corruptions.Scale(), "level": schedules.VPScale(**beta),
+      "corruption": corruptions.Scale(),
+      "level": schedules.VPScale(**beta),
       "sigma": schedules.Scaled(kind(**beta), 0.5),
-    }  # fmt: skip
+    }
     sampler = "ancestral"
     told = {"prediction": "noise", "conditioning": "vp_label"}
   if tuple(options.get("fir_kernel", _FIR)) != _FIR:
@@ -362,9 +369,10 @@ def experiment(config):
       f"model.fir_kernel={options['fir_kernel']}: the network of a workdir has {_FIR} alone"
     )
   network = {
-    key: value for key, value in options.items()
+    key: value
+    for key, value in options.items()
     if key in {field.name for field in dataclasses.fields(Network)}
-  } | told  # fmt: skip
+  } | told
   return Experiment(
     name=f"score_sde_{sde}",
     data=Data(name=name, image_shape=shape),

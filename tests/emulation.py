@@ -8,10 +8,13 @@ from tensorflow.python.ops import gen_linalg_ops, gen_math_ops, gen_nn_ops
 from soft_diffusion_tf import laboratory
 
 _PRODUCTS = (  # (module, function, its number of leading operands or None where they are a list)
-  (gen_math_ops, "mat_mul", 2), (gen_math_ops, "batch_mat_mul", 2),
-  (gen_math_ops, "batch_mat_mul_v2", 2), (gen_math_ops, "batch_mat_mul_v3", 2),
-  (gen_linalg_ops, "einsum", None), (gen_nn_ops, "conv2d", 2),
-)  # fmt: skip
+  (gen_math_ops, "mat_mul", 2),
+  (gen_math_ops, "batch_mat_mul", 2),
+  (gen_math_ops, "batch_mat_mul_v2", 2),
+  (gen_math_ops, "batch_mat_mul_v3", 2),
+  (gen_linalg_ops, "einsum", None),
+  (gen_nn_ops, "conv2d", 2),
+)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,14 @@ class Forks:
   def __init__(self):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
     self._process = subprocess.Popen(
-      [sys.executable, "-m", "tests.forks"], cwd=ROOT, text=True, env=environment,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+      [sys.executable, "-m", "tests.forks"],
+      cwd=ROOT,
+      text=True,
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+    )
 
   def run(self, program, *flags, limit=120.0, until=None, folder=ROOT):
     """Runs "soft_diffusion_tf.bin.train", say, or "tools/lab.py".
@@ -57,9 +62,14 @@ class Forks:
     with tempfile.TemporaryDirectory() as said:
       out, err = (pathlib.Path(said, name) for name in ("out", "err"))
       job = {
-        "program": program, "flags": [*map(str, flags)], "out": str(out), "err": str(err),
-        "limit": limit, "until": until, "folder": str(folder),
-      }  # fmt: skip
+        "program": program,
+        "flags": [*map(str, flags)],
+        "out": str(out),
+        "err": str(err),
+        "limit": limit,
+        "until": until,
+        "folder": str(folder),
+      }
       out.touch()
       begin = time.monotonic()
       self._process.stdin.write(json.dumps(job) + "\n")
@@ -154,9 +164,15 @@ if __name__ == "__main__":
     for file in sorted((ROOT / package).glob("*.py")):
       importlib.import_module(".".join((*pathlib.Path(package).parts, file.stem)))
   for module in (
-    "matplotlib.figure", "matplotlib.pyplot", "ml_collections.config_flags", "PIL.Image",
-    "sklearn.datasets", "tensorflow_datasets", "uvicorn", "scipy.stats",
-  ):  # fmt: skip
+    "matplotlib.figure",
+    "matplotlib.pyplot",
+    "ml_collections.config_flags",
+    "PIL.Image",
+    "sklearn.datasets",
+    "tensorflow_datasets",
+    "uvicorn",
+    "scipy.stats",
+  ):
     importlib.import_module(module)
   gc.freeze()  # what is shared with the forks stays so
   job = _serve(answers)

@@ -66,9 +66,14 @@ class UNet(networks.Architecture):
     def conv(x, width, stride=1, activation="swish"):
       start = keras.initializers.GlorotUniform(next(seeds))
       return keras.layers.Conv2D(
-        width, 3, stride, "same", activation=activation, kernel_initializer=start,
+        width,
+        3,
+        stride,
+        "same",
+        activation=activation,
+        kernel_initializer=start,
         dtype=self.policy,
-      )(x)  # fmt: skip
+      )(x)
 
     image, cond = keras.Input(image_shape), keras.Input(())
     height, width, _ = image_shape

@@ -50,8 +50,11 @@ class StandIn(tf.Module):
     times = tf.linspace(1.0, 0.0, FRAMES + 1)
     x_0, noise = self._images(seeds)[:, None], self._noise(seeds)[:, None]
     t = times[None, :, None, None, None]
-    return {"times": times, "x_t": (1 - t) * x_0 + t * noise,
-            "x0_hat": tf.tile(x_0, [1, FRAMES, 1, 1, 1])}  # fmt: skip
+    return {
+      "times": times,
+      "x_t": (1 - t) * x_0 + t * noise,
+      "x0_hat": tf.tile(x_0, [1, FRAMES, 1, 1, 1]),
+    }
 
   def denoise(self, x_t, t):
     smooth = tf.nn.conv2d(x_t, self.kernel, 1, "SAME")
@@ -73,8 +76,11 @@ class StandIn(tf.Module):
   def restore_map(self, y, t, seed, num):
     one = lambda k: self.restore(y, t, seed + 1000 * tf.cast(k, tf.int64))["images"]
     samples = tf.map_fn(one, tf.range(num), fn_output_signature=tf.float32)
-    return {"samples": tf.transpose(samples, [1, 0, 2, 3, 4]),
-            "mean": tf.reduce_mean(samples, 0), "std": tf.math.reduce_std(samples, 0)}  # fmt: skip
+    return {
+      "samples": tf.transpose(samples, [1, 0, 2, 3, 4]),
+      "mean": tf.reduce_mean(samples, 0),
+      "std": tf.math.reduce_std(samples, 0),
+    }
 
   def export(self, path):
     """Writes the SavedModel, its card and its manifest."""
@@ -87,28 +93,40 @@ class StandIn(tf.Module):
     sample = concrete(self.sample, num, seed)
     draw, process = concrete(self.draw, seeds), concrete(self.process, seeds)
     names = ("", "_momentum_4", "_two_step_2")
-    tf.saved_model.save(self, str(path), {
-      "serving_default": sample,
-      **{f"sample{n}": sample for n in names},
-      **{f"draw{n}": draw for n in names},
-      **{f"process{n}": process for n in names},
-      "denoise": concrete(self.denoise, image("x_t"), t),
-      "score": concrete(self.score, image("x_t"), t),
-      "corrupt": concrete(self.corrupt, image("x_0"), t, seed),
-      "restore": concrete(self.restore, image("y"), level, seed),
-      "restore_map": concrete(self.restore_map, image("y"), level, seed, num),
-      "echo": concrete(lambda text: {"text_bytes": text}, spec(tf.string, None, name="text")),
-      "odd": concrete(
-        lambda x: {"x": x, "half": x[: tf.shape(x)[0] // 2]}, spec(f32, None, name="x")
-      ),
-    })  # fmt: skip
+    tf.saved_model.save(
+      self,
+      str(path),
+      {
+        "serving_default": sample,
+        **{f"sample{n}": sample for n in names},
+        **{f"draw{n}": draw for n in names},
+        **{f"process{n}": process for n in names},
+        "denoise": concrete(self.denoise, image("x_t"), t),
+        "score": concrete(self.score, image("x_t"), t),
+        "corrupt": concrete(self.corrupt, image("x_0"), t, seed),
+        "restore": concrete(self.restore, image("y"), level, seed),
+        "restore_map": concrete(self.restore_map, image("y"), level, seed, num),
+        "echo": concrete(lambda text: {"text_bytes": text}, spec(tf.string, None, name="text")),
+        "odd": concrete(
+          lambda x: {"x": x, "half": x[: tf.shape(x)[0] // 2]}, spec(f32, None, name="x")
+        ),
+      },
+    )
     extra = pathlib.Path(path, "assets.extra")
     extra.mkdir()
-    samplers = {name: {"evaluations": n, "sampler": name.rpartition("_")[0]}
-                for name, n in (("momentum_4", 4), ("two_step_2", 2))}  # fmt: skip
-    manifest = {"name": "stand-in", "image_shape": [SIDE, SIDE, 1], "samplers": samplers,
-                "default_sampler": "momentum_4", "times": [0.0, 0.5, 1.0],
-                "level": [0.0, 1.0, 5.0], "sigma": [0.0, 0.1, 0.1]}  # fmt: skip
+    samplers = {
+      name: {"evaluations": n, "sampler": name.rpartition("_")[0]}
+      for name, n in (("momentum_4", 4), ("two_step_2", 2))
+    }
+    manifest = {
+      "name": "stand-in",
+      "image_shape": [SIDE, SIDE, 1],
+      "samplers": samplers,
+      "default_sampler": "momentum_4",
+      "times": [0.0, 0.5, 1.0],
+      "level": [0.0, 1.0, 5.0],
+      "sigma": [0.0, 0.1, 0.1],
+    }
     (extra / "manifest.json").write_text(json.dumps(manifest))
     pathlib.Path(path, "README.md").write_text("# A stand-in\n")
 

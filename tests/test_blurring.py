@@ -134,8 +134,9 @@ def test_the_sampler_is_the_printed_one(process, jit_compile):
   at, s = (own.corrupt(stand_in(x, [0.1]), t).numpy() for t in (0.1, 0.0))
   np.testing.assert_allclose(
     sampler.run(last, rng.image_seeds(SEEDS), samplers.State(x, 0 * x, x)).x,
-    s + idct(gain * dct(x - at)), atol=2e-5,
-  )  # fmt: skip
+    s + idct(gain * dct(x - at)),
+    atol=2e-5,
+  )
 
 
 def test_without_blur_it_is_the_ancestral_sampler_of_vp(digits):
@@ -145,8 +146,10 @@ def test_without_blur_it_is_the_ancestral_sampler_of_vp(digits):
   sigma = schedules.Scaled(schedules.CosineSigma(), 0.5)
   mixture, times = oracles.GaussianMixture(digits[:20], 0.1), samplers.time_grid(12)
   images = []
-  for corruption, level in ((sharp, schedules.Linear(0.0, 1.0)),
-                            (corruptions.Scale(), schedules.CosineScale())):  # fmt: skip
+  for corruption, level in (
+    (sharp, schedules.Linear(0.0, 1.0)),
+    (corruptions.Scale(), schedules.CosineScale()),
+  ):
     own = Diffusion(SHAPE, corruption, level, sigma, priors.zero(SHAPE))
     rows = samplers.plan("ancestral", times, own)
     images.append(samplers.Sampler(own, oracles.denoiser(mixture, own))(rows, SEEDS))
@@ -185,9 +188,15 @@ def test_a_run_is_swept_and_exported(tmp_path):
   clean = e.data.load(progress=False).images
   real = evaluation.reference(network, clean, {"data": "here", "count": 24}, 16, 24, k=3)
   cells = sweeps.sweep(
-    tmp_path / "workdir", network, real, 24, names=["ancestral", "ddim+ancestral"], nfes=[2, 3],
-    steps=[2], progress=False,
-  )  # fmt: skip
+    tmp_path / "workdir",
+    network,
+    real,
+    24,
+    names=["ancestral", "ddim+ancestral"],
+    nfes=[2, 3],
+    steps=[2],
+    progress=False,
+  )
   assert all(np.isfinite(cell["value"]) for cell in cells)
   export.save(run, tmp_path / "export", [e.sampling])
   np.testing.assert_array_equal(export.load(tmp_path / "export").images(SEEDS), images)
@@ -201,7 +210,9 @@ def test_what_cannot_be_is_refused(blur_diffusion):
   with pytest.raises(ValueError, match="need a corruption with a spectrum, unlike GaussianBlur"):
     samplers.plan(Filtered(), [1.0, 0.5], blur_diffusion)
   e = experiment.from_file(CONFIGS / "digits_blurring.py")
-  for corruption, level in ((corruptions.GaussianBlur(), 3.0),
-                            (corruptions.HeatDissipation(), 60.0)):  # fmt: skip
+  for corruption, level in (
+    (corruptions.GaussianBlur(), 3.0),
+    (corruptions.HeatDissipation(), 60.0),
+  ):
     with pytest.raises(ValueError, match=f"divides by C, and {type(corruption).__name__}"):
       e.replace(corruption=corruption, level=schedules.Linear(0.0, level))

@@ -82,8 +82,9 @@ def test_sample_grids(model, pipeline, tmp_path):
   grids = callbacks.SampleGrid(tmp_path / "g", count=4, options=OPTIONS, every=2)
   model.fit(pipeline, steps_per_epoch=1, epochs=4, verbose=0, callbacks=[grids])
   assert [f.name for f in sorted((tmp_path / "g").iterdir())] == [
-    "epoch-0002.png", "epoch-0004.png",
-  ]  # fmt: skip
+    "epoch-0002.png",
+    "epoch-0004.png",
+  ]
   one, other = (np.asarray(Image.open(f)) for f in sorted((tmp_path / "g").iterdir()))
   assert one.shape == (2 * 9 * 8 + 8, 2 * 9 * 8 + 8, 3)
   assert np.any(one != other)  # the weights have changed, and the grid saw it
@@ -171,8 +172,9 @@ def test_held_out_loss_in_fit_and_evaluate(model, digits):
   losses = model.evaluate(digits[100:150], batch_size=25, verbose=0, return_dict=True)
   each = [float(np.mean(model.held_out(digits[k : k + 25], True)[0])) for k in (100, 125)]
   assert losses["ema_loss"] == pytest.approx(np.mean(each), rel=1e-4)
-  history = model.fit(digits[:32], batch_size=16, epochs=2, verbose=0,
-                      validation_data=digits[100:150]).history  # fmt: skip
+  history = model.fit(
+    digits[:32], batch_size=16, epochs=2, verbose=0, validation_data=digits[100:150]
+  ).history
   assert {len(v) for v in history.values()} == {2}
   assert history.keys() == {"loss", "gradient_norm", "val_loss", "val_ema_loss"}
   again = model.evaluate(digits[100:150], batch_size=25, verbose=0, return_dict=True)
@@ -221,8 +223,11 @@ def test_predict_takes_pairs(model, digits):
 
 def test_what_would_be_ignored_is_refused(model, digits, tmp_path):
   for options in (
-    {"loss": "mae"}, {"metrics": ["mae"]}, {"loss_weights": [1.0]}, {"weighted_metrics": ["mae"]},
-  ):  # fmt: skip
+    {"loss": "mae"},
+    {"metrics": ["mae"]},
+    {"loss_weights": [1.0]},
+    {"weighted_metrics": ["mae"]},
+  ):
     with pytest.raises(ValueError, match=f"compile.{next(iter(options))}=.*leave that argument"):
       model.compile(**options)
   with pytest.raises(ValueError, match="does not scale its loss"):

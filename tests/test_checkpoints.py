@@ -105,8 +105,16 @@ def test_what_kills_and_full_disks_leave_is_removed(model, tmp_path, monkeypatch
   assert second.restore() == 3
   change(model, 4)
   second.save(wait=True)
-  kept = ["checkpoint", "ckpt-3.data-00000-of-00001", "ckpt-3.index", "ckpt-4.data-00000-of-00001",
-          "ckpt-4.index", "ckpt-9.index", "ckpt-abc.index", "kept"]  # fmt: skip
+  kept = [
+    "checkpoint",
+    "ckpt-3.data-00000-of-00001",
+    "ckpt-3.index",
+    "ckpt-4.data-00000-of-00001",
+    "ckpt-4.index",
+    "ckpt-9.index",
+    "ckpt-abc.index",
+    "kept",
+  ]
   assert _names(tmp_path) == kept
   assert _names(tmp_path / "kept") == []
 

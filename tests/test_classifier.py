@@ -59,9 +59,12 @@ def test_a_kept_file_of_unknown_origin_is_made_anew(tmp_path, monkeypatch):
   with np.load(file) as content:
     kept = dict(content)
   for change in (
-    {"w0": kept["w0"] * np.nan}, {"w0": kept["w0"].astype(object)}, {"w1": kept["w1"][:3]},
-    {"accuracy": np.array([0.5, 0.5])}, {"accuracy": np.array("1")},
-  ):  # fmt: skip
+    {"w0": kept["w0"] * np.nan},
+    {"w0": kept["w0"].astype(object)},
+    {"w1": kept["w1"][:3]},
+    {"accuracy": np.array([0.5, 0.5])},
+    {"accuracy": np.array("1")},
+  ):
     np.savez(file, **(kept | change))
     again = classifier.get(source, folder=tmp_path, progress=False)
     assert (again.digest, again.accuracy) == (first.digest, first.accuracy)

@@ -18,9 +18,16 @@ from soft_diffusion_tf import export, training
 V010 = pathlib.Path(__file__).parent / "golden" / "v010"
 TOLERANCE = 1e-4  # float32 rounding through at most 15 evaluations of the network; seen here: 0
 SAMPLERS = (
-  "two_step", "momentum", "ddim", "heun", "ancestral", "stochastic_two_step",
-  "predictor_corrector", "naive", "probability_flow",
-)  # fmt: skip
+  "two_step",
+  "momentum",
+  "ddim",
+  "heun",
+  "ancestral",
+  "stochastic_two_step",
+  "predictor_corrector",
+  "naive",
+  "probability_flow",
+)
 
 
 @pytest.fixture(scope="module")

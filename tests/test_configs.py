@@ -66,8 +66,10 @@ def test_the_ve_baseline_is_that_of_song(name):
   e = experiment.from_file(CONFIGS[0].parent / f"{name}.py")
   blur = experiment.from_file(CONFIGS[0].parent / f"{name.replace('_ve', '_blur')}.py")
   assert {d for d in blur.differences(e) if d.startswith(("network.", "training."))} <= {
-    "network.prediction", "network.scale_by_sigma", "network.cond_max"
-  }  # fmt: skip
+    "network.prediction",
+    "network.scale_by_sigma",
+    "network.cond_max",
+  }
   small = e.replace(
     data={"image_shape": (8, 8, 1)},
     network={"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
@@ -100,19 +102,34 @@ def test_the_vp_baselines_are_as_published(data, kind):
     "training": {"sde": "subvpsde" if kind == "subvp" else "vpsde", "continuous": True},
     "data": {"image_size": 32, "num_channels": 3, "centered": True, "dataset": "CIFAR10"},
     "model": {
-      "name": "ddpm" if kind == "ddpm" else "ncsnpp", "scale_by_sigma": False, "nf": 128,
-      "ema_rate": 0.9999, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 2 if kind == "ddpm" else 4,
-      "attn_resolutions": [16], "dropout": 0.1, "resamp_with_conv": True, "conditional": True,
-      "fir": kind == "subvp", "skip_rescale": True, "resblock_type": "biggan", "init_scale": 0.0,
-      "progressive": "none", "progressive_input": "residual" if kind == "subvp" else "none",
-      "embedding_type": "positional", "nonlinearity": "swish",
+      "name": "ddpm" if kind == "ddpm" else "ncsnpp",
+      "scale_by_sigma": False,
+      "nf": 128,
+      "ema_rate": 0.9999,
+      "ch_mult": [1, 2, 2, 2],
+      "num_res_blocks": 2 if kind == "ddpm" else 4,
+      "attn_resolutions": [16],
+      "dropout": 0.1,
+      "resamp_with_conv": True,
+      "conditional": True,
+      "fir": kind == "subvp",
+      "skip_rescale": True,
+      "resblock_type": "biggan",
+      "init_scale": 0.0,
+      "progressive": "none",
+      "progressive_input": "residual" if kind == "subvp" else "none",
+      "embedding_type": "positional",
+      "nonlinearity": "swish",
     },
-  }  # fmt: skip
+  }
   want = score_sde.experiment(published)
   assert (e.corruption, e.level, e.sigma) == (want.corruption, want.level, want.sigma)
   assert e.sampling.sampler == want.sampling.sampler == samplers.Ancestral()
-  differs = {d for d in want.network.get_config() if d != "kind"
-             and getattr(e.network, d) != getattr(want.network, d)}  # fmt: skip
+  differs = {
+    d
+    for d in want.network.get_config()
+    if d != "kind" and getattr(e.network, d) != getattr(want.network, d)
+  }
   size = {"nf", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"}
   of_sigma = {"sigma_min", "sigma_max"}  # which no label network reads
   assert differs - of_sigma <= (size if data == "digits" else set())

@@ -204,13 +204,20 @@ def test_a_class_that_mixes_channels(corruption):
 @pytest.mark.parametrize(
   ("corruption", "fault"),
   [
-    (WrongSvd(), "svd"), (Undecorated(), "config"), (Kernel(), "config"),
-    (Squares(), "linear"), (NotIdentity(), "identity"), (WrongAdjoint(), "adjoint"),
-    (WrongMatrix(), "matrix"), (FirstLevelOnly(), "broadcast"), (BadSlope(), "gradients"),
-    (EagerOnly(), "graph"), (Breaks(), "linear"),
+    (WrongSvd(), "svd"),
+    (Undecorated(), "config"),
+    (Kernel(), "config"),
+    (Squares(), "linear"),
+    (NotIdentity(), "identity"),
+    (WrongAdjoint(), "adjoint"),
+    (WrongMatrix(), "matrix"),
+    (FirstLevelOnly(), "broadcast"),
+    (BadSlope(), "gradients"),
+    (EagerOnly(), "graph"),
+    (Breaks(), "linear"),
   ],
   ids=lambda v: v if isinstance(v, str) else "",
-)  # fmt: skip
+)
 def test_planted_faults_are_named(corruption, fault):
   verdict = c.check_corruption(corruption)
   assert not verdict.ok
@@ -250,8 +257,9 @@ def test_heat_is_dissipated_as_its_equation_says(rng, level):
   constant = np.full([1, 6, 9, 2], 0.7, np.float32)
   np.testing.assert_allclose(operator(constant, level), constant, atol=1e-6)
   if level == 30.0:
-    np.testing.assert_allclose(got, np.broadcast_to(got.mean((1, 2), keepdims=True), got.shape),
-                               atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+      got, np.broadcast_to(got.mean((1, 2), keepdims=True), got.shape), atol=1e-6
+    )
   # Two blurs in a row are one.
   twice = operator(operator(x, 0.6 * level), 0.8 * level)
   np.testing.assert_allclose(twice, got, atol=2e-6)
@@ -513,8 +521,10 @@ def test_what_is_not_linear_has_no_matrix():
   want = np.float32([0.0, 0.0625, 1.0, -0.0625]).reshape(x.shape)
   np.testing.assert_allclose(gamma(x, 1.0), want, atol=1e-7)
   for ask in (
-    lambda: gamma.adjoint(x, 1.0), lambda: gamma.operator(1.0, (2, 2, 1)),
-    lambda: gamma.svd(1.0, (2, 2, 1)), lambda: c.Compose(c.GaussianBlur(), gamma).adjoint(x, 1.0),
-  ):  # fmt: skip
+    lambda: gamma.adjoint(x, 1.0),
+    lambda: gamma.operator(1.0, (2, 2, 1)),
+    lambda: gamma.svd(1.0, (2, 2, 1)),
+    lambda: c.Compose(c.GaussianBlur(), gamma).adjoint(x, 1.0),
+  ):
     with pytest.raises(ValueError, match="is not linear and has no"):
       ask()

@@ -68,10 +68,15 @@ def test_resizing_is_an_antialiased_average(tmp_path):
 # What is stored when an upright image is written with an EXIF orientation: of "row 0 is the right
 # side, column 0 the top" (6), say, stored[r, c] is upright[c, W − 1 − r].
 STORED = {
-  1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-  5: lambda a: a.T, 6: lambda a: a[:, ::-1].T, 7: lambda a: a[::-1, ::-1].T,
+  1: lambda a: a,
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.T,
+  6: lambda a: a[:, ::-1].T,
+  7: lambda a: a[::-1, ::-1].T,
   8: lambda a: a[::-1].T,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
@@ -101,9 +106,9 @@ def test_a_damaged_or_odd_orientation_is_ignored(tmp_path, rng):
 
 def chunk(kind, content):
   """A chunk of a PNG file."""
-  return struct.pack(">I", len(content)) + kind + content + struct.pack(
-    ">I", zlib.crc32(kind + content)
-  )  # fmt: skip
+  return (
+    struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+  )
 
 
 @pytest.mark.parametrize(
@@ -365,8 +370,9 @@ def test_the_network_is_told_and_samples_as_if_nothing_was_done():
     data=experiment.Data(name="digits", image_shape=(8, 8, 1), **tell),
     network=experiment.Network(nf=8, ch_mult=(1,), num_res_blocks=1, init_scale=1.0),
     training=experiment.Training(batch_size=8),
-    level=schedules.Constant(0.0), corruption=corruptions.Identity(),
-  )  # fmt: skip
+    level=schedules.Constant(0.0),
+    corruption=corruptions.Identity(),
+  )
   with pytest.raises(ValueError, match=r"augment_dim = 7, and the augmentation tells 9 numbers"):
     plain.replace(network={"augment_dim": 7})
   told = plain.replace(network={"augment_dim": 9})
@@ -441,10 +447,13 @@ def test_images_of_tfds_are_upright_too(kind, tmp_path):
 
   feature = tfds.features.Image(shape=(None, None, 1), encoding_format=kind.lower())
   tfds.dataset_builders.store_as_tfds_dataset(
-    name="photos", version="1.0.0", data_dir=tmp_path, disable_shuffling=True,
+    name="photos",
+    version="1.0.0",
+    data_dir=tmp_path,
+    disable_shuffling=True,
     features=tfds.features.FeaturesDict({"image": feature}),
     split_datasets={"train": [(k, {"image": io.BytesIO(encoded(k))}) for k in STORED]},
-  )  # fmt: skip
+  )
   images = data.load("photos", "train", data_dir=str(tmp_path), progress=False).images
   assert images.shape == (8, 16, 24, 1)
   assert np.abs(images[..., 0].astype(int) - upright).max() <= 2  # JPEG rounds

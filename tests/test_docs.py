@@ -78,9 +78,13 @@ def test_the_tutorial_runs(tmp_path):
   (tmp_path / "mine").mkdir()
   path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
   result = subprocess.run(
-    ["bash", "-c", script], cwd=tmp_path / "mine",
-    env=os.environ | {"PATH": path, "STEPS": "6"}, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    ["bash", "-c", script],
+    cwd=tmp_path / "mine",
+    env=os.environ | {"PATH": path, "STEPS": "6"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
   mine = tmp_path / "mine"
   for made in ("levels.json", "samples.png", "fewer.png", "model/saved_model.pb"):
@@ -163,10 +167,21 @@ def test_names_and_files_that_they_mention_exist():
 
 def test_the_site_builds_without_warnings(tmp_path):
   result = subprocess.run(
-    [sys.executable, "-m", "mkdocs", "build", "--strict",  # --quiet would not count warnings
-     "--config-file", str(ROOT / "tools" / "mkdocs.yml"), "--site-dir", str(tmp_path / "site")],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    [
+      sys.executable,
+      "-m",
+      "mkdocs",
+      "build",
+      "--strict",  # --quiet would not count warnings
+      "--config-file",
+      str(ROOT / "tools" / "mkdocs.yml"),
+      "--site-dir",
+      str(tmp_path / "site"),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert result.returncode == 0, result.stdout + result.stderr
   reference = tmp_path / "site" / "reference"
   page = (reference / "samplers.html").read_text(encoding="utf-8")
@@ -199,7 +214,9 @@ def test_the_notebook_runs(tmp_path):
     notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
   ).execute()
   pictures = [
-    output for cell in notebook.cells for output in cell.get("outputs", [])
+    output
+    for cell in notebook.cells
+    for output in cell.get("outputs", [])
     if "image/png" in output.get("data", {})
-  ]  # fmt: skip
+  ]
   assert len(pictures) == 8

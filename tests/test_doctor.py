@@ -134,13 +134,26 @@ def tiff_of(values, order, apart, packed):
   """The bytes of a TIFF file of any number of bands [h, w, c], in two strips for each plane."""
   h, w, c = values.shape
   planes = [values[..., k] for k in range(c)] if apart else [values]
-  strips = [p[rows].astype(values.dtype.newbyteorder(order)).tobytes()
-            for p in planes for rows in (slice(0, 2), slice(2, None))]  # fmt: skip
+  strips = [
+    p[rows].astype(values.dtype.newbyteorder(order)).tobytes()
+    for p in planes
+    for rows in (slice(0, 2), slice(2, None))
+  ]
   strips = [zlib.compress(s) for s in strips] if packed else strips
   kind = 3 if values.dtype.kind == "f" else 1
-  tags = {256: [w], 257: [h], 258: [8 * values.itemsize] * c, 259: [8 if packed else 1], 262: [1],
-          273: np.cumsum([0, *map(len, strips)])[:-1] + 8, 277: [c], 278: [2],
-          279: list(map(len, strips)), 284: [2 if apart else 1], 339: [kind] * c}  # fmt: skip
+  tags = {
+    256: [w],
+    257: [h],
+    258: [8 * values.itemsize] * c,
+    259: [8 if packed else 1],
+    262: [1],
+    273: np.cumsum([0, *map(len, strips)])[:-1] + 8,
+    277: [c],
+    278: [2],
+    279: list(map(len, strips)),
+    284: [2 if apart else 1],
+    339: [kind] * c,
+  }
   place = 8 + sum(map(len, strips))
   entries, further = struct.pack(order + "H", len(tags)), b""
   for tag, numbers in tags.items():
@@ -263,8 +276,9 @@ P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.066
 
 def test_display_p3_is_followed_to_srgb(tmp_path):
   """By the matrices of both spaces, and sRGB's curve."""
-  srgb = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708],
-                   [0.14307, 0.06061, 0.71410]]).T  # fmt: skip
+  srgb = np.array(
+    [[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]]
+  ).T
   colours = np.array([[[180, 120, 100], [60, 160, 90], [90, 90, 90], [200, 180, 150]]], np.uint8)
   light = (colours / 255.0) ** 2.2
   linear = light @ np.array(P3) @ np.linalg.inv(srgb).T
@@ -344,8 +358,17 @@ def test_nothing_is_refused_before_all_is_known(tmp_path, photo):
   assert "\n" not in str(e.value)
   assert "data.skip_bad=0.38 leaves" in str(e.value)
   table = "\n".join(said)
-  for text in ("empty.png", r"line\nbreak.png", "float.tif", "1 smaller than 16×16×3",
-               "cats/1.png", "twin.png", "black.png", "cats 1, dogs 3", "JPEG 1"):  # fmt: skip
+  for text in (
+    "empty.png",
+    r"line\nbreak.png",
+    "float.tif",
+    "1 smaller than 16×16×3",
+    "cats/1.png",
+    "twin.png",
+    "black.png",
+    "cats 1, dogs 3",
+    "JPEG 1",
+  ):
     assert text in table
   assert all("\n" not in line for line in said)
 
@@ -462,9 +485,12 @@ def test_labels_as_edm_lists_them(tmp_path, photo, archive):
   assert (found, names) == ([7, 3, 7], ())
   assert "dataset.json" in table
   assert labels('{"labels": null}')[0] == [0, 0, 0]
-  for content, text in ((json.dumps({"labels": pairs[:2]}), "has no '00000/img00000002.png'"),
-                        ("{}", "has no 'labels'"), ("[", "no list of labels"),
-                        (json.dumps({"labels": [[pairs[0][0], [0]]] * 3}), "has no")):  # fmt: skip
+  for content, text in (
+    (json.dumps({"labels": pairs[:2]}), "has no '00000/img00000002.png'"),
+    ("{}", "has no 'labels'"),
+    ("[", "no list of labels"),
+    (json.dumps({"labels": [[pairs[0][0], [0]]] * 3}), "has no"),
+  ):
     with pytest.raises(ValueError, match=rf"dataset.json: .*{text}") as caught:
       labels(content)
     assert "\n" not in str(caught.value)
@@ -481,9 +507,13 @@ def stored(folder, feature, images, **labels):
     for k, image in enumerate(images)
   ]
   tfds.dataset_builders.store_as_tfds_dataset(
-    name="own", version="1.0.0", data_dir=folder, disable_shuffling=True,
-    features=tfds.features.FeaturesDict(features), split_datasets={"train": rows},
-  )  # fmt: skip
+    name="own",
+    version="1.0.0",
+    data_dir=folder,
+    disable_shuffling=True,
+    features=tfds.features.FeaturesDict(features),
+    split_datasets={"train": rows},
+  )
   return lambda **options: data.load(
     "own", "train", data_dir=str(folder), progress=False, **options
   )

@@ -154,8 +154,9 @@ def contents(folder):
 def test_folders_hold_the_images_whatever_the_shards(sampler, tmp_path, form):
   want = drawing.plots.to_uint8(sampler.images(range(300)))
   for k in (2, 1, 3):
-    drawing.write(sampler, range(300), tmp_path / "a", SETTINGS, form=form, shard=(k, 3),
-               progress=False)  # fmt: skip
+    drawing.write(
+      sampler, range(300), tmp_path / "a", SETTINGS, form=form, shard=(k, 3), progress=False
+    )
   found = contents(tmp_path / "a")
   assert sorted(found) == list(range(300))
   np.testing.assert_array_equal(np.stack([found[k] for k in range(300)]), want)
@@ -167,9 +168,11 @@ def test_a_file_of_samples_that_is_none_is_drawn_again(sampler, tmp_path):
   want = contents(tmp_path / "a")
   (file,) = (tmp_path / "a").glob("*.npz")
   for images, seeds in (
-    (np.zeros([2, 8, 8, 1]), np.array([3, 5])), (np.zeros([2], np.uint8), np.array([3, 5])),
-    (np.array([{}, {}]), np.array([3, 5])), (np.zeros([1, 8, 8, 1], np.uint8), np.array([3, 5])),
-  ):  # fmt: skip
+    (np.zeros([2, 8, 8, 1]), np.array([3, 5])),
+    (np.zeros([2], np.uint8), np.array([3, 5])),
+    (np.array([{}, {}]), np.array([3, 5])),
+    (np.zeros([1, 8, 8, 1], np.uint8), np.array([3, 5])),
+  ):
     np.savez(file, images=images, seeds=seeds)
     drawing.write(sampler, [3, 5], tmp_path / "a", SETTINGS, progress=False)
     found = contents(tmp_path / "a")

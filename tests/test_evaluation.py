@@ -337,9 +337,16 @@ def test_a_reference_is_stored_once(images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   ("field", "value"),
-  [("data", "cifar10"), ("split", "test"), ("image_shape", [32, 32, 3]), ("crop", "none"),
-   ("feature_net", "tfgan"), ("feature_net_sha256", "12ab"), ("count", 70)],
-)  # fmt: skip
+  [
+    ("data", "cifar10"),
+    ("split", "test"),
+    ("image_shape", [32, 32, 3]),
+    ("crop", "none"),
+    ("feature_net", "tfgan"),
+    ("feature_net_sha256", "12ab"),
+    ("count", 70),
+  ],
+)
 def test_a_reference_of_something_else_names_the_field(field, value, images, tmp_path):
   evaluation.reference(PIXELS, images, conditions(50), progress=False).save(tmp_path / "r.npz")
   real = evaluation.Reference.load(tmp_path / "r.npz")
@@ -368,7 +375,7 @@ REFERENCE_DAMAGES = {  # name → (what becomes of the entries, what the error s
   "about a list": (lambda c: c | {"about": np.array("[]")}, "list indices"),
   "about a field more": (lambda c: c | {"about": np.array('{"conditions": {}, "x": 1}')}, "'x'"),
   "no sizes": (lambda c: {k: v for k, v in c.items() if k != "sizes"}, "sizes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", REFERENCE_DAMAGES)
@@ -419,8 +426,13 @@ def test_evaluating_a_run(run, images, tmp_path):
   assert result.distance.exact == pytest.approx(want, rel=1e-4)  # sqrtm of singular matrices
   record = result.record()
   for name, value in {
-    "step": 0, "sampler": "momentum", "nfe": 4, "samples": 100, "first_seed": 0, "ema_decay": 0.999,
-  }.items():  # fmt: skip
+    "step": 0,
+    "sampler": "momentum",
+    "nfe": 4,
+    "samples": 100,
+    "first_seed": 0,
+    "ema_decay": 0.999,
+  }.items():
     assert record[name] == value
   assert record["reference"]["count"] == 100
   other = evaluation.evaluate_run(run, PIXELS, real, 100, first_seed=100, progress=False)

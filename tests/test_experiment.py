@@ -140,11 +140,19 @@ def test_bad_fields_are_named(tiny, group, name, value, text):
     Experiment.from_config(_changed(tiny, group, name, value))
 
 
-GROUPS = {"data": Data, "prior": priors.Estimator, "network": Network, "training": Training,
-          "loss": losses.SoftScoreMatching, "sampling": Sampling, "evaluation": Evaluation,
-          "": Experiment}  # fmt: skip
-FIELDS = [(group, field.name) for group, kind in GROUPS.items()
-          for field in dataclasses.fields(kind)]  # fmt: skip
+GROUPS = {
+  "data": Data,
+  "prior": priors.Estimator,
+  "network": Network,
+  "training": Training,
+  "loss": losses.SoftScoreMatching,
+  "sampling": Sampling,
+  "evaluation": Evaluation,
+  "": Experiment,
+}
+FIELDS = [
+  (group, field.name) for group, kind in GROUPS.items() for field in dataclasses.fields(kind)
+]
 
 
 @pytest.mark.parametrize(("group", "name"), FIELDS)
@@ -339,17 +347,28 @@ def test_a_workdir_without_config(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="not JSON"):
     Experiment.load(tmp_path)
-  for content in ("null", "5", "[]", '"text"', "[" * 100_000, "\xff", '{"data": []}',
-                  '{"seed": 1.5}', '{"name": 5}', '{"corruption": {"kind": ["Mask"]}}',
-                  '{"corruption": null}',
-                  '{"corruption": {"kind": "GaussianBlur", "half_size": 1e9}}',
-                  '{"corruption": {"kind": "GaussianBlur", "half_size": 1000000000}}',
-                  '{"level": {"kind": "Linear", "start": "a", "stop": 1}}',
-                  '{"level": {"kind": "Linear", "start": NaN, "stop": 1}}',
-                  '{"level": {"kind": "Staged", "inner": [], "begin": 0, "end": 1}}',
-                  '{"data": {"image_shape": ["8", "8", "1"]}}', '{"network": {"ch_mult": [1.5]}}',
-                  '{"network": {"fourier_scale": NaN}}',
-                  '{"network": {"nf": 100000000000000000000}}'):  # fmt: skip
+  for content in (
+    "null",
+    "5",
+    "[]",
+    '"text"',
+    "[" * 100_000,
+    "\xff",
+    '{"data": []}',
+    '{"seed": 1.5}',
+    '{"name": 5}',
+    '{"corruption": {"kind": ["Mask"]}}',
+    '{"corruption": null}',
+    '{"corruption": {"kind": "GaussianBlur", "half_size": 1e9}}',
+    '{"corruption": {"kind": "GaussianBlur", "half_size": 1000000000}}',
+    '{"level": {"kind": "Linear", "start": "a", "stop": 1}}',
+    '{"level": {"kind": "Linear", "start": NaN, "stop": 1}}',
+    '{"level": {"kind": "Staged", "inner": [], "begin": 0, "end": 1}}',
+    '{"data": {"image_shape": ["8", "8", "1"]}}',
+    '{"network": {"ch_mult": [1.5]}}',
+    '{"network": {"fourier_scale": NaN}}',
+    '{"network": {"nf": 100000000000000000000}}',
+  ):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json: ") as raised:
       Experiment.load(tmp_path)

@@ -44,10 +44,16 @@ def exported(tmp_path_factory, request):
   folder = tmp_path_factory.mktemp("artefact") / "model"
   own = {"data": "digits", "split": "train", "image_shape": [8, 8, 1], "crop": "auto", "count": 64}
   record = {
-    "step": 7, "sampler": "momentum", "nfe": 3, "samples": 64, "label": "FD[pixels]",
-    "value": 1.25, "floor": None, "reference": own,
+    "step": 7,
+    "sampler": "momentum",
+    "nfe": 3,
+    "samples": 64,
+    "label": "FD[pixels]",
+    "value": 1.25,
+    "floor": None,
+    "reference": own,
     "sampling": {"sampler": "momentum", "steps": 3, "batch_size": 5, "times": []},
-  }  # fmt: skip
+  }
   others = [
     record | {"step": 6, "value": 99.0},
     record | {"reference": own | {"split": "test"}, "value": 99.1},
@@ -56,9 +62,13 @@ def exported(tmp_path_factory, request):
     record | {"sampling": record["sampling"] | {"grid": "level", "noise": 2.0}, "value": 1.5},
   ]
   manifest = export.save(
-    run, folder, list(SAMPLERS.values()), restoring=RESTORING,
-    evaluations=[record, *others, record], licence="CC0-1.0",
-  )  # fmt: skip
+    run,
+    folder,
+    list(SAMPLERS.values()),
+    restoring=RESTORING,
+    evaluations=[record, *others, record],
+    licence="CC0-1.0",
+  )
   return run, folder, manifest
 
 
@@ -188,10 +198,16 @@ def test_it_needs_tensorflow_alone(exported, tmp_path):
 def test_saved_model_cli_runs_it(exported, tmp_path):
   run, folder, _ = exported
   command = [
-    sys.executable, "-m", "tensorflow.python.tools.saved_model_cli", "run", f"--dir={folder}",
-    "--tag_set=serve", "--signature_def=sample", "--input_exprs=num=3;seed=5",
+    sys.executable,
+    "-m",
+    "tensorflow.python.tools.saved_model_cli",
+    "run",
+    f"--dir={folder}",
+    "--tag_set=serve",
+    "--signature_def=sample",
+    "--input_exprs=num=3;seed=5",
     f"--outdir={tmp_path}",
-  ]  # fmt: skip
+  ]
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr[-2000:]
   np.testing.assert_array_equal(
@@ -209,17 +225,23 @@ def test_manifest_and_card_say_what_it_is(exported):
   assert manifest["weights_sha256"] == export.digest_of(run)
   assert manifest["samplers"]["heun_ddim_4"]["evaluations"] == 6  # two for each Heun step
   assert manifest["signatures"]["denoise"]["inputs"]["x_t"] == {
-    "shape": [None, 8, 8, 1], "dtype": "float32",
-  }  # fmt: skip
+    "shape": [None, 8, 8, 1],
+    "dtype": "float32",
+  }
   loaded = tf.saved_model.load(str(folder)).signatures
   assert set(loaded) == set(manifest["signatures"])
   card = (folder / "README.md").read_text()
   assert card.count("| FD[pixels] ") == 2  # one evaluation made twice, and one on another grid
   for text in (
-    "GaussianBlur", "digits, split train", run.experiment.digest(), export.digest_of(run),
-    "CC0-1.0", "| momentum | 3 | 64 | FD[pixels] 1.25 | – |", "sample_heun_ddim_4",
+    "GaussianBlur",
+    "digits, split train",
+    run.experiment.digest(),
+    export.digest_of(run),
+    "CC0-1.0",
+    "| momentum | 3 | 64 | FD[pixels] 1.25 | – |",
+    "sample_heun_ddim_4",
     "| momentum (grid level) | 3 | 64 | FD[pixels] 1.5 | – |",
-  ):  # fmt: skip
+  ):
     assert text in card
   # Of another step, another split, another data set.
   assert "99" not in card.split("## Measured")[1].split("##")[0]
@@ -243,8 +265,7 @@ def test_load_gives_a_model_to_go_on_with(exported, digits):
 @pytest.mark.slow
 def test_bfloat16(exported, tmp_path):
   run, _, _ = exported
-  export.save(run, tmp_path / "m", [SAMPLERS["momentum_3"]], dtype="bfloat16",
-                  restoring=RESTORING)  # fmt: skip
+  export.save(run, tmp_path / "m", [SAMPLERS["momentum_3"]], dtype="bfloat16", restoring=RESTORING)
   model = tf.saved_model.load(str(tmp_path / "m"))
   out = model.signatures["draw"](seeds=tf.constant(SEEDS, tf.int64))["images"]
   back = export.load(tmp_path / "m")
@@ -385,9 +406,15 @@ def test_what_cannot_be_read_is_named(exported, model, tmp_path):
   with pytest.raises(ValueError, match="not JSON"):
     export.from_pretrained(folder)
   content = json.loads(text)
-  for bad in (None, 5, [], content | {"step": "7"}, content | {"step": -1},
-              {k: v for k, v in content.items() if k != "weights_sha256"},
-              content | {"weights_sha256": 5}):  # fmt: skip
+  for bad in (
+    None,
+    5,
+    [],
+    content | {"step": "7"},
+    content | {"step": -1},
+    {k: v for k, v in content.items() if k != "weights_sha256"},
+    content | {"weights_sha256": 5},
+  ):
     manifest.write_text(json.dumps(bad))
     with pytest.raises(ValueError, match=r"manifest\.json: .*; export the model again"):
       export.from_pretrained(folder)
@@ -468,35 +495,41 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
   "another format": (lambda c: _about(c, lambda a: a | {"format": 9}), "format is 9"),
   "a number as prior": (lambda c: c | {"prior_kind": np.array(5)}, "prior_kind is not a text"),
   "no kind of prior": (
-    lambda c: c | {"prior_kind": np.array("a b")}, "kind of a prior is a name, not 'a b'",
+    lambda c: c | {"prior_kind": np.array("a b")},
+    "kind of a prior is a name, not 'a b'",
   ),
   "a prior of another shape": (
     lambda c: c | {"prior_mean": np.zeros([4, 4, 1]), "prior_factors": np.zeros([1, 4, 4, 1])},
     r"its prior is of images of shape \(4, 4, 1\)",
   ),
   "a renamed entry": (
-    lambda c: {("weight_9" if k == "weight_0002" else k): v for k, v in c.items()}, "weight_0002",
+    lambda c: {("weight_9" if k == "weight_0002" else k): v for k, v in c.items()},
+    "weight_0002",
   ),
   "a missing entry": (lambda c: {k: v for k, v in c.items() if k != "prior_mean"}, "prior_mean"),
   "one entry more": (lambda c: c | {"x": np.zeros(3)}, "'x' is not part of one"),
   "a weight of another shape": (lambda c: c | {"weight_0004": np.zeros([3], "f2")}, "weight 4"),
   "weights of whole numbers": (
-    lambda c: c | {"weight_0005": c["weight_0005"].astype(np.int64)}, "weight_0005 holds int64",
+    lambda c: c | {"weight_0005": c["weight_0005"].astype(np.int64)},
+    "weight_0005 holds int64",
   ),
   "weights of texts": (lambda c: c | {"weight_0000": np.array(["a"])}, "weight 0|weight_0000"),
   "nf": (lambda c: _about(c, _experiment("network", nf=4096)), "weight 0 has the shape"),
   "nf without end": (lambda c: _about(c, _experiment("network", nf=10**30)), "nf must be from"),
   "blocks": (lambda c: _about(c, _experiment("network", num_res_blocks=10**6)), "num_res_blocks"),
   "texts as shape": (
-    lambda c: _about(c, _experiment("data", image_shape=["8", "8", "1"])), "data.image_shape",
+    lambda c: _about(c, _experiment("data", image_shape=["8", "8", "1"])),
+    "data.image_shape",
   ),
   "halves as shape": (
-    lambda c: _about(c, _experiment("data", image_shape=[8.5, 8, 1])), "data.image_shape",
+    lambda c: _about(c, _experiment("data", image_shape=[8.5, 8, 1])),
+    "data.image_shape",
   ),
   "nothing as shape": (lambda c: _about(c, _experiment("data", image_shape=[0, 0, 1])), "image_sh"),
   "two as shape": (lambda c: _about(c, _experiment("data", image_shape=[8, 8])), "image_shape"),
   "a large shape": (
-    lambda c: _about(c, _experiment("data", image_shape=[8192, 8192, 1])), r"\(8192, 8192",
+    lambda c: _about(c, _experiment("data", image_shape=[8192, 8192, 1])),
+    r"\(8192, 8192",
   ),
   "a level of many digits": (
     lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update(level=10**400)),
@@ -505,12 +538,14 @@ DAMAGES = {  # name → (what becomes of the entries, what the error says)
   "an infinite number": (lambda c: _about(c, _experiment("network", cond_max=1e400)), "cond_max"),
   "steps without end": (lambda c: _about(c, _experiment("sampling", steps=10**12)), "steps must"),
   "a field of two lines": (
-    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})), "z z",
+    lambda c: _about(c, lambda a: a.pop("sha256") and a["experiment"].update({"z\nz": 1})),
+    "z z",
   ),
   "a shape without end": (
-    lambda c: _about(c, _experiment("data", image_shape=[10**6, 10**6, 3])), "image_shape",
+    lambda c: _about(c, _experiment("data", image_shape=[10**6, 10**6, 3])),
+    "image_shape",
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -74,9 +74,12 @@ def test_a_fixed_size_is_reached_by_antialiased_bilinear_interpolation(tmp_path,
 def test_uint8_input_and_one_channel(tmp_path, rng):
   spec = tf.TensorSpec([None, None, None, 1], tf.uint8)
   net = features.feature_network(
-    network(spec, lambda x: {"pool_3": tf.cast(tf.reshape(x[:, :2, :2], [-1, 4]), tf.float32)},
-            tmp_path / "n")
-  )  # fmt: skip
+    network(
+      spec,
+      lambda x: {"pool_3": tf.cast(tf.reshape(x[:, :2, :2], [-1, 4]), tf.float32)},
+      tmp_path / "n",
+    )
+  )
   grey = rng.integers(0, 256, [5, 4, 4, 1]).astype(np.uint8)
   np.testing.assert_array_equal(net(grey)[0], grey[:, :2, :2].reshape(5, 4))
   assert net(np.repeat(grey, 3, 3))[0].shape == (5, 4)

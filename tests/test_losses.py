@@ -109,8 +109,9 @@ def test_the_expectation_minimises_every_filter(blur_diffusion, digits, look_ahe
 def test_the_loss_of_a_corruption_that_is_not_linear(batch):
   """‖C(x̂) − C(x_0)‖², which C(x̂ − x_0) is not; and for a linear C both are one."""
   x_0, t, eta = batch
-  process = diffusion.Diffusion((8, 8, 1), corruptions.Gamma(), schedules.Linear(0.0, 2.0),
-                                schedules.Geometric(0.01, 0.1))  # fmt: skip
+  process = diffusion.Diffusion(
+    (8, 8, 1), corruptions.Gamma(), schedules.Linear(0.0, 2.0), schedules.Geometric(0.01, 0.1)
+  )
   power = (1.0 + 2.0 * t).reshape(-1, 1, 1, 1)
   gamma = lambda x: np.sign(x) * np.abs(x) ** power
   x_t = gamma(x_0) + process.sigma(t).numpy().reshape(-1, 1, 1, 1) * eta
@@ -163,16 +164,20 @@ def test_the_range_of_weights(tiny):
   """Of what the network gives: a residual of VE is weighed by 1/σ², its score by 1."""
   low, high = tiny.weight_range()
   assert (low, high) == pytest.approx((1 / 0.1**2, 1 / 0.01**2), rel=1e-3)
-  ve = tiny.replace(corruption=corruptions.Identity(), level=schedules.Constant(0.0),
-                    sigma=schedules.Geometric(0.01, 50.0))  # fmt: skip
+  ve = tiny.replace(
+    corruption=corruptions.Identity(),
+    level=schedules.Constant(0.0),
+    sigma=schedules.Geometric(0.01, 50.0),
+  )
   low, high = ve.weight_range()
   assert high / low == pytest.approx(5000.0**2, rel=1e-2)
   score = ve.replace(network={"prediction": "score", "scale_by_sigma": True})
   assert score.weight_range() == (1.0, 1.0)
   low, high = ve.replace(network={"prediction": "score"}).weight_range()
   assert high / low == pytest.approx(5000.0**2, rel=1e-2)
-  sub_vp = tiny.replace(corruption=corruptions.Scale(), level=schedules.VPScale(),
-                        sigma=schedules.SubVPSigma())  # fmt: skip
+  sub_vp = tiny.replace(
+    corruption=corruptions.Scale(), level=schedules.VPScale(), sigma=schedules.SubVPSigma()
+  )
   assert sub_vp.weight_range()[1] > 1e11
   assert sub_vp.replace(network={"prediction": "noise"}).weight_range() == (1.0, 1.0)
 

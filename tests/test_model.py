@@ -52,9 +52,12 @@ def test_one_update_by_hand(model, digits):
   assert norm > 1  # so the clip is at work
   rate = model.training_options.learning_rate
   for name, old, gradient, new, average in zip(
-    names, before, gradients, model.network.trainable_variables,
+    names,
+    before,
+    gradients,
+    model.network.trainable_variables,
     [a for a, _ in model._averaged],
-  ):  # fmt: skip
+  ):
     g = gradient.numpy() / float(norm)
     # Adam's first step: m̂ = g, v̂ = g². Tiny gradients are at the mercy of rounding.
     want = old - rate * g / (np.abs(g) + 1e-8)
@@ -262,9 +265,12 @@ print("RESULT", len(copies[0]), same, any(np.any(a != b) for a, b in zip(before,
 
 def test_nor_does_it_in_any_replica(tiny):
   done = subprocess.run(
-    [sys.executable, "-c", _REPLICAS], input=json.dumps(tiny.to_dict()), capture_output=True,
-    text=True, check=False,
-  )  # fmt: skip
+    [sys.executable, "-c", _REPLICAS],
+    input=json.dumps(tiny.to_dict()),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert "RESULT 2 True True" in done.stdout, done.stderr[-2000:]
 
 

@@ -33,10 +33,14 @@ def posterior_mean_by_hand(mixture, diffusion, x_t, t):
 
 @pytest.mark.parametrize(
   "corruption",
-  [corruptions.GaussianBlur(), corruptions.Mask("centre"), corruptions.Identity(),
-   corruptions.BlockAverage()],
+  [
+    corruptions.GaussianBlur(),
+    corruptions.Mask("centre"),
+    corruptions.Identity(),
+    corruptions.BlockAverage(),
+  ],
   ids=lambda v: type(v).__name__,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("full", [False, True])
 def test_the_exact_denoiser_is_bayes(digits, rng, corruption, full):
   last = {"GaussianBlur": 4.0, "Mask": 1.0, "Identity": 0.0, "BlockAverage": 2.5}
@@ -63,11 +67,14 @@ def test_the_exact_denoiser_is_bayes(digits, rng, corruption, full):
     (corruptions.BlockAverage(), (12, 12, 1), 4.0),
     (corruptions.BlockAverage(), (12, 10, 1), 3.0),
     (corruptions.BlockAverage(), (16, 16, 1), 3.0),
-    (corruptions.Compose(corruptions.BlockAverage(), corruptions.Mask(), (0, 4), (0, 1)),
-     (12, 10, 1), 0.7),
+    (
+      corruptions.Compose(corruptions.BlockAverage(), corruptions.Mask(), (0, 4), (0, 1)),
+      (12, 10, 1),
+      0.7,
+    ),
   ],
   ids=lambda v: type(v).__name__ if isinstance(v, corruptions.Corruption) else str(v),
-)  # fmt: skip
+)
 def test_the_exact_denoiser_is_bayes_where_rank_is_lost(rng, corruption, shape, level):
   process = Diffusion(
     shape, corruption, schedules.Linear(0.0, level), schedules.Geometric(0.05, 0.5)

@@ -30,11 +30,20 @@ def test_every_way_to_hand_images_over_gives_the_same(images):
   floats, deep = (images / 255).astype(np.float32), images.astype(np.uint16) * 257
   pairs = tf.data.Dataset.from_tensor_slices((images, labels))
   ways = [
-    images, (images, labels), floats, deep, (floats, labels), Listed(images),
-    Listed(floats, labels), list(images), pairs, pairs.batch(5),
-    pairs.map(lambda x, y: {"image": x, "label": y}), tf.constant(images),
+    images,
+    (images, labels),
+    floats,
+    deep,
+    (floats, labels),
+    Listed(images),
+    Listed(floats, labels),
+    list(images),
+    pairs,
+    pairs.batch(5),
+    pairs.map(lambda x, y: {"image": x, "label": y}),
+    tf.constant(images),
     data.Source("mine", images, labels),
-  ]  # fmt: skip
+  ]
   for way in ways:
     source = data.load(way)
     np.testing.assert_array_equal(source.images, images)

@@ -91,9 +91,12 @@ def test_random_folders_give_the_same_batches_in_every_way(tmp_path, seed):
   ways += [data.load(name, "all", shape, most=most) for most in (0, 1 << 30)]
   size, start = 4 * int(rng.integers(1, 4)), int(rng.integers(0, 10**6))
   options = {
-    "seed": seed, "flip": bool(rng.integers(2)), "balanced": bool(rng.integers(2)),
-    "augment": [(), (data.Shift(1),), (data.EDM(), data.Shift(1))][seed], "labels": True,
-  }  # fmt: skip
+    "seed": seed,
+    "flip": bool(rng.integers(2)),
+    "balanced": bool(rng.integers(2)),
+    "augment": [(), (data.Shift(1),), (data.EDM(), data.Shift(1))][seed],
+    "labels": True,
+  }
 
   def taken(source, start, count, **part):
     pipeline = data.batches(source, size, start=start, **part, **options)

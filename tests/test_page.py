@@ -131,8 +131,9 @@ def picture(path):
 def set_level(page, t):
   page.run(
     'const e = document.getElementById("level"); e.value = arguments[0];'
-    'e.dispatchEvent(new Event("input"))', t,
-  )  # fmt: skip
+    'e.dispatchEvent(new Event("input"))',
+    t,
+  )
 
 
 def test_a_file_is_corrupted_and_restored(page, client, tmp_path):
@@ -151,10 +152,12 @@ def test_a_file_is_corrupted_and_restored(page, client, tmp_path):
   page.until(IDLE)
   corrupted = pixels(page, "#corrupted")
   image = (original / 255.0)[..., None]
-  _, answer = client.predict({
-    "signature_name": "corrupt",
-    "inputs": {"x_0": [image.tolist()], "t": [0.8], "seed": 0},
-  })  # fmt: skip
+  _, answer = client.predict(
+    {
+      "signature_name": "corrupt",
+      "inputs": {"x_0": [image.tolist()], "t": [0.8], "seed": 0},
+    }
+  )
   # Grey is made of red, green and blue in the page, which costs a rounding.
   assert np.abs(corrupted - levels(answer["outputs"][0])).max() <= 1
   page.click("#restore")

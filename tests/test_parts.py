@@ -69,13 +69,23 @@ def goes_everywhere(tiny, tmp_path, changes):
     np.testing.assert_array_equal(images, trained.images(SEEDS))
 
     real = evaluation.reference(
-      features.feature_network("pixels:2"), experiment.data.load(progress=False).images,
-      {"data": "here", "count": 24}, 16, 24, k=3,
-    )  # fmt: skip
+      features.feature_network("pixels:2"),
+      experiment.data.load(progress=False).images,
+      {"data": "here", "count": 24},
+      16,
+      24,
+      k=3,
+    )
     cells = sweeps.sweep(
-      workdir, features.feature_network("pixels:2"), real, 24,
-      names=[str(experiment.sampling.sampler)], nfes=[2], steps=[2], progress=False,
-    )  # fmt: skip
+      workdir,
+      features.feature_network("pixels:2"),
+      real,
+      24,
+      names=[str(experiment.sampling.sampler)],
+      nfes=[2],
+      steps=[2],
+      progress=False,
+    )
     assert np.isfinite(cells[0]["value"])
     assert set(cells[0]["metrics"]) == (
       {"tests.seams:Brightness(white=1.0)/gap"} if experiment.evaluation.metrics else set()
@@ -101,33 +111,42 @@ def test_a_text_and_a_mapping_are_the_same_part():
   assert samplers.rule_of(str(rule)) == rule
 
 
-@pytest.mark.parametrize("part", [
-  corruptions.GaussianBlur(3), corruptions.Mask("centre", 0.2),
-  corruptions.Matrix([[1, 2], [3, 4]]),
-  corruptions.Compose(corruptions.GaussianBlur(2), corruptions.Mask(), (0, 1), (0, 0.5)),
-  schedules.Staged(schedules.Geometric(0.01, 6), 0.2, 1.0), samplers.StochasticTwoStep(3.0),
-  seams.UNet(width=3, dtype="bfloat16"), seams.Discs(5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "part",
+  [
+    corruptions.GaussianBlur(3),
+    corruptions.Mask("centre", 0.2),
+    corruptions.Matrix([[1, 2], [3, 4]]),
+    corruptions.Compose(corruptions.GaussianBlur(2), corruptions.Mask(), (0, 1), (0, 0.5)),
+    schedules.Staged(schedules.Geometric(0.01, 6), 0.2, 1.0),
+    samplers.StochasticTwoStep(3.0),
+    seams.UNet(width=3, dtype="bfloat16"),
+    seams.Discs(5),
+  ],
+)
 def test_a_config_makes_the_part_again(part):
   base = next(kind for kind in type(part).__mro__ if "_members" in vars(kind))
   config = json.loads(json.dumps(part.get_config()))
   assert parts.make(base, config, trust_code=True) == part
 
 
-@pytest.mark.parametrize(("config", "message"), [
-  ("GaussianBlurr", "did you mean 'GaussianBlur'"),
-  ("GaussianBlur(16)", "write it like"),
-  ("GaussianBlur(half_size=2**9)", "write it like"),
-  ("GaussianBlur(half_size=__import__('os'))", "write it like"),
-  ({"kind": "GaussianBlur", "half": 3}, "did you mean GaussianBlur.half_size"),
-  ({"kind": "GaussianBlur", "half_size": True}, "half_size must be a whole number"),
-  ({"kind": "GaussianBlur", "half_size": -1}, "half_size must be from 0 to 65,536"),
-  ({"kind": "Mask", "edge": float("nan")}, "edge must be a finite number, got nan"),
-  ({"kind": "Family"}, "does not take these fields"),
-  ({"kind": ["Mask"]}, "unknown corruption"),
-  (5, "give its kind and fields"),
-  (None, "give its kind and fields"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ("GaussianBlurr", "did you mean 'GaussianBlur'"),
+    ("GaussianBlur(16)", "write it like"),
+    ("GaussianBlur(half_size=2**9)", "write it like"),
+    ("GaussianBlur(half_size=__import__('os'))", "write it like"),
+    ({"kind": "GaussianBlur", "half": 3}, "did you mean GaussianBlur.half_size"),
+    ({"kind": "GaussianBlur", "half_size": True}, "half_size must be a whole number"),
+    ({"kind": "GaussianBlur", "half_size": -1}, "half_size must be from 0 to 65,536"),
+    ({"kind": "Mask", "edge": float("nan")}, "edge must be a finite number, got nan"),
+    ({"kind": "Family"}, "does not take these fields"),
+    ({"kind": ["Mask"]}, "unknown corruption"),
+    (5, "give its kind and fields"),
+    (None, "give its kind and fields"),
+  ],
+)
 def test_what_is_no_part_is_refused_in_one_line(config, message):
   with pytest.raises(ValueError, match=message) as error:
     parts.make(corruptions.Corruption, config)
@@ -156,9 +175,10 @@ def test_every_dataclass_checks_itself():
 
 def test_the_names_of_code_in_a_config():
   experiment = Experiment(
-    corruption=seams.Fade(), level=schedules.Linear(0.0, 1.0),
+    corruption=seams.Fade(),
+    level=schedules.Linear(0.0, 1.0),
     sampling=Sampling(samplers.Turns((seams.Halfway(), samplers.DDIM()))),
-  )  # fmt: skip
+  )
   names = {"tests.seams:Fade", "tests.seams:Halfway"}
   assert parts.code_of(json.loads(json.dumps(experiment.to_dict()))) == names
   assert experiment.replace(name="os:path").code() == names  # a name of a run is no code

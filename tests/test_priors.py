@@ -101,9 +101,16 @@ def test_what_is_no_gaussian_over_images(kind, mean, factors, text):
 
 @pytest.mark.parametrize(
   "change",
-  [{"mean": "?"}, {"mean": 5}, {"factors": "AAAA"}, {"shape": 8}, {"shape": ["a"]}, {"kind": None},
-   {"shape": [10**30, 1, 1]}],
-)  # fmt: skip
+  [
+    {"mean": "?"},
+    {"mean": 5},
+    {"factors": "AAAA"},
+    {"shape": 8},
+    {"shape": ["a"]},
+    {"kind": None},
+    {"shape": [10**30, 1, 1]},
+  ],
+)
 def test_a_damaged_config_of_a_prior(change):
   config = priors.Prior("colour", MEAN, FACTORS).get_config()
   with pytest.raises(ValueError, match=r"damaged|kind of a prior"):

@@ -36,11 +36,18 @@ def executed(function, how):
 # --- One product ----------------------------------------------------------------------------------
 
 SHAPES = [  # one pixel, rectangular, rank 2 to 4, one or many on either side
-  ((1, 1), (1, 1)), ((3, 5), (5, 2)), ((4, 4), (7, 4, 3)), ((1, 4, 4), (7, 4, 3)),
-  ((7, 3, 5), (5, 2)), ((7, 3, 5), (1, 5, 2)), ((7, 3, 5), (7, 5, 2)),
-  ((6, 1, 3, 5), (1, 1, 5, 2)), ((1, 1, 3, 5), (6, 1, 5, 2)), ((6, 1, 3, 5), (1, 4, 5, 2)),
+  ((1, 1), (1, 1)),
+  ((3, 5), (5, 2)),
+  ((4, 4), (7, 4, 3)),
+  ((1, 4, 4), (7, 4, 3)),
+  ((7, 3, 5), (5, 2)),
+  ((7, 3, 5), (1, 5, 2)),
+  ((7, 3, 5), (7, 5, 2)),
+  ((6, 1, 3, 5), (1, 1, 5, 2)),
+  ((1, 1, 3, 5), (6, 1, 5, 2)),
+  ((6, 1, 3, 5), (1, 4, 5, 2)),
   ((2, 3, 1, 1), (3, 1, 1)),
-]  # fmt: skip
+]
 
 
 def derivatives(a, b, da, db, turned):
@@ -95,10 +102,15 @@ def test_a_batch_of_any_size(rng, how):
   x, a = rng.standard_normal([5, 6, 4, 3]), rng.standard_normal([5, 6, 6])
   b = rng.standard_normal([4, 4])
   function = tf.function(
-    products.two_sided, autograph=False, jit_compile=how == "xla",
-    input_signature=[tf.TensorSpec([None, 6, 6]), tf.TensorSpec([None, 6, 4, 3]),
-                     tf.TensorSpec([4, 4])],
-  )  # fmt: skip
+    products.two_sided,
+    autograph=False,
+    jit_compile=how == "xla",
+    input_signature=[
+      tf.TensorSpec([None, 6, 6]),
+      tf.TensorSpec([None, 6, 4, 3]),
+      tf.TensorSpec([4, 4]),
+    ],
+  )
   assert function.get_concrete_function().structured_outputs.shape.as_list() == [None, 6, 4, 3]
   for n in (5, 1):
     got = function(*(tf.constant(v, tf.float32) for v in (a[:n], x[:n], b)))
@@ -154,7 +166,7 @@ def test_the_emulation_hurts_a_product_that_states_nothing(rng, kind):
     "einsum": lambda a, b: tf.einsum("nij,njk->nik", a, b),
     "operator": lambda a, b: tf.linalg.LinearOperatorFullMatrix(a).matmul(b),
     "gradient": lambda a, b: _by_gradient(a, b),
-  }  # fmt: skip
+  }
   least = {"tf32": 1e-4, "bfloat16": 1e-3}[kind]
   for name, way in ways.items():
     assert np.abs(way(a, b) - want).max() < 5e-6, name
@@ -229,7 +241,7 @@ def _kinds():
     "Inversion": k.LinearOperatorInversion(
       k.LinearOperatorDiag(np.linspace(1, 2, 24, dtype=np.float32))
     ),
-  }  # fmt: skip
+  }
 
 
 def test_the_kinds_are_all():
@@ -262,10 +274,15 @@ def _exact(operator):
     if kind == "BlockDiag":
       rows = [[None] * i + [block] for i, block in enumerate(rows)]
     size = [int(row[-1].domain_dimension) for row in rows]
-    return np.block([
-      [np.zeros([size[i], size[j]]) if j > i or row[j] is None else _exact(row[j])
-       for j in range(len(rows))] for i, row in enumerate(rows)
-    ])  # fmt: skip
+    return np.block(
+      [
+        [
+          np.zeros([size[i], size[j]]) if j > i or row[j] is None else _exact(row[j])
+          for j in range(len(rows))
+        ]
+        for i, row in enumerate(rows)
+      ]
+    )
   return np.float64(operator.to_dense())
 
 
@@ -298,12 +315,17 @@ def test_families_of_every_kind_of_operator(rng, kind, name):
 def _corruptions():
   c = corruptions
   return [
-    (c.GaussianBlur(), 0.7), (c.GaussianBlur(3), 4.0), (c.BlockAverage(), 1.4), (c.Mask(), 0.4),
-    (c.Mask("centre", 0.5), 0.6), (c.Identity(), 3.0), (c.Scale(), 0.3),
+    (c.GaussianBlur(), 0.7),
+    (c.GaussianBlur(3), 4.0),
+    (c.BlockAverage(), 1.4),
+    (c.Mask(), 0.4),
+    (c.Mask("centre", 0.5), 0.6),
+    (c.Identity(), 3.0),
+    (c.Scale(), 0.3),
     (c.Matrix(_matrix(96, 0)), 0.6),
     (c.Compose(c.GaussianBlur(), c.Mask(edge=0.5), (0, 3), (0, 1)), 0.5),
     (c.Compose(c.BlockAverage(), c.GaussianBlur(), (0, 2), (0, 2)), 0.8),
-  ]  # fmt: skip
+  ]
 
 
 def float64_of(corruption, level, h, w):
@@ -388,13 +410,16 @@ def test_what_is_built_on_operators_loses_nothing(digits, kind):
       lambda x: samplers.velocity(process, denoise, x, tf.constant(0.5)), autograph=False
     )
     return {
-      "prior": process.prior.mean, "factors": process.prior.factors, "draws": x,
-      "denoised": denoise(x, half), "by covariances": oracles.denoiser(full, process)(x, half),
+      "prior": process.prior.mean,
+      "factors": process.prior.factors,
+      "draws": x,
+      "denoised": denoise(x, half),
+      "by covariances": oracles.denoiser(full, process)(x, half),
       "with an error": oracles.noisy(denoise, process, 0.1)(x, half),
       "velocity": speed(x),
       "samples": sampler(samplers.plan("two_step", samplers.time_grid(10), process), range(6)),
       "score": process.score(x, 0.9, denoise(x, np.full(6, 0.9))),
-    }  # fmt: skip
+    }
 
   want = everything()
   with emulation.products(kind):
@@ -432,20 +457,24 @@ def elementwise(self, x, cond, training=False, seed=None, first=0):
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in [
-        ("train", (8, 8, 1), "float32"), ("train", (12, 8, 3), "float32"),
-        ("sample", (8, 8, 1), "float32"), ("sample", (8, 8, 1), "bfloat16"),
+        ("train", (8, 8, 1), "float32"),
+        ("train", (12, 8, 3), "float32"),
+        ("sample", (8, 8, 1), "float32"),
+        ("sample", (8, 8, 1), "bfloat16"),
       ]
     ),
   ],
   ids=str,
-)  # fmt: skip
+)
 def test_the_lowered_programs_state_highest_for_operators_alone(what, shape, dtype, monkeypatch):
   """Which dots are operators' is found without the network, where they are the only ones."""
   config = pathlib.Path(__file__).parents[1] / "configs" / "digits_blur.py"
-  experiment, _ = check.with_levels(from_file(config).replace(
-    data={"image_shape": shape},
-    network={"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (8,)},
-  ))  # fmt: skip
+  experiment, _ = check.with_levels(
+    from_file(config).replace(
+      data={"image_shape": shape},
+      network={"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (8,)},
+    )
+  )
 
   def lowered():
     return dots(check.stablehlo(*check.program(experiment, what, 5, dtype=dtype)[:2]))

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import soft_diffusion_tf
+from tools import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -69,3 +70,10 @@ def test_the_package_says_that_it_is_typed():
 def test_links_lead_to_files(page):
   for target in re.findall(r"\]\(([^)#\s]+)", read(page)):
     assert "://" in target or (ROOT / target).exists(), f"{page}: no {target}"
+
+
+def test_the_formatter_has_the_last_word():
+  for file in map(ROOT.joinpath, build.sources()):
+    text = file.read_text("utf-8")
+    for comment in ("fmt" + ": skip", "fmt" + ": off"):
+      assert comment not in text, f"{file}: {comment}"

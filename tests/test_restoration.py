@@ -73,9 +73,11 @@ def test_an_estimated_time_is_near(blur_diffusion, digits):
 def test_predictions_are_moved_no_further_than_they_must(corruption, digits):
   high = {"Mask": 0.9}.get(type(corruption).__name__, 3.0)
   process = diffusion.Diffusion(
-    (8, 8, 1), corruption, schedules.Linear(corruption.level_range[0], high),
+    (8, 8, 1),
+    corruption,
+    schedules.Linear(corruption.level_range[0], high),
     schedules.Constant(0.1),
-  )  # fmt: skip
+  )
   t = tf.constant(0.6)
   y = restoration.corrupt(process, digits[:6], t, np.arange(6))
   wrong = tf.constant(1.0 - digits[:6])
@@ -125,8 +127,9 @@ def test_tiles_beside_each_other_are_images_of_their_own(mixture, blur_diffusion
   alone = oracles.denoiser(mixture, masked)
   y = restoration.corrupt(masked, clean[:4], 0.9, np.arange(4)).numpy()
   sheet = np.concatenate([np.concatenate(y[:2], 1), np.concatenate(y[2:], 1)], 0)[None]
-  restorer = restoration.Restorer(masked, alone, OPTIONS.changed(sampler="two_step"),
-                                  overlap=0.0, explain=False)  # fmt: skip
+  restorer = restoration.Restorer(
+    masked, alone, OPTIONS.changed(sampler="two_step"), overlap=0.0, explain=False
+  )
   whole = restorer(sheet, 0.9).samples[0, 0]
   parts = restorer(y, 0.9).samples[:, 0]
   for k, (i, j) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
@@ -181,7 +184,9 @@ def test_bad_input_is_named(text, change, blur_diffusion, denoiser):
 
 def test_samplers_that_cannot_restore(blur_diffusion):
   for options in (
-    Sampling(sampler="dormand_prince"), Sampling(grid="transport"), Sampling(times=(1.0, 0.0)),
-  ):  # fmt: skip
+    Sampling(sampler="dormand_prince"),
+    Sampling(grid="transport"),
+    Sampling(times=(1.0, 0.0)),
+  ):
     with pytest.raises(ValueError, match="take another sampler"):
       restoration.plan(blur_diffusion, 0.5, options)

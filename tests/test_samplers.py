@@ -84,8 +84,16 @@ def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name)
   assert np.all(falling[:, 2] < 0.9)
 
 
-RULES = ("naive", "momentum", "probability_flow", "ddim", "ancestral", "predictor_corrector",
-         "stochastic_two_step", "langevin")  # fmt: skip
+RULES = (
+  "naive",
+  "momentum",
+  "probability_flow",
+  "ddim",
+  "ancestral",
+  "predictor_corrector",
+  "stochastic_two_step",
+  "langevin",
+)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -300,8 +308,12 @@ def test_nothing_random_with_k_zero(rising):
 
 def test_finite_from_end_to_end(rising, ve_diffusion):
   """Also where σ is 0 at t = 0 (VP) and where nothing of the image is left at t = 1."""
-  mask = Diffusion((8, 8, 1), corruptions.Mask(edge=1.0), schedules.Linear(0.0, 1.0),
-                   schedules.Geometric(0.01, 0.1))  # fmt: skip
+  mask = Diffusion(
+    (8, 8, 1),
+    corruptions.Mask(edge=1.0),
+    schedules.Linear(0.0, 1.0),
+    schedules.Geometric(0.01, 0.1),
+  )
   for process in (rising, ve_diffusion, vp_process(), mask):
     process = process if process.prior else process.with_prior(priors.zero((8, 8, 1)))
     sampler = samplers.Sampler(process, denoiser)

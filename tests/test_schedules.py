@@ -65,8 +65,9 @@ def test_values():
   np.testing.assert_allclose(s.Geometric(0.01, 50.0)(T), 0.01 * 5000.0**T, rtol=1e-5)
   np.testing.assert_allclose(
     s.PiecewiseLinear((0.0, 1.0, 5.0), (0.0, 0.25, 1.0))(T),
-    np.interp(T, [0, 0.25, 1], [0, 1, 5]), atol=1e-6,
-  )  # fmt: skip
+    np.interp(T, [0, 0.25, 1], [0, 1, 5]),
+    atol=1e-6,
+  )
   staged = s.Staged(s.Geometric(0.01, 0.1), 0.0, 0.2)(T).numpy()
   np.testing.assert_allclose(staged[T >= 0.2], 0.1, rtol=1e-6)
   np.testing.assert_allclose(staged[10], 0.01 * 10**0.5, rtol=1e-5)  # half way: t = 0.1

@@ -220,7 +220,7 @@ def test_padded_batches_give_the_same_bits_in_any_company(model, images):
   signature = model.signatures["denoise"]
   request = lambda k, n: serving.Request(
     signature, {"x_t": images[k : k + n], "t": np.full(n, 0.3, np.float32)}, n, True
-  )  # fmt: skip
+  )
   alone = batcher.submit(request(0, 1)).result(30)["x0_hat"]
   answers = batcher._call([request(3, 2), request(0, 1), request(1, 4)])
   batcher.close()
@@ -241,8 +241,9 @@ def test_one_bad_row_does_not_spoil_its_company(images):
   batcher = serving.Batcher()
   block = lambda: None
   block.name, block.row_wise = "block", False
-  blocker = type("Block", (), {"name": "b", "row_wise": False,
-                               "__call__": lambda self, x: hold.wait(10) and {}})()  # fmt: skip
+  blocker = type(
+    "Block", (), {"name": "b", "row_wise": False, "__call__": lambda self, x: hold.wait(10) and {}}
+  )()
   blocked = batcher.submit(serving.Request(blocker, {}, None, False))
   futures = [
     batcher.submit(serving.Request(fussy, {"x": np.array([v])}, 1, True)) for v in (1, -1, 2)
@@ -260,8 +261,10 @@ def test_samples_of_several_clients_share_a_call_and_keep_their_bits(model, imag
   gate = Gate(model.signatures["draw_momentum_4"])
   monkeypatch.setitem(model.signatures, "draw_momentum_4", gate)
   with served(model) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
-    ask = lambda num, seed: {"signature_name": "sample_momentum_4",
-                             "inputs": {"num": num, "seed": seed}}  # fmt: skip
+    ask = lambda num, seed: {
+      "signature_name": "sample_momentum_4",
+      "inputs": {"num": num, "seed": seed},
+    }
     first = pool.submit(client.predict, ask(1, 0))
     assert gate.entered.wait(10)
     others = {(n, s): pool.submit(client.predict, ask(n, s)) for n, s in ((2, 7), (3, 90), (1, 2))}
@@ -388,8 +391,9 @@ def refuses(port):
 
 def head(length, extra=b""):
   return b"POST /v1/models/model:predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%s\r\n" % (
-    length, extra,
-  )  # fmt: skip
+    length,
+    extra,
+  )
 
 
 # Hostile requests: 4xx with one line, and the next good answer has the same bits.
@@ -403,7 +407,8 @@ BAD = {
   "not utf-8": (b"\xff\xfe{}", "not UTF-8"),
   "deep": (b"[" * 200_000, "nested too deeply"),
   "deep numbers": (
-    b'{"signature_name":"denoise","inputs":{"t":%s,"x_t":1}}' % (b"[" * 200 + b"]" * 200), "",
+    b'{"signature_name":"denoise","inputs":{"t":%s,"x_t":1}}' % (b"[" * 200 + b"]" * 200),
+    "",
   ),
   "a list": ([1], "must be a JSON object"),
   "both": ({"inputs": 1, "instances": [1]}, "either"),
@@ -433,10 +438,12 @@ BAD = {
   "bare rows": ({"signature_name": "denoise", "instances": [1, 2]}, "row 0 must be an object"),
   "too many rows": ({"signature_name": "denoise", "instances": [ONE] * 9}, "at most 8"),
   "too many rows in columns": (
-    {"signature_name": "denoise", "inputs": {"x_t": [X] * 9, "t": [0.5] * 9}}, "at most 8",
+    {"signature_name": "denoise", "inputs": {"x_t": [X] * 9, "t": [0.5] * 9}},
+    "at most 8",
   ),
   "uneven columns": (
-    {"signature_name": "denoise", "inputs": {"x_t": [X] * 3, "t": [0.5] * 2}}, "number of rows",
+    {"signature_name": "denoise", "inputs": {"x_t": [X] * 3, "t": [0.5] * 2}},
+    "number of rows",
   ),
   "rows times samples": (
     {"signature_name": "restore_map", "inputs": {"y": [X] * 3, "t": 0.5, "seed": 1, "num": 4}},
@@ -454,12 +461,13 @@ BAD = {
     "infinite",
   ),
   "float32 overflow": (
-    {"signature_name": "denoise", "instances": [{**ONE, "t": 1e39}]}, "infinite or too large",
+    {"signature_name": "denoise", "instances": [{**ONE, "t": 1e39}]},
+    "infinite or too large",
   ),
   "not finite out": ({"signature_name": "score", "instances": [{**ONE, "t": 0}]}, "not finite"),
   "bad base64": ({"signature_name": "echo", "instances": [{"b64": "?"}]}, "base64"),
   "number for text": ({"signature_name": "echo", "instances": [5]}, "strings"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -485,19 +493,22 @@ def test_bad_requests_leave_the_bits_of_good_ones_alone(client):
   assert client.app._held == 0
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [
-  ("GET", "/v1/models/other", 404),
-  ("POST", "/v1/models/other:predict", 404),
-  ("POST", "/v1/models/model/versions/7:predict", 404),
-  ("POST", "/v1/models/model:regress", 400),
-  ("GET", "/v1/models/model:predict", 405),
-  ("POST", "/healthz", 405),
-  ("DELETE", "/", 405),
-  ("GET", "/../setup.py", 404),
-  ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
-  ("GET", "/page/%00", 404),
-  ("BREW", "/metrics", 405),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("method", "path", "status"),
+  [
+    ("GET", "/v1/models/other", 404),
+    ("POST", "/v1/models/other:predict", 404),
+    ("POST", "/v1/models/model/versions/7:predict", 404),
+    ("POST", "/v1/models/model:regress", 400),
+    ("GET", "/v1/models/model:predict", 405),
+    ("POST", "/healthz", 405),
+    ("DELETE", "/", 405),
+    ("GET", "/../setup.py", 404),
+    ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
+    ("GET", "/page/%00", 404),
+    ("BREW", "/metrics", 405),
+  ],
+)
 def test_paths_and_methods(client, method, path, status):
   got, _, body = client.raw(method, path)
   assert got == status
@@ -522,8 +533,12 @@ def test_compressed_bodies_and_foreign_pages_are_refused(client):
   path, body = "/v1/models/model:predict", json.dumps(SAMPLE).encode()
   assert client.raw("POST", path, body, {"content-encoding": "gzip"})[0] == 415
   for site, status in (
-    ("cross-site", 403), ("same-site", 403), ("else", 403), ("same-origin", 200), ("none", 200),
-  ):  # fmt: skip
+    ("cross-site", 403),
+    ("same-site", 403),
+    ("else", 403),
+    ("same-origin", 200),
+    ("none", 200),
+  ):
     assert client.raw("POST", path, body, {"sec-fetch-site": site})[0] == status
     assert client.raw("GET", "/v1/models", None, {"sec-fetch-site": site})[0] == status
   linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
@@ -540,8 +555,19 @@ def test_only_hosts_that_are_served_are_answered(model):
   own = ["localhost:8501", "127.0.0.1:8501", "[::1]:8501", "example.org"]
   path, body = "/v1/models/model:predict", json.dumps(SAMPLE).encode()
   good = ("localhost:8501", "LOCALHOST:8501", "[::1]:8501", "example.org", "example.org:99")
-  bad = ("evil.com", "evil.com:8501", "localhost", "localhost:85", "[::1]", "x",
-         "127.0.0.1:8501.evil.com", "example.org.evil.com", "[::1", ":8501", "\xff")  # fmt: skip
+  bad = (
+    "evil.com",
+    "evil.com:8501",
+    "localhost",
+    "localhost:85",
+    "[::1]",
+    "x",
+    "127.0.0.1:8501.evil.com",
+    "example.org.evil.com",
+    "[::1",
+    ":8501",
+    "\xff",
+  )
   numeric = ("10.1.2.3:8501", "10.1.2.3", "[fe80::1]:8501", "0x7f.1:8501")
   with served(model, hosts=own) as client:
     for host in good:
@@ -566,17 +592,27 @@ def test_only_hosts_that_are_served_are_answered(model):
 @pytest.mark.parametrize(
   ("text", "said"),
   [
-    ("assertion failed: [t must lie in [0, 1], got] [1.5 2]\n\t [[{{node Assert}}]] [Op:x]",
-     "t must lie in [0, 1], got 1.5 2"),
-    ("Graph execution error:\n\nassertion failed: [ask for [1, 2]] [Condition x < y did not hold "
-     "element-wise:] [x (seeds:0) = ] [7]\n\t [[{{node a}}]]", "ask for [1, 2]"),
-    ("2 root error(s) found.\n  (0) INVALID_ARGUMENT: assertion failed: [no]\n\t [[{{node a}}]]\n  "
-     "(1) INVALID_ARGUMENT: assertion failed: [no]\n0 successful operations.", "no"),
-    ("x_t holds NaN : Tensor had NaN values\n\t [[{{node a}}]]",
-     "x_t holds NaN : Tensor had NaN values"),
+    (
+      "assertion failed: [t must lie in [0, 1], got] [1.5 2]\n\t [[{{node Assert}}]] [Op:x]",
+      "t must lie in [0, 1], got 1.5 2",
+    ),
+    (
+      "Graph execution error:\n\nassertion failed: [ask for [1, 2]] [Condition x < y did not hold "
+      "element-wise:] [x (seeds:0) = ] [7]\n\t [[{{node a}}]]",
+      "ask for [1, 2]",
+    ),
+    (
+      "2 root error(s) found.\n  (0) INVALID_ARGUMENT: assertion failed: [no]\n\t [[{{node a}}]]\n"
+      "  (1) INVALID_ARGUMENT: assertion failed: [no]\n0 successful operations.",
+      "no",
+    ),
+    (
+      "x_t holds NaN : Tensor had NaN values\n\t [[{{node a}}]]",
+      "x_t holds NaN : Tensor had NaN values",
+    ),
     ("", ""),
   ],
-)  # fmt: skip
+)
 def test_the_cause_is_said_whole(text, said):
   assert app_module._cause(tf.errors.InvalidArgumentError(None, None, text)) == said
 

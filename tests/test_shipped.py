@@ -29,10 +29,14 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("name", "near"),
   [
-    ("digit_blur", "digits_blur"), ("cifar10_blurr", "cifar10_blur"), ("celeba64ve", "celeba64_ve"),
-    ("configs/digits_mask.py", "digits_mask"), ("", ""), ("no/such/folder/cifar10.py", "cifar10_"),
+    ("digit_blur", "digits_blur"),
+    ("cifar10_blurr", "cifar10_blur"),
+    ("celeba64ve", "celeba64_ve"),
+    ("configs/digits_mask.py", "digits_mask"),
+    ("", ""),
+    ("no/such/folder/cifar10.py", "cifar10_"),
   ],
-)  # fmt: skip
+)
 def test_an_unknown_name_names_the_nearest(name, near, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=rf"^no such config file.*; did you mean {near}\w*\?$"):

@@ -63,8 +63,9 @@ def test_images_of_ones_own_are_trained_on_and_their_labels_are_named(tiny, tmp_
   run = training.train(short, tmp_path, progress=False, source=(images, labels))
   assert run.step == 2
   assert json.loads((tmp_path / "labels.json").read_text()) == {
-    "names": ["cat", "tree"], "counts": {"0": 20, "1": 20}
-  }  # fmt: skip
+    "names": ["cat", "tree"],
+    "counts": {"0": 20, "1": 20},
+  }
   longer = short.replace(training={"steps": 4})
   with pytest.raises(ValueError, match=r"another config \(it differs in data.name\)"):
     training.train(longer, tmp_path, progress=False, source=(images[1:], labels[1:]))
@@ -323,8 +324,11 @@ def _free_ports(count):
 def _start(tiny, index, ports, workdir, steps):
   process = subprocess.Popen(
     [sys.executable, "-c", _WORKER, f"{index}", f"{steps}", ",".join(map(str, ports)), workdir],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   process.stdin.write(json.dumps(tiny.to_dict()))
   process.stdin.close()
   process.stdin = None  # so that communicate does not flush it again
@@ -381,17 +385,28 @@ def _start_program(config, workdir, index, ports, steps):
   task = {"type": "worker", "index": index}
   environment = {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}
   return subprocess.Popen(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.train", f"--config={config}",
-     f"--workdir={workdir}", f"--config.training.steps={steps}"],
-    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    [
+      sys.executable,
+      "-m",
+      "soft_diffusion_tf.bin.train",
+      f"--config={config}",
+      f"--workdir={workdir}",
+      f"--config.training.steps={steps}",
+    ],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def _two_at_work(experiment, tmp_path):
   """Two workers some steps on, through the program; and how to start others, given their number."""
   config = tmp_path / "config.py"
-  config.write_text(f"from ml_collections import ConfigDict\nget_config = lambda: "
-                    f"ConfigDict({experiment.to_dict()!r}, convert_dict=True)\n")  # fmt: skip
+  config.write_text(
+    f"from ml_collections import ConfigDict\nget_config = lambda: "
+    f"ConfigDict({experiment.to_dict()!r}, convert_dict=True)\n"
+  )
 
   def start(ports, steps):
     return [_start_program(config, tmp_path / "w", k, ports, steps) for k in range(2)]
@@ -715,10 +730,12 @@ def test_a_clip_that_decides_for_long_is_said_once():
 def test_weights_of_a_wide_range_are_said(tiny, tmp_path, capsys):
   """The VE process with a residual: 1/σ² over 0.01 … 50 is 2.5e7; as a score it is silent."""
   ve = tiny.replace(
-    corruption=corruptions.Identity(), level=schedules.Constant(0.0),
-    sigma=schedules.Geometric(0.01, 50.0), prior={"kind": "zero"},
+    corruption=corruptions.Identity(),
+    level=schedules.Constant(0.0),
+    sigma=schedules.Geometric(0.01, 50.0),
+    prior={"kind": "zero"},
     training={"steps": 1, "checkpoint_every": 0},
-  )  # fmt: skip
+  )
   training.train(ve, tmp_path / "residual")
   assert "warning: over t the loss weighs what the network gives by 0.0004 to 1e+04" in (
     capsys.readouterr().out

@@ -42,9 +42,11 @@ def test_closed_form_with_colour_and_few_images(rng):
 
 def test_closed_form_is_claimed_where_it_holds_and_nowhere_else(images):
   for corruption, levels in (
-    (c.GaussianBlur(), LEVELS), (c.Mask(), np.linspace(0, 1, 9)), (c.Scale(), np.linspace(1, 0, 9)),
+    (c.GaussianBlur(), LEVELS),
+    (c.Mask(), np.linspace(0, 1, 9)),
+    (c.Scale(), np.linspace(1, 0, 9)),
     (c.BlockAverage(), np.linspace(0, 3, 9)),
-  ):  # fmt: skip
+  ):
     assert s.check_closed_form(corruption, levels, images)["excess"] < 1e-3
   shift = np.eye(64)[np.roll(np.arange(64), 3)]
   minus = -np.eye(64)
@@ -541,8 +543,9 @@ def test_a_search_goes_on_from_its_journal(images, tmp_path, monkeypatch):
   assert len(file.read_text().splitlines()) == 6
   before = list(solved)
   solved.clear()
-  monkeypatch.setattr(s.Sinkhorn, "compute", lambda self, i, j: (
-    solved.append((i, j)) or real(self, i, j)))  # fmt: skip
+  monkeypatch.setattr(
+    s.Sinkhorn, "compute", lambda self, i, j: solved.append((i, j)) or real(self, i, j)
+  )
   got = s.search(c.GaussianBlur(), images, 0.01, 6.0, journal=file, **options)
   assert not set(before) & set(solved[: len(got.distances.known) - 5])
   np.testing.assert_allclose(got.path.levels, want.path.levels, rtol=1e-4)
@@ -592,8 +595,9 @@ def test_two_halves_of_the_images(images):
   _, facts = s.find(c.GaussianBlur(), images, 0.01, 6.0, count=64, nodes=12, halves=True)
   assert 0 <= facts["sensitivity"] < 2  # steps: digits are alike
   same = np.concatenate([images[:50], images[:50]]).reshape(2, 50, 8, 8, 1).swapaxes(0, 1)
-  _, facts = s.find(c.GaussianBlur(), same.reshape(100, 8, 8, 1), 0.01, 6.0, count=64, nodes=12,
-                    halves=True)  # fmt: skip
+  _, facts = s.find(
+    c.GaussianBlur(), same.reshape(100, 8, 8, 1), 0.01, 6.0, count=64, nodes=12, halves=True
+  )
   assert facts["sensitivity"] == 0
   assert s.shift(np.array([0, 1.0, 2]), np.array([0, 1.5, 2]), np.array([0, 1.0, 2])) == (
     pytest.approx(0.5)

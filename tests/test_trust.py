@@ -43,10 +43,12 @@ NAMED = {
   "inner": {"kind": "Compose", "inner": CLASS, "outer": BLUR, **LEVELS},
   "outer": {"kind": "Compose", "inner": BLUR, "outer": FUNCTION, **LEVELS},
   "deep": {
-    "kind": "Compose", "outer": BLUR, **LEVELS,
+    "kind": "Compose",
+    "outer": BLUR,
+    **LEVELS,
     "inner": {"kind": "Compose", "inner": BLUR, "outer": CLASS, **LEVELS},
   },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -179,9 +181,11 @@ def test_a_keras_file(run, ran, tmp_path):
     process.image_shape, from_config(CLASS), process.level, process.sigma_schedule, process.prior
   )
   model = SoftDiffusionModel(
-    run.experiment.build_network(), own, training=run.experiment.training,
+    run.experiment.build_network(),
+    own,
+    training=run.experiment.training,
     options=run.experiment.network,
-  )  # fmt: skip
+  )
   model.compile()
   model.save(tmp_path / "m.keras")
   del sys.modules["foreign_module"]
@@ -195,11 +199,12 @@ def test_a_keras_file(run, ran, tmp_path):
 
 
 KERAS_DAMAGES = {  # what becomes of a field of the network's config → what the error says
-  "nf": (10**6, "network.nf must be from 4 to"), "ch_mult": ([10**6], "ch_mult.0. must be from"),
+  "nf": (10**6, "network.nf must be from 4 to"),
+  "ch_mult": ([10**6], "ch_mult.0. must be from"),
   "num_res_blocks": (10**7, "num_res_blocks must be from"),
   "image_shape": ([16, 16, 1], "make both for one size"),
   "attn_resolutions": (None, "attn_resolutions must be a tuple"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", KERAS_DAMAGES)
@@ -260,9 +265,11 @@ def test_a_config_may_name_a_data_set_that_runs_code_only_by_consent(tmp_path):
   good = {"pythonClassName": "tensorflow_datasets.core.features.image_feature.Image"}
   file.write_text(json.dumps({"featuresDict": {"features": {"image": good}}, **good}))
   data.check_consent("own", tmp_path)
-  for bad in ('{"a": {"\\u0070ythonClassName": "foreign_module.x"}}',
-              '{"type": "foreign_module.x"}',
-              '[{"python_class_name": "foreign_module.x", "python_class_name": "y"}]'):  # fmt: skip
+  for bad in (
+    '{"a": {"\\u0070ythonClassName": "foreign_module.x"}}',
+    '{"type": "foreign_module.x"}',
+    '[{"python_class_name": "foreign_module.x", "python_class_name": "y"}]',
+  ):
     file.write_text(bad)
     with pytest.raises(trust.UntrustedCode, match="foreign_module"):
       data.check_consent("own", tmp_path)

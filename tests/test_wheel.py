@@ -22,11 +22,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = re.findall(r'"(soft-diffusion-[\w-]+)=', (ROOT / "setup.py").read_text())
 CONFIGS = sorted(f.stem for f in (ROOT / "configs").glob("*.py"))
 TINY = (
-  "--config=digits_blur", "--config.network.nf=8", "--config.network.ch_mult=(1,)",
-  "--config.network.num_res_blocks=1", "--config.network.attn_resolutions=()",
-  "--config.training.batch_size=16", "--config.training.steps=4", "--config.sampling.steps=3",
-  "--config.training.sample_every=0", "--config.sampling.batch_size=8",
-)  # fmt: skip
+  "--config=digits_blur",
+  "--config.network.nf=8",
+  "--config.network.ch_mult=(1,)",
+  "--config.network.num_res_blocks=1",
+  "--config.network.attn_resolutions=()",
+  "--config.training.batch_size=16",
+  "--config.training.steps=4",
+  "--config.sampling.steps=3",
+  "--config.training.sample_every=0",
+  "--config.sampling.batch_size=8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +43,18 @@ def wheel(tmp_path_factory):
     shutil.copy(ROOT / name, place)
   for name in ("soft_diffusion_tf", "configs"):
     shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-  build = (sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
-           "--no-index", "--quiet", "--wheel-dir=out")  # fmt: skip
+  build = (
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    ".",
+    "--no-deps",
+    "--no-build-isolation",
+    "--no-index",
+    "--quiet",
+    "--wheel-dir=out",
+  )
   done = subprocess.run(build, cwd=place, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   (file,) = (place / "out").glob("*.whl")
@@ -50,8 +66,18 @@ def installed(wheel, tmp_path_factory):
   """The folder of the programs in an environment where the wheel is installed."""
   place = tmp_path_factory.mktemp("installed") / "env"
   subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
-  install = (sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install",
-             "--no-deps", "--no-index", "--quiet", wheel)  # fmt: skip
+  install = (
+    sys.executable,
+    "-m",
+    "pip",
+    "--python",
+    place / "bin" / "python",
+    "install",
+    "--no-deps",
+    "--no-index",
+    "--quiet",
+    wheel,
+  )
   done = subprocess.run(install, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   (site,) = place.glob("lib/python*/site-packages")
@@ -63,9 +89,13 @@ def run(program, *arguments, cwd):
   """Runs an installed program as a user would, from a folder that is not the checkout's."""
   own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
   done = subprocess.run(
-    [program, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False,
+    [program, *map(str, arguments)],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    check=False,
     env=own | {"CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
   assert "Traceback" not in done.stderr, done.stderr
   return done
 
@@ -131,15 +161,24 @@ def test_from_a_schedule_to_a_served_image(installed, tmp_path):
   judged = call("evaluate", "--workdir=run", "--samples=40", "--reference=real.npz")
   assert "FD[pixels]" in judged
   call("export", "--workdir=run", "--samplers=two_step:2", "--out=model")
-  call("lab", "--images=10", "--count=20", "--nfe=2", "--samplers=naive", "--schedule=linear",
-       "--out=lab")  # fmt: skip
+  call(
+    "lab",
+    "--images=10",
+    "--count=20",
+    "--nfe=2",
+    "--samplers=naive",
+    "--schedule=linear",
+    "--out=lab",
+  )
   for made in ("levels.json", "levels.png", "samples.png", "model/saved_model.pb", "lab/lab.md"):
     assert (tmp_path / made).is_file()
   served = subprocess.Popen(
-    [installed / "soft-diffusion-serve", "--model=model", "--port=0", "--nowarm"], cwd=tmp_path,
-    stdout=subprocess.PIPE, text=True,
+    [installed / "soft-diffusion-serve", "--model=model", "--port=0", "--nowarm"],
+    cwd=tmp_path,
+    stdout=subprocess.PIPE,
+    text=True,
     env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-  )  # fmt: skip
+  )
   try:
     begin = time.monotonic()
     for line in served.stdout:
@@ -147,9 +186,10 @@ def test_from_a_schedule_to_a_served_image(installed, tmp_path):
         break
       assert time.monotonic() - begin < 300
     request = urllib.request.Request(
-      f"{found[1]}:predict", b'{"signature_name": "sample", "inputs": {"num": 2, "seed": 0}}',
+      f"{found[1]}:predict",
+      b'{"signature_name": "sample", "inputs": {"num": 2, "seed": 0}}',
       {"Content-Type": "application/json"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=300) as answer:
       assert len(json.load(answer)["outputs"]["images"]) == 2
   finally:

@@ -22,15 +22,21 @@ class Browser:
   def __init__(self, port, folder, width=1000, height=1400):
     self._port, self._session = port, ""
     arguments = [
-      "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+      "--headless=new",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--disable-dev-shm-usage",
       "--no-first-run",
-      "--force-color-profile=srgb", f"--user-data-dir={folder}", f"--window-size={width},{height}",
+      "--force-color-profile=srgb",
+      f"--user-data-dir={folder}",
+      f"--window-size={width},{height}",
       "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    ]  # fmt: skip
+    ]
     capabilities = {
-      "browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
+      "browserName": "chrome",
+      "goog:loggingPrefs": {"browser": "ALL"},
       "goog:chromeOptions": {"args": arguments, "binary": CHROMIUM},
-    }  # fmt: skip
+    }
     answer = self._ask("POST", "", {"capabilities": {"alwaysMatch": capabilities}})
     self._session = "/" + answer["sessionId"]
 
@@ -91,9 +97,11 @@ def browser(folder, **size):
   with socket.create_server(("127.0.0.1", 0)) as s:
     port = s.getsockname()[1]
   driver = subprocess.Popen(
-    [DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    [DRIVER, f"--port={port}"],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
     env=os.environ | {"HOME": str(folder)},
-  )  # fmt: skip
+  )
   try:
     end = time.monotonic() + 60
     while True:

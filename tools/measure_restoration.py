@@ -42,10 +42,12 @@ def psnr(x, clean):
 def wiener(y, kernel, strength):
   from skimage import restoration as skimage
 
-  return np.stack([
-    np.stack([skimage.wiener(c, kernel, strength, clip=False) for c in np.moveaxis(x, -1, 0)], -1)
-    for x in y
-  ])  # fmt: skip
+  return np.stack(
+    [
+      np.stack([skimage.wiener(c, kernel, strength, clip=False) for c in np.moveaxis(x, -1, 0)], -1)
+      for x in y
+    ]
+  )
 
 
 def total_variation(y, apply, adjoint, weight, steps=40):
@@ -64,10 +66,12 @@ def bicubic(y, factor):
 
   h, w = y.shape[1:3]
   small = (max(1, round(h / factor)), max(1, round(w / factor)))
-  return np.stack([
-    transform.resize(transform.resize(x, small, order=3, anti_aliasing=True), (h, w), order=3)
-    for x in y
-  ])  # fmt: skip
+  return np.stack(
+    [
+      transform.resize(transform.resize(x, small, order=3, anti_aliasing=True), (h, w), order=3)
+      for x in y
+    ]
+  )
 
 
 def best(candidates, method, clean):
@@ -112,10 +116,15 @@ def main():
   real = moments(reference)
   distance = lambda x: evaluation.frechet(network.label, moments(plots.to_uint8(x)), real).exact
   results = {
-    "run": e.name, "step": run.step, "images": len(clean), "samples": _SAMPLES.value,
-    "judge": network.label, "reference": len(reference),
-    "clean": {"distance": distance(clean)}, "times": [],
-  }  # fmt: skip
+    "run": e.name,
+    "step": run.step,
+    "images": len(clean),
+    "samples": _SAMPLES.value,
+    "judge": network.label,
+    "reference": len(reference),
+    "clean": {"distance": distance(clean)},
+    "times": [],
+  }
   out.mkdir(parents=True)
   sheets = []
   for t in times:
@@ -130,8 +139,11 @@ def main():
       sample = x if sample is None else sample
       gap = np.sqrt(np.mean((apply(sample) - y) ** 2))
       rows[name] = {
-        "psnr": psnr(x, clean), "distance": distance(sample), "consistency": float(gap), **more,
-      }  # fmt: skip
+        "psnr": psnr(x, clean),
+        "distance": distance(sample),
+        "consistency": float(gap),
+        **more,
+      }
       print(f"t = {t:g} {name}: {rows[name]}", flush=True)
 
     record("corrupted", y)
@@ -148,8 +160,9 @@ def main():
       record("wiener", shown["Wiener"], strength=float(strength))
     weight = best(
       (0.001, 0.003, 0.01, 0.03, 0.1),
-      lambda v, y=y_tuning, a=apply, b=adjoint: total_variation(y, a, b, v), tuning,
-    )  # fmt: skip
+      lambda v, y=y_tuning, a=apply, b=adjoint: total_variation(y, a, b, v),
+      tuning,
+    )
     shown["TV"] = total_variation(y, apply, adjoint, weight)
     record("total_variation", shown["TV"], weight=weight)
     factor = best((1.0, 1.5, 2.0, 3.0, 4.0), lambda v, y=y_tuning: bicubic(y, v), tuning)
@@ -161,12 +174,15 @@ def main():
       result = restorer(y, t, _SAMPLES.value)
       error = np.abs(result.mean - clean).ravel()
       record(
-        name, result.mean, result.samples[:, 0], psnr_expected=psnr(result.expected, clean),
+        name,
+        result.mean,
+        result.samples[:, 0],
+        psnr_expected=psnr(result.expected, clean),
         psnr_sample=psnr(result.samples[:, 0], clean),
         spread=float(np.sqrt(np.mean(result.uncertainty**2))),
         error=float(np.sqrt(np.mean((result.mean - clean) ** 2))),
         correlation=float(np.corrcoef(result.uncertainty.ravel(), error)[0, 1]),
-      )  # fmt: skip
+      )
       if not explain:
         shown["E[x|y]"], shown["mean"] = result.expected, result.mean
         shown["3 × spread"] = 3 * result.uncertainty
@@ -185,8 +201,9 @@ def figure(path, sheets, plots):
 
   names = list(sheets[0][2])
   count = min(_SHOWN // len(sheets) + 1, len(sheets[0][2]["y"]))
-  fig, axes = plt.subplots(len(sheets), 1, figsize=(0.92 * len(names), 0.95 * count * len(sheets)),
-                           squeeze=False)  # fmt: skip
+  fig, axes = plt.subplots(
+    len(sheets), 1, figsize=(0.92 * len(names), 0.95 * count * len(sheets)), squeeze=False
+  )
   for axis, (t, level, shown) in zip(axes[:, 0], sheets):
     images = np.stack([shown[name][k] for k in range(count) for name in names])
     zoom = plots.zoom_for(images)

@@ -77,8 +77,9 @@ def programs(run, images, held_out, plans, sample_batch):
   if plans:
     plan = next(iter(plans.values()))
     found["sample"] = (
-      sample, [tf.TensorSpec(plan.shape, tf.float32), tf.TensorSpec([sample_batch], tf.int64)]
-    )  # fmt: skip
+      sample,
+      [tf.TensorSpec(plan.shape, tf.float32), tf.TensorSpec([sample_batch], tf.int64)],
+    )
   if len(held_out):
     size = min(batch, len(held_out))
     found["evaluate"] = (evaluate, [pictures(held_out), tf.TensorSpec([size], tf.int32)])
@@ -114,9 +115,8 @@ def recipes(model, store=False):
   from tools.portable_runner import digest_of
 
   initialisers = {
-    f"network/{v.path}": v.initialiser
-    for v in model.network.variables if hasattr(v, "initialiser")
-  }  # fmt: skip
+    f"network/{v.path}": v.initialiser for v in model.network.variables if hasattr(v, "initialiser")
+  }
   values = {k: v.numpy() for k, v in checkpoints.named_variables(model).items()}
   found, stored = {}, {}
   for name, value in values.items():
@@ -150,9 +150,11 @@ def jpeg_files(experiment, split):
   try:
     builder = tfds.builder(d.name, data_dir=d.data_dir or None)
     dataset = builder.as_dataset(
-      split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()},
+      split=split,
+      shuffle_files=False,
+      decoders={"image": tfds.decode.SkipDecoding()},
       read_config=tfds.ReadConfig(interleave_cycle_length=1),
-    )  # fmt: skip
+    )
   except Exception as error:  # TFDS raises of its own kinds
     raise ValueError(f"--jpeg takes a TFDS data set ({str(error).splitlines()[0]})") from None
   files = [record["image"] for record in tfds.as_numpy(dataset)]
@@ -182,18 +184,20 @@ def load_images(experiment, split, jpeg, count=None):
     files, images = jpeg_files(experiment, split)
     files, images = files[:count], images[:count]
     np.savez(
-      content, data=np.frombuffer(b"".join(files), np.uint8),
+      content,
+      data=np.frombuffer(b"".join(files), np.uint8),
       sizes=np.array(list(map(len, files)), np.int64),
       digest=np.array(hashlib.sha256(images.tobytes()).hexdigest().encode()),
-    )  # fmt: skip
+    )
     return "npz", content.getvalue(), images
   images = d.load(split).images[:count]
   np.save(content, images)
   return "npy", content.getvalue(), images
 
 
-def export(run, out, training_images, *, steps, plans, sample_batch, held_out, jpeg=False,
-           store=False):  # fmt: skip
+def export(
+  run, out, training_images, *, steps, plans, sample_batch, held_out, jpeg=False, store=False
+):
   """Writes the folder; see the module's text.
 
   Args:
@@ -242,9 +246,12 @@ def export(run, out, training_images, *, steps, plans, sample_batch, held_out, j
     results = [(list(t.shape), t.dtype.name) for t in tf.nest.flatten(concrete.structured_outputs)]
     files[f"{what}.mlir.gz"] = gzip.compress(low.text.encode(), 9, mtime=0)
     described[what] = {
-      "file": f"{what}.mlir.gz", "arguments": low.arguments, "results": results,
-      "variables": low.variables, "updated": low.updated,
-    }  # fmt: skip
+      "file": f"{what}.mlir.gz",
+      "arguments": low.arguments,
+      "results": results,
+      "variables": low.variables,
+      "updated": low.updated,
+    }
     print(f"{what}: {len(low.text) / 2**20:.1f} MB of StableHLO", flush=True)
   state, stored, digest = recipes(run.model, store)
   files["state.npz"], files["plans.npz"] = _npz(stored), _npz(tables)
@@ -254,11 +261,17 @@ def export(run, out, training_images, *, steps, plans, sample_batch, held_out, j
   )
   files["run.py"] = RUNNER.read_bytes()
   manifest = {
-    "format": FORMAT, "step": run.step, "config": e.to_dict(),
-    "programs": described, "state": state, "state_digest": digest, "plans": list(tables),
-    "images": f"images.{name}", "held_out": f"held_out.{held_name}",
+    "format": FORMAT,
+    "step": run.step,
+    "config": e.to_dict(),
+    "programs": described,
+    "state": state,
+    "state_digest": digest,
+    "plans": list(tables),
+    "images": f"images.{name}",
+    "held_out": f"held_out.{held_name}",
     "files": {k: hashlib.sha256(v).hexdigest() for k, v in files.items()},
-  }  # fmt: skip
+  }
   manifest["digest"] = digest_of_manifest(manifest)
   files["manifest.json"] = (json.dumps(manifest) + "\n").encode()
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +423,7 @@ def _define(verb):
       "train_count": number("train_count", None, "Only the first training images.", 1, 10**9),
       "jpeg": flags.DEFINE_bool("jpeg", False, "Images travel as the JPEG files of a TFDS set."),
       "store": flags.DEFINE_bool("store", False, "Store the whole state, not its seeds."),
-    }  # fmt: skip
+    }
   return {
     "folder": cli.define_path("folder", None, "What export wrote.", required=True),
     "results": cli.define_path("results", None, "What run.py wrote.", required=True),
@@ -452,14 +465,22 @@ def _export():
   if not value["workdir"]:
     run = fresh(experiment, images[2])
   sizes = export(
-    run, value["out"], images, steps=value["steps"], plans=value["plans"],
+    run,
+    value["out"],
+    images,
+    steps=value["steps"],
+    plans=value["plans"],
     sample_batch=value["sample_batch"] or experiment.sampling.batch_size,
-    held_out=value["held_out"], jpeg=value["jpeg"], store=value["store"],
-  )  # fmt: skip
+    held_out=value["held_out"],
+    jpeg=value["jpeg"],
+    store=value["store"],
+  )
   for name, size in sizes.items():
     print(f"  {name}: {size / 2**20:.2f} MiB")
-  print(f"{value['out']}: {sum(sizes.values()) / 2**20:.1f} MiB; run it by python "
-        f"{value['out']}/run.py --seconds=600 --samples=100 --out=results")  # fmt: skip
+  print(
+    f"{value['out']}: {sum(sizes.values()) / 2**20:.1f} MiB; run it by python "
+    f"{value['out']}/run.py --seconds=600 --samples=100 --out=results"
+  )
 
 
 def _import():

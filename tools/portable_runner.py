@@ -530,8 +530,10 @@ def compare(reference, state, samples):
           got = got[: len(want)]
           gap = np.abs(np.clip(got, 0, 1) - np.clip(want, 0, 1))
           same = float((to_uint8(got) == to_uint8(want)).mean())
-          say(f"  {name}: largest difference {gap.max():.2e}, RMS {np.sqrt((gap**2).mean()):.2e}, "
-              f"{same:.2%} of the 8-bit values equal")  # fmt: skip
+          say(
+            f"  {name}: largest difference {gap.max():.2e}, RMS {np.sqrt((gap**2).mean()):.2e}, "
+            f"{same:.2%} of the 8-bit values equal"
+          )
         continue
       group = name.split("/")[0]
       gap = np.abs(content[name].astype(np.float64) - np.asarray(state[name], np.float64))
@@ -556,9 +558,16 @@ def keep_compiled(a, jax):
 
 
 LEAST = {  # of each number that a flag takes
-  "steps": 1, "seconds": 1, "inside": 1, "time": 1, "threads": 1, "log_every": 1, "save_every": 1,
-  "samples": 0, "limit": 0,
-}  # fmt: skip
+  "steps": 1,
+  "seconds": 1,
+  "inside": 1,
+  "time": 1,
+  "threads": 1,
+  "log_every": 1,
+  "save_every": 1,
+  "samples": 0,
+  "limit": 0,
+}
 
 
 def go(a):
@@ -636,9 +645,15 @@ def train_and_draw(a, folder, manifest, out, jax):
     raise refused("putting the state on the device", error) from error
   parameters = sum(v.size for n, v in session.state.items() if n.startswith("network/"))
   record = Record(
-    out, export=manifest["digest"], config=manifest["config"]["name"], device=device.device_kind,
-    jax=jax.__version__, precision=a.precision, parameters=int(parameters), first=session.step,
-  )  # fmt: skip
+    out,
+    export=manifest["digest"],
+    config=manifest["config"]["name"],
+    device=device.device_kind,
+    jax=jax.__version__,
+    precision=a.precision,
+    parameters=int(parameters),
+    first=session.step,
+  )
 
   plans = [p for p in a.plans.split(",") if p] or list(manifest["plans"])
   reserve = 0.0
@@ -684,16 +699,20 @@ def train_and_draw(a, folder, manifest, out, jax):
     if session.step - logged >= a.log_every or session.step >= final:
       loss, norm = float(np.mean(loss)), float(np.mean(norm))  # waits for the device
       if not math.isfinite(loss + norm):
-        raise Refused(f"loss {loss:g}, gradient norm {norm:g} at step {session.step}: training has "
-                      "failed; lower training.learning_rate and export again")  # fmt: skip
+        raise Refused(
+          f"loss {loss:g}, gradient norm {norm:g} at step {session.step}: training has "
+          "failed; lower training.learning_rate and export again"
+        )
       seconds = time.monotonic() - begin
       if session.step > since:
         rate = (session.step - since) / seconds
         text = f"{1e3 / rate:.2f} ms a step, {rate * batch:.0f} images/s, "
       else:
         text = ""
-      say(f"step {session.step}: loss {loss:.4f}, gradient norm {norm:.3g}, {text}"
-          f"peak {peak_memory(device):.2f} GiB")  # fmt: skip
+      say(
+        f"step {session.step}: loss {loss:.4f}, gradient norm {norm:.3g}, {text}"
+        f"peak {peak_memory(device):.2f} GiB"
+      )
       logged = session.step
     if time.monotonic() - saved > a.save_every:
       if "evaluate" in names:
@@ -708,8 +727,12 @@ def train_and_draw(a, folder, manifest, out, jax):
     seconds = (time.monotonic() - begin) / (session.step - since)
     record.add(seconds_per_step=seconds, images_per_second=batch / seconds)
   losses = [(s, float(np.mean(x)), float(np.mean(y))) for s, x, y in history]
-  record.add(step=session.step, trained=trained, history=losses[:: max(1, len(losses) // 2000)],
-             peak_gib=peak_memory(device))  # fmt: skip
+  record.add(
+    step=session.step,
+    trained=trained,
+    history=losses[:: max(1, len(losses) // 2000)],
+    peak_gib=peak_memory(device),
+  )
   if "evaluate" in names:
     report_held_out(session, record)
   save(a, out, session, record, final=True)
@@ -789,16 +812,19 @@ def measure(a, exports, jax):
   s, x = s / s.sum(1, keepdims=True), np.random.default_rng(0).random([64, 4096])
   for precision in ("highest", "default"):
     y = jnp.matmul(jnp.float32(s), jnp.float32(x), precision=precision)
-    error = np.abs(np.asarray(y, np.float64) - s.astype(np.float32).astype(np.float64)
-                   @ x.astype(np.float32).astype(np.float64)).max()  # fmt: skip
+    error = np.abs(
+      np.asarray(y, np.float64)
+      - s.astype(np.float32).astype(np.float64) @ x.astype(np.float32).astype(np.float64)
+    ).max()
     say(f"a blur at precision {precision}: largest error {error:.1e}")
 
   peaks = {}
   size = 8192 if platform == "cuda" else 1024
   for name, dtype, precision in (
-    ("highest", jnp.float32, "highest"), ("default", jnp.float32, "default"),
+    ("highest", jnp.float32, "highest"),
+    ("default", jnp.float32, "default"),
     ("bfloat16", jnp.bfloat16, "default"),
-  ):  # fmt: skip
+  ):
     square = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     multiply = jax.jit(lambda v, w, p=precision: jnp.matmul(v, w, precision=p))
     multiply(square, square).block_until_ready()
@@ -810,8 +836,11 @@ def measure(a, exports, jax):
       y.block_until_ready()
       times.append((time.monotonic() - begin) / 4)
     peaks[name] = 2 * size**3 / sorted(times)[2] / 1e12
-  say(f"matrix product of {size}²: " + ", ".join(f"{k} {v:.1f}" for k, v in peaks.items())
-      + " TFLOP/s")  # fmt: skip
+  say(
+    f"matrix product of {size}²: "
+    + ", ".join(f"{k} {v:.1f}" for k, v in peaks.items())
+    + " TFLOP/s"
+  )
 
   jobs = []
   for folder, manifest in exports:
@@ -859,12 +888,25 @@ def measure(a, exports, jax):
         memory = programs.memory("train")["together"] / 2**30
         name = f"{manifest['config']['name']}, nf {manifest['config']['network']['nf']}"
         share = flops / each / 1e12 / peaks[peak]
-        rows.append([name, batch, peak, 1e3 * each, batch / each, flops / 1e12, share, memory,
-                     seconds["train"]])  # fmt: skip
-        say(f"{name}, batch {batch}, {peak}: {1e3 * each:.2f} ms a step, "
-            f"{batch / each:.0f} images/s, {flops / 1e12:.3g} TFLOP a step = {share:.1%} of the "
-            f"peak, {memory:.2f} GiB; "
-            f"compiled in {', '.join(f'{k} {v:.0f} s' for k, v in seconds.items())}")  # fmt: skip
+        rows.append(
+          [
+            name,
+            batch,
+            peak,
+            1e3 * each,
+            batch / each,
+            flops / 1e12,
+            share,
+            memory,
+            seconds["train"],
+          ]
+        )
+        say(
+          f"{name}, batch {batch}, {peak}: {1e3 * each:.2f} ms a step, "
+          f"{batch / each:.0f} images/s, {flops / 1e12:.3g} TFLOP a step = {share:.1%} of the "
+          f"peak, {memory:.2f} GiB; "
+          f"compiled in {', '.join(f'{k} {v:.0f} s' for k, v in seconds.items())}"
+        )
         del session, programs
       except Exception as error:  # the next one may fit
         say(f"{folder.name}, {precision}: {refused('timing', error)}")
@@ -907,10 +949,15 @@ def check(a, folder, manifest):
     text = programs.compiled[name].as_text()
     calls = {
       target: text.count(f'custom_call_target="{target}"')
-      for target in ("__cudnn$convForward", "__cudnn$convBiasActivationForward",
-                     "__cudnn$convBackwardInput", "__cudnn$convBackwardFilter", "__cublas$gemm",
-                     "__cublas$lt$matmul")
-    }  # fmt: skip
+      for target in (
+        "__cudnn$convForward",
+        "__cudnn$convBiasActivationForward",
+        "__cudnn$convBackwardInput",
+        "__cudnn$convBackwardFilter",
+        "__cublas$gemm",
+        "__cublas$lt$matmul",
+      )
+    }
     calls = ", ".join(f"{k.strip('_')} {v}" for k, v in calls.items() if v)
     say(f"{name} compiles for {device.device_kind} in {seconds:.0f} s; GiB: {parts}; {calls}")
 
@@ -925,8 +972,9 @@ class Flags(argparse.ArgumentParser):
 def flags():
   """The flags of this program."""
   here = pathlib.Path(__file__).parent
-  f = Flags(description=__doc__, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+  f = Flags(
+    description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   f.add_argument("--folder", default=str(here), help="What export wrote (default: of this file).")
   f.add_argument("--out", default="results", help="A new folder for what comes out.")
   f.add_argument("--steps", type=int, help="Train so many steps.")
@@ -935,13 +983,18 @@ def flags():
   f.add_argument("--samples", type=int, default=0, help="Images to draw by each plan.")
   f.add_argument("--plans", default="", help="Of those exported, with commas (default: all).")
   f.add_argument("--save", choices=["averages", "state"], default="averages", help="What to save.")
-  f.add_argument("--save_dtype", choices=["float16", "float32"], default="float16",
-                 help="Of the averages.")  # fmt: skip
+  f.add_argument(
+    "--save_dtype", choices=["float16", "float32"], default="float16", help="Of the averages."
+  )
   f.add_argument("--limit", type=float, default=64, help="MiB that may be saved.")
   f.add_argument("--save_every", type=float, default=60, help="Seconds between saves.")
   f.add_argument("--log_every", type=int, default=100, help="Steps between lines.")
-  f.add_argument("--precision", choices=["default", "highest"], default="default",
-                 help="Of the network's products; operators always have the highest.")  # fmt: skip
+  f.add_argument(
+    "--precision",
+    choices=["default", "highest"],
+    default="default",
+    help="Of the network's products; operators always have the highest.",
+  )
   f.add_argument("--reference", help="An .npz of another run's state to compare with.")
   f.add_argument("--cache", help="A folder that keeps compiled programs.")
   f.add_argument("--time", type=int, help="Only time so many steps; --folder takes several.")

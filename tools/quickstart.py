@@ -88,8 +88,10 @@ def main():
   print(f"  real against real  {trained.floor_line()}   (the floor)")
   print(f"  untrained network  {untrained}")
   print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes. Next, another sampler:")
-  print(f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=momentum --steps=60 "
-        f"--out={workdir}/momentum.png")  # fmt: skip
+  print(
+    f"  .venv/bin/soft-diffusion-sample --workdir={workdir} --sampler=momentum --steps=60 "
+    f"--out={workdir}/momentum.png"
+  )
 
 
 if __name__ == "__main__":

@@ -132,38 +132,46 @@ def write_models(study, out):
 def _ve(base, stop):
   """Song et al.'s VE model: the network gives the score, and is told σ, by which it divides."""
   return base.replace(
-    corruption=corruptions.Identity(), level=schedules.Constant(0.0),
-    sigma=schedules.Geometric(0.01, stop), prior=priors.Zero(),
+    corruption=corruptions.Identity(),
+    level=schedules.Constant(0.0),
+    sigma=schedules.Geometric(0.01, stop),
+    prior=priors.Zero(),
     network={"prediction": "score", "scale_by_sigma": True, "cond_min": 0.01, "cond_max": stop},
-  )  # fmt: skip
+  )
 
 
 def _vp(base, sigma, **network):
   """A VP model: the network gives the noise; images in [0, 1] have half of the published σ."""
   told = {"prediction": "noise", "conditioning": "vp_label", "embedding_type": "positional"}
   return base.replace(
-    corruption=corruptions.Scale(), level=schedules.VPScale(), sigma=schedules.Scaled(sigma, 0.5),
-    prior=priors.Zero(), loss={"kind": "SoftScoreMatching"},
+    corruption=corruptions.Scale(),
+    level=schedules.VPScale(),
+    sigma=schedules.Scaled(sigma, 0.5),
+    prior=priors.Zero(),
+    loss={"kind": "SoftScoreMatching"},
     network=told | {"centered": True} | network,
-  )  # fmt: skip
+  )
 
 
 def _ihdm(base, steps=200):
   """Inverse heat dissipation as in configs/digits_ihdm.py, up to the blur of `base`."""
   levels = (0.0, *np.geomspace(0.5, schedules.ends(base.level)[1], steps).tolist())
   return base.replace(
-    corruption=corruptions.HeatDissipation(), level=schedules.piecewise(levels),
+    corruption=corruptions.HeatDissipation(),
+    level=schedules.piecewise(levels),
     sigma=schedules.Constant(0.01),
     loss={"kind": "SoftScoreMatching", "weight": "one", "look_ahead": 1 / steps},
-  )  # fmt: skip
+  )
 
 
 def _blurring(base):
   """Blurring Diffusion as in configs/digits_blurring.py, up to the blur of `base`."""
   corruption = corruptions.Compose(
-    corruptions.HeatDissipation(floor=0.001), corruptions.Scale(),
-    schedules.SineSquared(schedules.ends(base.level)[1]), schedules.CosineScale(),
-  )  # fmt: skip
+    corruptions.HeatDissipation(floor=0.001),
+    corruptions.Scale(),
+    schedules.SineSquared(schedules.ends(base.level)[1]),
+    schedules.CosineScale(),
+  )
   vp = _vp(base, schedules.CosineSigma(), fir=False, progressive_input="none")
   return vp.replace(corruption=corruption, level=schedules.Linear(0.0, 1.0))
 
@@ -223,14 +231,19 @@ def variants(base, mse_levels, ve_stop):
 def _digits_base(name):
   quick = from_file(ROOT / "configs" / "digits_blur.py")
   return quick.replace(
-    name=name, network={"nf": 16, "num_res_blocks": 1},
+    name=name,
+    network={"nf": 16, "num_res_blocks": 1},
     loss={"weight": "inverse_variance"},
     training={
-      "steps": 6000, "ema_decay": 0.999,
-      "sample_every": 0, "checkpoint_every": 1000, "keep": 1, "log_every": 100,
+      "steps": 6000,
+      "ema_decay": 0.999,
+      "sample_every": 0,
+      "checkpoint_every": 1000,
+      "keep": 1,
+      "log_every": 100,
     },
     prior=priors.BlurredColour(),
-  )  # fmt: skip
+  )
 
 
 def digits(models=None):
@@ -262,8 +275,10 @@ def _sweeps(models, ladder, few, beyond=()):
     beyond: further rungs, to look for an optimum of the main model's samplers.
   """
   same = {
-    Draw(): ladder, Draw("two_step"): few, Draw("two_step", prior="subspace"): few,
-  }  # fmt: skip
+    Draw(): ladder,
+    Draw("two_step"): few,
+    Draw("two_step", prior="subspace"): few,
+  }
   sweeps = {name: {} if name in RETIRED else dict(same) for name in models}
   for name, own in OWN_SAMPLERS.items():
     sweeps[name] |= {Draw(sampler): ladder for sampler in own}
@@ -315,9 +330,15 @@ def mixtures(models=None):
     } | {name: base.replace(loss=loss) for name, loss in MIXTURES.items()}
   same = {Draw(): LADDER[1:4], Draw("two_step", prior="subspace"): LADDER[:3]}
   return Study(
-    "mixtures", models, {name: dict(same) for name in models}, (0, 1, 2), 1792, "classifier",
-    ("all",), claims=MIXTURE_CLAIMS,
-  )  # fmt: skip
+    "mixtures",
+    models,
+    {name: dict(same) for name in models},
+    (0, 1, 2),
+    1792,
+    "classifier",
+    ("all",),
+    claims=MIXTURE_CLAIMS,
+  )
 
 
 def cifar(models=None):
@@ -337,10 +358,18 @@ def cifar(models=None):
     network=Network(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(8,)),
     loss=losses.SoftScoreMatching(look_ahead=0.1),
     training=Training(
-      batch_size=64, steps=8000, learning_rate=1e-3, warmup_steps=500, ema_decay=0.999,
-      log_every=100, checkpoint_every=500, keep=1, keep_every=0, sample_every=0,
+      batch_size=64,
+      steps=8000,
+      learning_rate=1e-3,
+      warmup_steps=500,
+      ema_decay=0.999,
+      log_every=100,
+      checkpoint_every=500,
+      keep=1,
+      keep_every=0,
+      sample_every=0,
     ),
-  )  # fmt: skip
+  )
   if models is None:
     mse = _mse_levels(base)
     base = base.replace(level=schedules.Staged(_transport_levels(base), 0.2, 1.0))
@@ -351,9 +380,17 @@ def cifar(models=None):
   # Rows 1 to 4 rest on these.
   often = {MAIN, PRINTED, "unfiltered", "mse", VE}
   return Study(
-    "cifar", models, sweeps, (0, 1, 2), 5000, "efficientnet_lite0", ("train", "test"), 250,
-    (*PAPER_CLAIMS, WEIGHT_CLAIM), once=frozenset(models) - often,
-  )  # fmt: skip
+    "cifar",
+    models,
+    sweeps,
+    (0, 1, 2),
+    5000,
+    "efficientnet_lite0",
+    ("train", "test"),
+    250,
+    (*PAPER_CLAIMS, WEIGHT_CLAIM),
+    once=frozenset(models) - often,
+  )
 
 
 def _images(experiment, count=2000):
@@ -413,8 +450,10 @@ def _job(study, name, seed, out):
   measured = {(draw_of(r), r["nfe"]) for r in mine}
   todo = [
     (draw, nfe)
-    for draw, nfes in study.sweeps[name].items() for nfe in nfes if (draw, nfe) not in measured
-  ]  # fmt: skip
+    for draw, nfes in study.sweeps[name].items()
+    for nfe in nfes
+    if (draw, nfe) not in measured
+  ]
   todo.sort(key=lambda one: one[1])  # the cheap ones first: a table is of use early
   if not todo:  # as where results came without their checkpoints
     _mark(done)
@@ -466,11 +505,18 @@ def _job(study, name, seed, out):
       for split, reference in real.items()
     }
     record = {
-      "model": name, "seed": seed, **draw._asdict(), "nfe": nfe, "fd": values,
+      "model": name,
+      "seed": seed,
+      **draw._asdict(),
+      "nfe": nfe,
+      "fd": values,
       "floor": {s: (r.floor or {}).get("exact") for s, r in real.items()},
-      "step": run.step, "samples": study.samples, "judge": network.label,
-      "judge_sha256": network.digest, "cpu_seconds": round(time.process_time() - begin, 1),
-    }  # fmt: skip
+      "step": run.step,
+      "samples": study.samples,
+      "judge": network.label,
+      "judge_sha256": network.digest,
+      "cpu_seconds": round(time.process_time() - begin, 1),
+    }
     files.append_record(path, record)
   _mark(done)
 
@@ -490,9 +536,11 @@ def draw_of(record):
 def jobs_of(study):
   """A model and a seed each; a retired model has none."""
   return [
-    f"{name}-{seed}" for seed in study.seeds for name in study.models
+    f"{name}-{seed}"
+    for seed in study.seeds
+    for name in study.models
     if study.sweeps.get(name) != {} and (seed == study.seeds[0] or name not in study.once)
-  ]  # fmt: skip
+  ]
 
 
 def work(study, out, workers, passed):
@@ -731,26 +779,38 @@ _RIVALS = tuple(
   (model, *draw)
   for model in (PRINTED, "unfiltered", VE, "ddpmpp", "subvp", "cold", "ihdm", "blurring")
   for draw in (
-    (), ("two_step",), ("two_step", "subspace"), *((s,) for s in OWN_SAMPLERS.get(model, ()))
+    (),
+    ("two_step",),
+    ("two_step", "subspace"),
+    *((s,) for s in OWN_SAMPLERS.get(model, ())),
   )
-)  # fmt: skip
+)
 
 PAPER_CLAIMS = (
-  Equal("1a. Momentum is better than Naive, trained with the printed loss", "1.85 < 27.82",
-        _of(PRINTED), _of(PRINTED, "naive")),
+  Equal(
+    "1a. Momentum is better than Naive, trained with the printed loss",
+    "1.85 < 27.82",
+    _of(PRINTED),
+    _of(PRINTED, "naive"),
+  ),
   Equal("1b. … trained with the look-ahead loss", "–", _of(), _of(MAIN, "naive")),
-  Equal("2a. The printed loss is better than the unfiltered one", "1.85 < 5.91",
-        _of(PRINTED), _of("unfiltered")),
-  Equal("2b. The look-ahead loss is better than the unfiltered one", "ours",
-        _of(), _of("unfiltered")),
+  Equal(
+    "2a. The printed loss is better than the unfiltered one",
+    "1.85 < 5.91",
+    _of(PRINTED),
+    _of("unfiltered"),
+  ),
+  Equal(
+    "2b. The look-ahead loss is better than the unfiltered one", "ours", _of(), _of("unfiltered")
+  ),
   Equal("2c. The look-ahead loss is better than the printed one", "ours", _of(), _of(PRINTED)),
-  Equal("3a. Transport levels are better than MSE-matched ones", "1.85 < 8.35",
-        _of(), _of("mse")),
+  Equal("3a. Transport levels are better than MSE-matched ones", "1.85 < 8.35", _of(), _of("mse")),
   Claim("3b. … and need fewer evaluations for the same quality", "yes", _same_quality("mse")),
   Claim("4a. Blur needs fewer evaluations than VE for the same quality", "yes", _same_quality(VE)),
   Equal("4b. Blur is better than VE", "yes", _of(), _of(VE)),
-  Equal("4c. … both by two-step from the subspace prior", "–",
-        _OURS, _of(VE, "two_step", "subspace")),
+  Equal(
+    "4c. … both by two-step from the subspace prior", "–", _OURS, _of(VE, "two_step", "subspace")
+  ),
   *(
     Equal(f"{row}. Blur (Momentum) is better than {name}", "–", _of(), _of(model, sampler))
     for row, name, model, sampler in (
@@ -762,34 +822,69 @@ PAPER_CLAIMS = (
       ("4i", "Blurring Diffusion", "blurring", "ancestral"),
     )
   ),
-  Claim("5a. DDIM is better than Momentum at 25 evaluations", "yes",
-        _less(_at(25, "ddim"), _at(25, "momentum"))),
+  Claim(
+    "5a. DDIM is better than Momentum at 25 evaluations",
+    "yes",
+    _less(_at(25, "ddim"), _at(25, "momentum")),
+  ),
   Equal("5b. Momentum is better than DDIM at many evaluations", "yes", _of(), _of(MAIN, "ddim")),
-  Claim("5c. Momentum gets worse again after its optimum, more than DDIM", "yes",
-        _rises("ddim", "momentum")),
-  Equal("6a. Momentum is better than probability flow at many evaluations", "yes",
-        _of(), _of(MAIN, "probability_flow")),
-  Claim("6b. Probability flow is flatter beyond its optimum", "yes",
-        _rises("probability_flow", "momentum")),
+  Claim(
+    "5c. Momentum gets worse again after its optimum, more than DDIM",
+    "yes",
+    _rises("ddim", "momentum"),
+  ),
+  Equal(
+    "6a. Momentum is better than probability flow at many evaluations",
+    "yes",
+    _of(),
+    _of(MAIN, "probability_flow"),
+  ),
+  Claim(
+    "6b. Probability flow is flatter beyond its optimum",
+    "yes",
+    _rises("probability_flow", "momentum"),
+  ),
   Claim("7. Predictor-corrector is no worse than the worse of its parts", "yes", _between),
   Equal("8a. σ_max 0.1 is better than 0.05", "yes", _of(), _of("sigma_005")),
   Equal("8b. σ_max 0.05 is better than 0.025", "yes", _of("sigma_005"), _of("sigma_0025")),
-  Equal("8c. Noise that stops early is better than noise throughout", "1.85 < 4.31",
-        _of(), _of("noise_throughout")),
-  Claim("9. Masking needs more evaluations than blur to come near its own best", "yes",
-        _near_own_best(MAIN, "mask")),
-  Claim("10a. Two-step reaches P's best quality with half of its evaluations", "ours",
-        _half("two_step")),
+  Equal(
+    "8c. Noise that stops early is better than noise throughout",
+    "1.85 < 4.31",
+    _of(),
+    _of("noise_throughout"),
+  ),
+  Claim(
+    "9. Masking needs more evaluations than blur to come near its own best",
+    "yes",
+    _near_own_best(MAIN, "mask"),
+  ),
+  Claim(
+    "10a. Two-step reaches P's best quality with half of its evaluations", "ours", _half("two_step")
+  ),
   Claim("10b. … on the grid of even levels", "ours", _half("two_step", "own", "level")),
-  Claim("11a. The C₁·colour prior is better than the colour prior", "ours",
-        _less(_at(50), _at(50, "momentum", "colour"))),
-  Claim("11b. The subspace prior is better than the colour prior", "ours",
-        _less(_at(50, "momentum", "subspace"), _at(50, "momentum", "colour"))),
-  Equal("11c. The subspace prior is better than the C₁·colour prior", "ours",
-        _of(MAIN, "momentum", "subspace"), _of()),
-  Equal("12. Ours (look-ahead, two-step, subspace prior) is better than the best rival", "ours",
-        _OURS, _RIVALS),
-)  # fmt: skip
+  Claim(
+    "11a. The C₁·colour prior is better than the colour prior",
+    "ours",
+    _less(_at(50), _at(50, "momentum", "colour")),
+  ),
+  Claim(
+    "11b. The subspace prior is better than the colour prior",
+    "ours",
+    _less(_at(50, "momentum", "subspace"), _at(50, "momentum", "colour")),
+  ),
+  Equal(
+    "11c. The subspace prior is better than the C₁·colour prior",
+    "ours",
+    _of(MAIN, "momentum", "subspace"),
+    _of(),
+  ),
+  Equal(
+    "12. Ours (look-ahead, two-step, subspace prior) is better than the best rival",
+    "ours",
+    _OURS,
+    _RIVALS,
+  ),
+)
 
 
 WEIGHT_CLAIM = Equal("The weight 1/σ² is better than 1", "–", _of(), _of(UNWEIGHTED))
@@ -797,12 +892,15 @@ OPEN_CLAIMS = (
   Equal("A stratified draw of t is better than independent ones", "–", _of(STRATIFIED), _of()),
   WEIGHT_CLAIM,
   *(
-    Claim(f"The time grid {grid!r} is better than 'uniform': {sampler} at {nfe}", "–",
-          _less(_at(nfe, sampler, "own", grid), _at(nfe, sampler)))
+    Claim(
+      f"The time grid {grid!r} is better than 'uniform': {sampler} at {nfe}",
+      "–",
+      _less(_at(nfe, sampler, "own", grid), _at(nfe, sampler)),
+    )
     for sampler, nfe in (("momentum", 50), ("two_step", 10), ("two_step", 20))
     for grid in samplers.GRIDS[1:]
   ),
-)  # fmt: skip
+)
 
 
 MIXTURE_CLAIMS = tuple(
@@ -821,10 +919,12 @@ def verdict(pairs):
   pairs = [(a, b) for a, b in pairs if not (math.isinf(a) and math.isinf(b))]
   if not pairs:
     return "undecided"
-  logs = np.array([
-    math.copysign(math.inf, a - b) if math.isinf(a) or math.isinf(b) else math.log(a / b)
-    for a, b in pairs
-  ])  # fmt: skip
+  logs = np.array(
+    [
+      math.copysign(math.inf, a - b) if math.isinf(a) or math.isinf(b) else math.log(a / b)
+      for a, b in pairs
+    ]
+  )
   if np.all(logs == 0):
     return "undecided"
   if not np.all(np.isfinite(logs)):
@@ -878,10 +978,11 @@ def tables(study, records):
   lines = [
     f"{judge} at N = {records[0]['samples']} against the {split} images, floor (real against real) "
     f"{'not to be had' if floor is None else f'{floor:.3g}'}; training seeds "
-    f"{', '.join(map(str, results.seeds))}; {records[0]['step']} steps.", "",
+    f"{', '.join(map(str, results.seeds))}; {records[0]['step']} steps.",
+    "",
     "| claim | paper | evaluations | left (per seed) | right (per seed) | verdict | elsewhere |",
     "|---|---|---|---|---|---|---|",
-  ]  # fmt: skip
+  ]
   for claim, at, pairs, word, elsewhere in scoreboard(study.claims, results):
     left, right = (", ".join(_number(p[k]) for p in pairs) or "–" for k in range(2))
     cells = claim.name, claim.paper, at or "–", left, right, word, elsewhere or "–"
@@ -889,15 +990,16 @@ def tables(study, records):
   lines += ["", "Means over the seeds (standard deviation in brackets):", ""]
   nfes = sorted({r["nfe"] for r in records})
   for one in study.splits:
-    lines += [f"| {one}: model, sampler, prior, grid | " + " | ".join(map(str, nfes)) + " |",
-              "|---|" + "---|" * len(nfes)]  # fmt: skip
+    lines += [
+      f"| {one}: model, sampler, prior, grid | " + " | ".join(map(str, nfes)) + " |",
+      "|---|" + "---|" * len(nfes),
+    ]
     for model, draw in sorted({(r["model"], draw_of(r)) for r in records}):
       cells = []
       for nfe in nfes:
         values = [
-          r["fd"][one] for r in records
-          if (r["model"], draw_of(r), r["nfe"]) == (model, draw, nfe)
-        ]  # fmt: skip
+          r["fd"][one] for r in records if (r["model"], draw_of(r), r["nfe"]) == (model, draw, nfe)
+        ]
         spread = f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.3g}{spread}" if values else "")
       lines.append(

@@ -207,9 +207,14 @@ def table(records):
     remat = ", remat" if r["remat"] else ""
     chips = f"{r['replicas']} × {r['batch'] // r['replicas']}"
     cells = (
-      f"`{r['config']}`", NAMES[r["what"]] + remat, r["dtype"], r["topology"], chips, *measured,
+      f"`{r['config']}`",
+      NAMES[r["what"]] + remat,
+      r["dtype"],
+      r["topology"],
+      chips,
+      *measured,
       f"{r['compile_seconds']:.0f} s",
-    )  # fmt: skip
+    )
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 

@@ -37,7 +37,7 @@ def train_and_sample(steps=2000, batch=64, nfe=60, count=32):
   network = NCSNpp(
     image_shape=(8, 8, 1), nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,),
     dropout=0.0,
-  )  # fmt: skip
+  )
   average = NCSNpp.from_config(network.get_config())  # what is sampled from: averaged weights
 
   def predict(net, x_t, t):

@@ -58,14 +58,16 @@ class _Paths(_Path):
 
 def define_path(name, default, help, **options):
   """A flag that names a file or folder."""
-  return flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(),
-                      **options)  # fmt: skip
+  return flags.DEFINE(
+    _Path(), name, default, help, serializer=flags.ArgumentSerializer(), **options
+  )
 
 
 def define_paths(name, default, help, **options):
   """A flag that names several files or folders."""
-  return flags.DEFINE(_Paths(), name, default, help, serializer=flags.CsvListSerializer(","),
-                      **options)  # fmt: skip
+  return flags.DEFINE(
+    _Paths(), name, default, help, serializer=flags.CsvListSerializer(","), **options
+  )
 
 
 class _BadConfig(Exception):
@@ -390,8 +392,9 @@ def _line_of(error):
   """The line of an error; one of a file that was not named says where the program writes."""
   text = _text_of(error) or type(error).__name__
   if isinstance(error, OSError) and error.filename is None:
-    places = [f"--{p}={flags.FLAGS[p].value}" for p in _PLACES
-              if p in flags.FLAGS and flags.FLAGS[p].value]  # fmt: skip
+    places = [
+      f"--{p}={flags.FLAGS[p].value}" for p in _PLACES if p in flags.FLAGS and flags.FLAGS[p].value
+    ]
     if places:
       text += f", at work for {' and '.join(places)}"
   if isinstance(error, OSError):
@@ -429,8 +432,11 @@ def _guarded(main, goes_on, most_words=0):
         raise
       if isinstance(error, bad_input):
         _fail(_line_of(error))
-      _fail(f"{type(error).__name__}: {_text_of(error)} (a fault of the program, not of its user: "
-            "--debug shows where; please report it)", FAULT)  # fmt: skip
+      _fail(
+        f"{type(error).__name__}: {_text_of(error)} (a fault of the program, not of its user: "
+        "--debug shows where; please report it)",
+        FAULT,
+      )
 
   return run
 

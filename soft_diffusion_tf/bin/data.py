@@ -84,9 +84,13 @@ def _pack(d):
 
   splits = [_SPLIT.value] if _SPLIT.value else list(dict.fromkeys([d.train_split, d.test_split]))
   counts = pack.write(
-    _OUT.value, lambda split, room: d.load(split, _DATA_DIR.value, say=cli.say, room=room),
-    str(d.name), splits, pack.preparing(d.image_shape, d.crop, d.policy), cli.say,
-  )  # fmt: skip
+    _OUT.value,
+    lambda split, room: d.load(split, _DATA_DIR.value, say=cli.say, room=room),
+    str(d.name),
+    splits,
+    pack.preparing(d.image_shape, d.crop, d.policy),
+    cli.say,
+  )
   each = ", ".join(f"{n:,} images of the split {split}" for split, n in counts.items())
   print(f"{_OUT.value} holds {each}")
   print(f"train on it with --config.data.name=pack:{_OUT.value}")

@@ -24,10 +24,11 @@ _SAMPLES = flags.DEFINE_integer(
   "Images to evaluate, instead of the config's number; with --images by default all.",
 )
 _REFERENCE = flags.DEFINE_string(
-  "reference", None,
+  "reference",
+  None,
   "Real images: a .npz of soft-diffusion-reference-stats, or a data set (TFDS name, digits, "
   "folder:PATH); by default the run's own.",
-)  # fmt: skip
+)
 _REFERENCE_SAMPLES = flags.DEFINE_integer(
   "reference_samples",
   None,
@@ -37,10 +38,11 @@ _SPLIT = flags.DEFINE_string(
   "split", None, "Split of the real images; by default the training one, of a folder all of it."
 )
 _FEATURE_NET = flags.DEFINE_string(
-  "feature_net", None,
+  "feature_net",
+  None,
   "pixels, pixels:SIDE, classifier, tfgan, tfgan:FOLDER or the FOLDER of a SavedModel, instead of "
   "the config's.",
-)  # fmt: skip
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Step of a kept checkpoint, or 'best' (of a sweep); by default the newest."
 )
@@ -55,10 +57,11 @@ _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
 )
 _NFE = flags.DEFINE_string(
-  "nfe", None,
+  "nfe",
+  None,
   "Evaluations of the network in place of --steps; of a sweep FIRST-LAST:STEP or A,B,C (default: "
   "200-920:80, P's ten).",
-)  # fmt: skip
+)
 _SAMPLERS = flags.DEFINE_string(
   "samplers", None, "Samplers of a sweep, A,B,C; by default the config's."
 )
@@ -74,19 +77,22 @@ _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 # A flag, why others would be ignored beside it, and which.
 _ALONE = (
   (
-    _SWEEP, "--sweep takes --samplers, --nfe and --checkpoints, and the grid of the config",
+    _SWEEP,
+    "--sweep takes --samplers, --nfe and --checkpoints, and the grid of the config",
     (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID, _RAW_WEIGHTS),
   ),
   (_SAMPLERS, "--samplers are all that a sweep takes", (_SAMPLER,)),
   (
-    _MEMORISATION, "--memorisation searches the images that the run was trained on",
+    _MEMORISATION,
+    "--memorisation searches the images that the run was trained on",
     (_REFERENCE, _REFERENCE_SAMPLES, _SPLIT),
   ),
   (
-    _IMAGES, "--images are there already, and nothing is sampled",
+    _IMAGES,
+    "--images are there already, and nothing is sampled",
     (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED, _RAW_WEIGHTS),
   ),
-)  # fmt: skip
+)
 
 
 class _Job:
@@ -176,9 +182,7 @@ class _Job:
 
     if self._stored:
       real = evaluation.Reference.load(_REFERENCE.value)
-      expected = {
-        "feature_net": self.network.name, "feature_net_sha256": self.network.digest
-      }  # fmt: skip
+      expected = {"feature_net": self.network.name, "feature_net_sha256": self.network.digest}
       if self.experiment:
         name, split, shape, crop, _ = self._place()
         expected |= {"data": name, "split": split, "image_shape": list(shape), "crop": crop}
@@ -191,9 +195,14 @@ class _Job:
     about = evaluation.conditions_of(self.network, name, split, shape, crop, self.reference_count)
     folder = self.workdir / "references" if self.workdir else None
     return evaluation.reference(
-      self.network, source.images, about, self.options.subset, self.count, folder,
+      self.network,
+      source.images,
+      about,
+      self.options.subset,
+      self.count,
+      folder,
       k=self.options.neighbours,
-    )  # fmt: skip
+    )
 
 
 def _print(result, where):
@@ -205,10 +214,11 @@ def _print(result, where):
   one, two = result.subset, result.real_subset
   sides = f"{one} a side" if one == two else f"{one} images and {two} real ones"
   print(
-    f"network {reference['feature_net']}" + (f" (sha256 {weights[:12]})" if weights else "")
+    f"network {reference['feature_net']}"
+    + (f" (sha256 {weights[:12]})" if weights else "")
     + f", {d.dimension} features; reference {reference['count']} of {reference['data']} "
     f"{reference['split']}; KID, precision and recall on {sides}"
-  )  # fmt: skip
+  )
   for line in result.warnings():
     print(f"warning: {line}")
 
@@ -244,9 +254,14 @@ def _evaluate(job):
     run, options = _run(job)
     real = job.reference()
     result = evaluation.evaluate_run(
-      run, job.network, real, job.count, options, first_seed=_FIRST_SEED.value,
+      run,
+      job.network,
+      real,
+      job.count,
+      options,
+      first_seed=_FIRST_SEED.value,
       real_images=job.train().images if run.experiment.evaluation.metrics else None,
-    )  # fmt: skip
+    )
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
     print_as = (
@@ -295,9 +310,15 @@ def _sweep(job):
   sweeps.check_samplers(names)
   steps = sweeps.checkpoints(job.workdir, _CHECKPOINTS.value)
   cells = sweeps.sweep(
-    job.workdir, job.network, job.reference(), job.count,
-    names=names, nfes=nfes, steps=steps, first_seed=_FIRST_SEED.value,
-  )  # fmt: skip
+    job.workdir,
+    job.network,
+    job.reference(),
+    job.count,
+    names=names,
+    nfes=nfes,
+    steps=steps,
+    first_seed=_FIRST_SEED.value,
+  )
   print(sweeps.tables(cells))
   found = sweeps.best_of(cells)
   print(f"floor (real against real): {found['floor']['value'] if found['floor'] else 'none'}")
@@ -349,10 +370,12 @@ def _memorisation(job):
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images
   found = memorisation.report(job.network, generated, train, held_out, "nearest images")
   about |= {
-    "data": str(d.name), "split": d.train_split,
+    "data": str(d.name),
+    "split": d.train_split,
     "held_out": "training images among themselves" if held_out is None else d.test_split,
-    "feature_net": job.network.name, "feature_net_sha256": job.network.digest,
-  }  # fmt: skip
+    "feature_net": job.network.name,
+    "feature_net_sha256": job.network.digest,
+  }
   # Of all conditions: a report of others never takes the place of this one.
   digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
   path = job.workdir / "memorisation" / f"{title}_{digest}.json"

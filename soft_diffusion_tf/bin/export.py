@@ -20,18 +20,24 @@ _OUT = cli.define_path(
 )
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of this step instead of the newest.")
 _SAMPLERS = flags.DEFINE_string(
-  "samplers", None, "SAMPLER:STEPS,... to export side by side, the first as the default; without "
+  "samplers",
+  None,
+  "SAMPLER:STEPS,... to export side by side, the first as the default; without "
   "it the config's own and two_step:25.",
-)  # fmt: skip
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Images that are computed side by side, instead of the config's: part of "
+  "batch_size",
+  None,
+  "Images that are computed side by side, instead of the config's: part of "
   "what an image is, and the price of a single one.",
-)  # fmt: skip
+)
 _DTYPE = flags.DEFINE_enum(
-  "dtype", None, ["float32", "bfloat16", "float16"],
+  "dtype",
+  None,
+  ["float32", "bfloat16", "float16"],
   "What a SavedModel computes in (float32 or bfloat16), or what an .npz stores (float16 or "
   "float32); by default float32 and float16.",
-)  # fmt: skip
+)
 _LICENCE = flags.DEFINE_string("licence", None, "Licence of the weights, for the model card.")
 cli.define_trust_code()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the export at --out.")

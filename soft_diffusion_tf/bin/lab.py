@@ -34,8 +34,9 @@ _IMAGES = flags.DEFINE_integer(
   "images", 450, "Images that the mixture is built around.", 2, 100_000
 )
 _COMPONENTS = flags.DEFINE_string("components", "image", "A Gaussian per image, or per class.")
-_STD = flags.DEFINE_float("std", 0.05, "Standard deviation of a component, in [0, 1] pixels.", 1e-4,
-                         10.0)  # fmt: skip
+_STD = flags.DEFINE_float(
+  "std", 0.05, "Standard deviation of a component, in [0, 1] pixels.", 1e-4, 10.0
+)
 _SCHEDULE = flags.DEFINE_string("schedule", "transport", "transport, linear or geometric levels.")
 _PRIOR = flags.DEFINE_string(
   "prior", "", "Prior; by default subspace for blur and heat, else zero."
@@ -58,8 +59,16 @@ _MINUTES = flags.DEFINE_float("minutes", 40.0, "How long a study draws samples."
 _FORCE = flags.DEFINE_bool("force", False, "Replace what is at --out; measure a report anew.")
 _OF_GRADES = (_SCHEDULE, _PRIOR, _SAMPLERS, _NFE, _GRID, _K, _NOISE, _ERROR)  # not of --examine
 _OF_LAB = (  # nor are these of --report
-  _CORRUPTION, _EXAMINE, _DATA, _IMAGES, _COMPONENTS, _STD, *_OF_GRADES, _COUNT, _OUT
-)  # fmt: skip
+  _CORRUPTION,
+  _EXAMINE,
+  _DATA,
+  _IMAGES,
+  _COMPONENTS,
+  _STD,
+  *_OF_GRADES,
+  _COUNT,
+  _OUT,
+)
 
 
 def numbers(text, name):
@@ -102,10 +111,16 @@ def grade_samplers(images, labels):
   if "stochastic_two_step" not in turns:
     cli.refuse([_NOISE], "--noise is of stochastic_two_step alone")
   lab = make_lab(
-    _CORRUPTION.value, images, labels, schedule=_SCHEDULE.value, prior=_PRIOR.value,
-    components=_COMPONENTS.value, std=_STD.value, count=_COUNT.value,
+    _CORRUPTION.value,
+    images,
+    labels,
+    schedule=_SCHEDULE.value,
+    prior=_PRIOR.value,
+    components=_COMPONENTS.value,
+    std=_STD.value,
+    count=_COUNT.value,
     error=parse_error(_ERROR.value),
-  )  # fmt: skip
+  )
   rows, record, lines = [], [], {}
   floor = lab.floor
   options = {"k": _K.value, "noise": _NOISE.value}
@@ -127,8 +142,23 @@ def grade_samplers(images, labels):
   figure, axis = plt.subplots(figsize=(6, 4.2))
   curves(axis, lines, floor.frechet, _CORRUPTION.value, "squared Fréchet distance")
   axis.legend(fontsize=8)
-  facts = {f.name: f.value for f in (_CORRUPTION, _DATA, _IMAGES, _COMPONENTS, _STD, _SCHEDULE,
-                                     _PRIOR, _GRID, _K, _NOISE, _ERROR, _COUNT)}  # fmt: skip
+  facts = {
+    f.name: f.value
+    for f in (
+      _CORRUPTION,
+      _DATA,
+      _IMAGES,
+      _COMPONENTS,
+      _STD,
+      _SCHEDULE,
+      _PRIOR,
+      _GRID,
+      _K,
+      _NOISE,
+      _ERROR,
+      _COUNT,
+    )
+  }
   return (
     text,
     {**facts, "grades": record, "floor": dataclasses.asdict(floor), "drift": drift},

@@ -1,11 +1,17 @@
 """What the laboratory's programs share: their processes, tables and curves."""
 
 COLOURS = {
-  "naive": "tab:gray", "momentum": "tab:red", "probability_flow": "tab:orange",
-  "ddim": "tab:green", "predictor_corrector": "tab:olive", "ancestral": "tab:pink",
-  "two_step": "tab:blue", "stochastic_two_step": "tab:purple", "heun": "tab:brown",
+  "naive": "tab:gray",
+  "momentum": "tab:red",
+  "probability_flow": "tab:orange",
+  "ddim": "tab:green",
+  "predictor_corrector": "tab:olive",
+  "ancestral": "tab:pink",
+  "two_step": "tab:blue",
+  "stochastic_two_step": "tab:purple",
+  "heun": "tab:brown",
   "langevin": "tab:cyan",
-}  # fmt: skip
+}
 
 
 def corruption_of(name):
@@ -15,10 +21,12 @@ def corruption_of(name):
   if ":" in name:
     return corruptions.from_config({"kind": name}, trust_code=True)
   kinds = {
-    "blur": corruptions.GaussianBlur(), "heat": corruptions.HeatDissipation(),
+    "blur": corruptions.GaussianBlur(),
+    "heat": corruptions.HeatDissipation(),
     "mask": corruptions.Mask(),
-    "soft_mask": corruptions.Mask(edge=1.0), "ve": corruptions.Identity(),
-  }  # fmt: skip
+    "soft_mask": corruptions.Mask(edge=1.0),
+    "ve": corruptions.Identity(),
+  }
   if name not in kinds:
     raise ValueError(
       f"unknown corruption {name!r}; choose one of {', '.join(kinds)} or module:Class"
@@ -26,8 +34,18 @@ def corruption_of(name):
   return kinds[name]
 
 
-def make_lab(name, images, labels, *, schedule="transport", prior="", components="image", std=0.05,
-             count=1000, error=None):  # fmt: skip
+def make_lab(
+  name,
+  images,
+  labels,
+  *,
+  schedule="transport",
+  prior="",
+  components="image",
+  std=0.05,
+  count=1000,
+  error=None,
+):
   """A `Laboratory` of one of the project's processes on images."""
   from soft_diffusion_tf import diffusion, laboratory, schedules
 
@@ -62,8 +80,15 @@ def curves(axis, lines, floor=None, title="", ylabel=""):
   """Distance against evaluations, log-log: {name: [(nfe, value)]}."""
   for name, points in lines.items():
     dashed = name == "naive"
-    axis.plot(*zip(*points), marker="o", markersize=3, linewidth=1.3, color=COLOURS.get(name),
-              label=name.replace("_", " "), linestyle="--" if dashed else "-")  # fmt: skip
+    axis.plot(
+      *zip(*points),
+      marker="o",
+      markersize=3,
+      linewidth=1.3,
+      color=COLOURS.get(name),
+      label=name.replace("_", " "),
+      linestyle="--" if dashed else "-",
+    )
   if floor:
     axis.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="floor")
   axis.set(xscale="log", yscale="log", xlabel="evaluations of the denoiser", title=title)

@@ -80,11 +80,17 @@ def grade_study(out, names=tuple(STUDY)):
       drawn = {k: np.concatenate([np.load(path) for path in paths[k][:count]]) for k in blocks}
       for kind, images in drawn.items():
         difference = images - drawn["exact"]
-        rows.append({
-          "nfe": nfe, "rule": rule, "kind": kind, "n": len(images),
-          "frechet": study.frechet(images), "rms": study.rms(difference),
-          "bias": study.rms(difference.mean(0, keepdims=True)),
-        })  # fmt: skip
+        rows.append(
+          {
+            "nfe": nfe,
+            "rule": rule,
+            "kind": kind,
+            "n": len(images),
+            "frechet": study.frechet(images),
+            "rms": study.rms(difference),
+            "bias": study.rms(difference.mean(0, keepdims=True)),
+          }
+        )
     if not rows:
       continue
     sizes = sorted({row["n"] for row in rows})
@@ -99,7 +105,7 @@ def grade_study(out, names=tuple(STUDY)):
         for kind in laboratory.PRECISIONS[1:]
       },
       "data_rms": study.rms(clean),
-    }  # fmt: skip
+    }
   return record
 
 
@@ -117,8 +123,9 @@ def section_precision(results):
     nfes = sorted({nfe for _, _, nfe in rows})
     counts = ", ".join(sorted({str(r["n"]) for r in rows.values()}, key=int))
     floors = "; ".join(f"{v[0]:.4g} ± {v[1]:.2g}" for v in found["floors"].values())
-    blurs = "; ".join(f"{k}: RMS {v[0]:.2g}, one pixel {v[1]:.2g}" for k, v in
-                      found["one_blur"].items())  # fmt: skip
+    blurs = "; ".join(
+      f"{k}: RMS {v[0]:.2g}, one pixel {v[1]:.2g}" for k, v in found["one_blur"].items()
+    )
     title = (
       f"**{name}** ({facts['images']} images, spread {facts['std']}, blur to {facts['last']:g} "
       f"pixels with half size {facts['half_size']}; N = {counts}; fresh draws get {floors}; the "
@@ -127,13 +134,16 @@ def section_precision(results):
     cell = lambda key, read, rows=rows: read(rows[key]) if key in rows else ""
     distances = [
       [rule, kind, *(cell((rule, kind, n), lambda r: f"{r['frechet']:.5g}") for n in nfes)]
-      for rule in STUDY_RULES for kind in laboratory.PRECISIONS
-    ]  # fmt: skip
+      for rule in STUDY_RULES
+      for kind in laboratory.PRECISIONS
+    ]
     apart = [
       [rule, kind, nfe, *(f"{v:.2g}" for v in rows[rule, kind, nfe]["rms"])]
-      for rule in STUDY_RULES for kind in laboratory.PRECISIONS[1:] for nfe in nfes
+      for rule in STUDY_RULES
+      for kind in laboratory.PRECISIONS[1:]
+      for nfe in nfes
       if (rule, kind, nfe) in rows
-    ]  # fmt: skip
+    ]
     parts += [
       title,
       "Squared Fréchet distance:",

@@ -79,8 +79,9 @@ def floor_of(book, labs, setting):
   name, made = setting
   made = {k: v for k, v in made.items() if k != "error"}
   lab = lambda: labs(name, **made)
-  return book.get(json.dumps(["floor", name, made], sort_keys=True),
-                  lambda: [lab().floor.frechet, lab().bound()])  # fmt: skip
+  return book.get(
+    json.dumps(["floor", name, made], sort_keys=True), lambda: [lab().floor.frechet, lab().bound()]
+  )
 
 
 def section_convergence(book, labs, img):
@@ -94,8 +95,13 @@ def section_convergence(book, labs, img):
     setting = (name, {})
     floor, bound = floor_of(book, labs, setting)
     lines = {rule: grades_of(book, labs, setting, rule, SHOWN) for rule in rules}
-    curves(axis, {k: v for k, v in lines.items() if k != "predictor_corrector"}, floor, title,
-           "squared Fréchet distance")  # fmt: skip
+    curves(
+      axis,
+      {k: v for k, v in lines.items() if k != "predictor_corrector"},
+      floor,
+      title,
+      "squared Fréchet distance",
+    )
     rows = [[rule, *(number(v) for _, v in line)] for rule, line in lines.items()]
     texts.append(f"**{title}** (floor {floor:.3g})\n\n" + table(["evaluations", *SHOWN], rows))
     wanted = {rule: (rule, {}) for rule in rules}
@@ -141,19 +147,30 @@ def section_order(book, img):
 
   blur = schedules.Geometric(0.05, 3.0)
   found = {
-    "blur and noise": book.get("order blur", lambda: measure(
-      corruptions.GaussianBlur(), blur, schedules.Geometric(0.05, 0.5))),
-    "VE": book.get("order ve", lambda: measure(
-      corruptions.Identity(), schedules.Constant(0.0), schedules.Geometric(0.05, 5.0))),
-    "soft mask": book.get("order mask", lambda: measure(
-      corruptions.Mask(edge=1.0), schedules.Linear(0.0, 0.7), schedules.Geometric(0.1, 0.5))),
-  }  # fmt: skip
+    "blur and noise": book.get(
+      "order blur",
+      lambda: measure(corruptions.GaussianBlur(), blur, schedules.Geometric(0.05, 0.5)),
+    ),
+    "VE": book.get(
+      "order ve",
+      lambda: measure(
+        corruptions.Identity(), schedules.Constant(0.0), schedules.Geometric(0.05, 5.0)
+      ),
+    ),
+    "soft mask": book.get(
+      "order mask",
+      lambda: measure(
+        corruptions.Mask(edge=1.0), schedules.Linear(0.0, 0.7), schedules.Geometric(0.1, 0.5)
+      ),
+    ),
+  }
   figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
   rows = []
   for axis, (title, errors) in zip(axes, found.items()):
     for rule, values in errors.items():
-      axis.plot(steps, values, marker="o", markersize=3, color=COLOURS[rule],
-                label=rule.replace("_", " "))  # fmt: skip
+      axis.plot(
+        steps, values, marker="o", markersize=3, color=COLOURS[rule], label=rule.replace("_", " ")
+      )
     axis.set(xscale="log", yscale="log", xlabel="steps", title=title)
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.minorticks_off()
@@ -174,8 +191,11 @@ def section_errors(book, labs, img):
   import matplotlib.pyplot as plt
 
   nfes = (10, 20, 40, 80, 160)
-  errors = {"exact x̂_0": None, "5 % of detail missing": ("smooth", 0.05),
-            "rough error 0.03": ("rough", 0.03)}  # fmt: skip
+  errors = {
+    "exact x̂_0": None,
+    "5 % of detail missing": ("smooth", 0.05),
+    "rough error 0.03": ("rough", 0.03),
+  }
   rules = ("momentum", "ddim")
   figure, axes = plt.subplots(2, 3, figsize=(11, 6.6))
   rows, valleys = [], []
@@ -184,8 +204,9 @@ def section_errors(book, labs, img):
       setting = (name, {} if error is None else {"error": error})
       floor, _ = floor_of(book, labs, setting)
       found = {rule: grades_of(book, labs, setting, rule, nfes) for rule in rules}
-      curves(axis, found, floor, f"{title}: {what}",
-             "squared Fréchet distance" if error is None else "")  # fmt: skip
+      curves(
+        axis, found, floor, f"{title}: {what}", "squared Fréchet distance" if error is None else ""
+      )
       for rule in rules:
         values = [v for _, v in found[rule]]
         rows.append([title, what, rule, *map(number, values)])
@@ -199,8 +220,14 @@ def section_errors(book, labs, img):
 def section_drift(book, labs, img):
   import matplotlib.pyplot as plt
 
-  cases = [("blur", "naive"), ("blur", "momentum"), ("blur", "two_step"), ("soft_mask", "two_step"),
-           ("mask", "two_step"), ("ve", "momentum")]  # fmt: skip
+  cases = [
+    ("blur", "naive"),
+    ("blur", "momentum"),
+    ("blur", "two_step"),
+    ("soft_mask", "two_step"),
+    ("mask", "two_step"),
+    ("ve", "momentum"),
+  ]
   figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), sharey=True)
   for axis, (name, rule) in zip(axes.ravel(), cases):
     path = book.get(f"drift {name} {rule}", lambda n=name, r=rule: labs(n).drift(r, 40, frames=20))
@@ -249,8 +276,9 @@ def section_grids(book, labs, img):
       if grid == "level" and setting[0] == "ve":
         continue  # no level: the uniform grid
       line = grades_of(book, labs, setting, "two_step", nfes, grid=grid)
-      axis.plot(*zip(*line), marker="o", markersize=3, label=grid,
-                color=f"C{samplers.GRIDS.index(grid)}")  # fmt: skip
+      axis.plot(
+        *zip(*line), marker="o", markersize=3, label=grid, color=f"C{samplers.GRIDS.index(grid)}"
+      )
       rows.append([title, grid, *(number(v) for _, v in line)])
     axis.axhline(floor, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yscale="log", title=title, xlabel="evaluations")
@@ -267,8 +295,10 @@ def section_adaptive(book, labs):
   rows = []
   for name in ("blur", "soft_mask", "ve"):
     floor, _ = floor_of(book, labs, (name, {}))
-    line = [grades_of(book, labs, (name, {}), "dormand_prince", [0], tolerance=tolerance)[0]
-            for tolerance in (1e-2, 1e-3, 1e-4)]  # fmt: skip
+    line = [
+      grades_of(book, labs, (name, {}), "dormand_prince", [0], tolerance=tolerance)[0]
+      for tolerance in (1e-2, 1e-3, 1e-4)
+    ]
     rows.append([name, number(floor), *(f"{number(v)} ({n})" for n, v in line)])
   return table(["process", "floor", "tolerance 1e-2", "1e-3", "1e-4"], rows)
 
@@ -319,18 +349,22 @@ def write_report(out, data_dir, anew=False):
   columns = list(needs[0][1])
   parts = {
     "CONVERGENCE": convergence,
-    "NEEDED": table(["process", *(c.replace("_", " ") for c in columns)],
-                    [[title, *(row[c] or "–" for c in columns)] for title, row in needs]),
+    "NEEDED": table(
+      ["process", *(c.replace("_", " ") for c in columns)],
+      [[title, *(row[c] or "–" for c in columns)] for title, row in needs],
+    ),
     "ORDER": section_order(book, img),
     "ERRORS": errors,
-    "VALLEYS": table(["process", "x̂_0", "sampler", "best at", "last / best"],
-                     [[*v[:4], f"{v[4]:.2f}"] for v in valleys]),
+    "VALLEYS": table(
+      ["process", "x̂_0", "sampler", "best at", "last / best"],
+      [[*v[:4], f"{v[4]:.2f}"] for v in valleys],
+    ),
     "PRIORS": section_priors(book, labs),
     "GRIDS": section_grids(book, labs, img),
     "ADAPTIVE": section_adaptive(book, labs),
     "PRECISION": section_precision(results),
     "PATCHES": section_patches(book, data_dir, REPORT["images"]) or "(CIFAR-10 was not at hand.)",
-  }  # fmt: skip
+  }
   text = (pathlib.Path(__file__).parent / "lab_report.md").read_text()
   for name, part in parts.items():
     text = text.replace("{{" + name + "}}", part)

@@ -25,10 +25,11 @@ _FLOOR_SAMPLES = flags.DEFINE_integer(
 )
 _SPLIT = flags.DEFINE_string("split", None, "Split of the data; by default the training one.")
 _FEATURE_NET = flags.DEFINE_string(
-  "feature_net", None,
+  "feature_net",
+  None,
   "pixels, pixels:SIDE, classifier, tfgan, tfgan:FOLDER or the FOLDER of a SavedModel, instead of "
   "the config's.",
-)  # fmt: skip
+)
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 _FORCE = flags.DEFINE_bool("force", False, "Overwrite what is at --out.")
 
@@ -58,9 +59,13 @@ def main():
   cli.say(f"measuring {count} images of {d.name}")
   about = evaluation.conditions_of(network, d.name, split, d.image_shape, d.crop, count)
   real = evaluation.reference(
-    network, load(split).images, about, e.evaluation.subset, _FLOOR_SAMPLES.value,
+    network,
+    load(split).images,
+    about,
+    e.evaluation.subset,
+    _FLOOR_SAMPLES.value,
     k=e.evaluation.neighbours,
-  )  # fmt: skip
+  )
   real.save(out)
   floor = f"{network.label} {real.floor['value']:.4g}" if real.floor else real.why_no_floor
   print(f"{count} images of {d.name} {split} in {network.name}: {out}")

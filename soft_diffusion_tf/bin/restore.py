@@ -21,9 +21,11 @@ from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path(
-  "workdir", None, "Folder of a training run or an exported model, a packed file, or 'digits'.",
+  "workdir",
+  None,
+  "Folder of a training run or an exported model, a packed file, or 'digits'.",
   required=True,
-)  # fmt: skip
+)
 _IMAGES = cli.define_path("images", None, "An image file, or a folder of them.", required=True)
 _OUT = cli.define_path("out", None, "A new folder for the results.", required=True)
 _LEVEL = flags.DEFINE_float("level", None, "The level at which the images are corrupted.")
@@ -148,9 +150,10 @@ def _write(out, results, times, plots):
       for kind, picture in pictures.items():
         plots.save_png(folder / f"{name}-{kind}.png", plots.to_uint8(picture))
       arrays |= {
-        f"{name}/input": y, f"{name}/samples": restored.samples[0],
+        f"{name}/input": y,
+        f"{name}/samples": restored.samples[0],
         f"{name}/expected": restored.expected[0],
-      }  # fmt: skip
+      }
     np.savez(folder / _ARRAYS, **arrays)
     (folder / "times.json").write_text(json.dumps(times, indent=1) + "\n")
     _picture(folder / "picture.png", list(results.values())[:_SHOWN], plots)

@@ -131,10 +131,17 @@ def main():
     drawing.check_out(out)
   sampling = Experiment.load(_WORKDIR.value).sampling
   options = sampling.changed(
-    sampler=_SAMPLER.value, steps=_STEPS.value, nfe=_NFE.value, grid=_GRID.value, times=times,
-    k=_K.value, noise=_NOISE.value, clip=_CLIP.value, threshold=_THRESHOLD.value,
+    sampler=_SAMPLER.value,
+    steps=_STEPS.value,
+    nfe=_NFE.value,
+    grid=_GRID.value,
+    times=times,
+    k=_K.value,
+    noise=_NOISE.value,
+    clip=_CLIP.value,
+    threshold=_THRESHOLD.value,
     tolerance=_TOLERANCE.value,
-  )  # fmt: skip
+  )
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():

@@ -31,19 +31,25 @@ _METHOD = flags.DEFINE_enum(
 )
 _SLICE = flags.DEFINE_float("slice", 0.1, "Share of the data to use; P uses 0.1.")
 _NOISE = flags.DEFINE_enum(
-  "noise", "none", ["none", "same", "independent"],
+  "noise",
+  "none",
+  ["none", "same", "independent"],
   "Noise on the images that are compared, of the config's σ at t = 1.",
-)  # fmt: skip
+)
 _EPSILON = flags.DEFINE_float(
-  "sinkhorn_epsilon", None,
+  "sinkhorn_epsilon",
+  None,
   "ε of the entropic problem, in squared distance; 2 % of the squared mean step if not given.",
-)  # fmt: skip
+)
 _JOINT = flags.DEFINE_bool("joint", False, "Choose σ with the level, on a grid of both.")
 _SIGMA_LEVELS = flags.DEFINE_integer("sigma_levels", 24, "Candidate σ with --joint.", 2, 1024)
 _NFE = flags.DEFINE_integer(
-  "nfe", None, "A joint schedule whose nodes are the times of a sampler with so many steps.",
-  1, 16_383,
-)  # fmt: skip
+  "nfe",
+  None,
+  "A joint schedule whose nodes are the times of a sampler with so many steps.",
+  1,
+  16_383,
+)
 _HALVES = flags.DEFINE_bool("halves", True, "Find how far two halves of the slice disagree.")
 _COMPARE = cli.define_paths("compare", [], "Schedule files to draw together, instead of a search.")
 _PLOT = cli.define_path("plot", None, "The picture; beside --out if not given, or none.")
@@ -62,9 +68,22 @@ def _refuse_ignored():
   method, joint = _METHOD.value, _is_joint()
   if _COMPARE.value:
     cli.refuse(
-      (_OUT, _LEVELS, _NODES, _CANDIDATES, _METHOD, _SLICE, _NOISE, _EPSILON, _JOINT,
-       _SIGMA_LEVELS, _NFE, _HALVES), "--compare searches nothing",
-    )  # fmt: skip
+      (
+        _OUT,
+        _LEVELS,
+        _NODES,
+        _CANDIDATES,
+        _METHOD,
+        _SLICE,
+        _NOISE,
+        _EPSILON,
+        _JOINT,
+        _SIGMA_LEVELS,
+        _NFE,
+        _HALVES,
+      ),
+      "--compare searches nothing",
+    )
   if method not in _ENTROPIC:
     cli.refuse([_EPSILON], f"--method={method} has no ε")
   if method == "mse":
@@ -146,10 +165,16 @@ def _mse(e, images, first, last):
   distances = transport.closed_form_distances(e.corruption, levels, images)
   steps = np.diagonal(distances, 1)
   content = {
-    "corruption": e.corruption.get_config(), "images": len(images), "method": "mse",
-    "seed": e.seed, "version": __version__, "levels": levels.tolist(), "steps": steps.tolist(),
-    "epsilon": float(steps.max()), "straight": float(distances[0, -1]),
-  }  # fmt: skip
+    "corruption": e.corruption.get_config(),
+    "images": len(images),
+    "method": "mse",
+    "seed": e.seed,
+    "version": __version__,
+    "levels": levels.tolist(),
+    "steps": steps.tolist(),
+    "epsilon": float(steps.max()),
+    "straight": float(distances[0, -1]),
+  }
   return content, distances, tuple(range(len(levels)))
 
 
@@ -211,12 +236,23 @@ def main():
     if journal.exists():
       print(f"going on from the distances in {journal}", flush=True)
     path, facts, grid, distances = transport.search(
-      e.corruption, images, first, last, count=_LEVELS.value,
+      e.corruption,
+      images,
+      first,
+      last,
+      count=_LEVELS.value,
       nodes=_NODES.value if _NFE.value is None else _NFE.value + 1,
-      candidates=_CANDIDATES.value, method=_METHOD.value, noise=_NOISE.value,
-      sigma=schedules.ends(e.sigma)[1], sigmas=sigmas, epsilon=_EPSILON.value, seed=e.seed,
-      halves=_HALVES.value and count >= 4, journal=journal, progress=bars,
-    )  # fmt: skip
+      candidates=_CANDIDATES.value,
+      method=_METHOD.value,
+      noise=_NOISE.value,
+      sigma=schedules.ends(e.sigma)[1],
+      sigmas=sigmas,
+      epsilon=_EPSILON.value,
+      seed=e.seed,
+      halves=_HALVES.value and count >= 4,
+      journal=journal,
+      progress=bars,
+    )
     bars.close()
     content = {**facts, **path.to_dict()}
     matrix, indices, nearest = distances.matrix(), path.indices, path.nearest

@@ -16,21 +16,23 @@ from absl import flags
 
 from soft_diffusion_tf.bin import cli
 
-_MODEL = cli.define_path("model", None, "Folder of a SavedModel, or of numbered versions.",
-                             required=True)  # fmt: skip
+_MODEL = cli.define_path(
+  "model", None, "Folder of a SavedModel, or of numbered versions.", required=True
+)
 _NAME = flags.DEFINE_string("name", "model", "The model's name in URLs.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
 _PORT = flags.DEFINE_integer("port", 8501, "Port; 0 takes a free one.", 0, 65535)
-_MAX_BATCH = flags.DEFINE_integer("max_batch", 64, "Rows of one call, and of one request.", 1,
-                                  1 << 20)  # fmt: skip
+_MAX_BATCH = flags.DEFINE_integer(
+  "max_batch", 64, "Rows of one call, and of one request.", 1, 1 << 20
+)
 _REPRODUCIBLE = flags.DEFINE_bool(
   "reproducible", False, "Pad every batch to --max_batch: the same bits in any company, at a price."
 )
 _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are answered 429.", 1)
-_TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until a request is answered 504.", 0.001,
-                              1e6)  # fmt: skip
-_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1,
-                           1e6)  # fmt: skip
+_TIMEOUT = flags.DEFINE_float(
+  "timeout", 60.0, "Seconds until a request is answered 504.", 0.001, 1e6
+)
+_SLOW = flags.DEFINE_float("slow_client", 10.0, "Seconds to stand still, or for a body.", 0.1, 1e6)
 _MAX_BODY = flags.DEFINE_integer("max_body", 8 << 20, "Bytes of a request's body.", 1024)
 _CONNECTIONS = flags.DEFINE_integer(
   "connections", 512, "Open connections; beyond, idle ones are cut, or new ones get 503.", 2
@@ -59,9 +61,13 @@ def _bind(host, port):
 def _check_numbers():
   """Raises the ValueError of a number that no flag's lower bound stops: NaN, or far too large."""
   for flag, most in (
-    (_TIMEOUT, 86_400), (_SLOW, 86_400), (_MAX_BATCH, 1 << 16), (_QUEUE, 1 << 20),
-    (_MAX_BODY, 1 << 30), (_CONNECTIONS, 1 << 16),
-  ):  # fmt: skip
+    (_TIMEOUT, 86_400),
+    (_SLOW, 86_400),
+    (_MAX_BATCH, 1 << 16),
+    (_QUEUE, 1 << 20),
+    (_MAX_BODY, 1 << 30),
+    (_CONNECTIONS, 1 << 16),
+  ):
     if not flag.value <= most:
       raise ValueError(f"--{flag.name}={flag.value}: give a number up to {most}")
 
@@ -109,13 +115,20 @@ def main():
       model.warm()
     batcher = serving.Batcher(_MAX_BATCH.value, _QUEUE.value, _REPRODUCIBLE.value)
     app = serving.App(
-      model, batcher, timeout=_TIMEOUT.value, body_timeout=_SLOW.value, max_body=_MAX_BODY.value,
-      hosts=hosts, addresses=addresses,
-    )  # fmt: skip
+      model,
+      batcher,
+      timeout=_TIMEOUT.value,
+      body_timeout=_SLOW.value,
+      max_body=_MAX_BODY.value,
+      hosts=hosts,
+      addresses=addresses,
+    )
     server = serving.make_server(
-      app, connections=_CONNECTIONS.value, slow_client=_SLOW.value,
+      app,
+      connections=_CONNECTIONS.value,
+      slow_client=_SLOW.value,
       grace=round(_TIMEOUT.value + _SLOW.value) + 1,
-    )  # fmt: skip
+    )
     # uvicorn stops in good order at the first signal, and raises it again at the end.
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -124,8 +137,10 @@ def main():
     if not _is_local(host):
       print(f"{host} is open to other machines: without TLS or passwords; put a proxy before it")
     address = f"[{host}]" if ":" in host else host
-    print(f"at http://{address}:{port}/v1/models/{model.name} (page: http://{address}:{port}/)",
-          flush=True)  # fmt: skip
+    print(
+      f"at http://{address}:{port}/v1/models/{model.name} (page: http://{address}:{port}/)",
+      flush=True,
+    )
     server.run(sockets=[listening])
     batcher.close()
   print(f"stopped; {server.server_state.total_requests} requests were answered")

@@ -10,9 +10,11 @@ from soft_diffusion_tf.bin import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path(
-  "workdir", None, "Folder of the run; made if need be, continued if it holds this run.",
+  "workdir",
+  None,
+  "Folder of the run; made if need be, continued if it holds this run.",
   required=True,
-)  # fmt: skip
+)
 _STRATEGY = flags.DEFINE_string(
   "strategy", "auto", "Devices: auto, one_device, mirrored, multi_worker (by TF_CONFIG) or tpu."
 )
@@ -22,9 +24,10 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 )
 _DATA_DIR = cli.define_path("data_dir", None, "Where TFDS keeps its data sets.")
 _START_ANEW = flags.DEFINE_bool(
-  "start_anew", False,
+  "start_anew",
+  False,
   "Begin at step 0 in a workdir whose checkpoints are lost; its records are kept in records-1.",
-)  # fmt: skip
+)
 
 
 def _check():

@@ -174,9 +174,12 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
       return function
 
     parts = Svd(
-      multiply(u, True), multiply(u, False), multiply(v, True), multiply(v, False),
+      multiply(u, True),
+      multiply(u, False),
+      multiply(v, True),
+      multiply(v, False),
       tf.reshape(s, [h, w, 1]),
-    )  # fmt: skip
+    )
     return verified(self, parts, level, image_shape)
 
   def _prepare(self, x, level):

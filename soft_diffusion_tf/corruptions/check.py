@@ -69,8 +69,12 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
 
   def linear():
     combined = corruption(2.0 * x - 3.0 * y, levels)
-    same("linear", combined, 2.0 * corruption(x, levels) - 3.0 * corruption(y, levels),
-         "C(2x − 3y) is not 2Cx − 3Cy")  # fmt: skip
+    same(
+      "linear",
+      combined,
+      2.0 * corruption(x, levels) - 3.0 * corruption(y, levels),
+      "C(2x − 3y) is not 2Cx − 3Cy",
+    )
 
   def identity():
     same("identity", corruption(x, start), x, f"C is not I at level {start:g}")
@@ -85,8 +89,12 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
       per_channel = int(operator.domain_dimension) == image_shape[0] * image_shape[1]
       flat = x[k].reshape(-1, image_shape[2] if per_channel else 1)
       want = np.reshape(np.float64(products.dense(operator)) @ flat, image_shape)
-      same("matrix", corruption(x[k : k + 1], level)[0], want,
-           f"C at level {level:g} is not its own matrix")  # fmt: skip
+      same(
+        "matrix",
+        corruption(x[k : k + 1], level)[0],
+        want,
+        f"C at level {level:g} is not its own matrix",
+      )
 
   def adjoint():
     left = np.sum(corruption(x, levels) * y, axis=(1, 2, 3))
@@ -141,9 +149,10 @@ def check_corruption(corruption, image_shape=(6, 4, 2), levels=None) -> Verdict:
     for shape in dict.fromkeys([tuple(image_shape), (h, w, 1), (28, 28, 1)]):
       images = tf.TensorSpec([None, *shape])
       function = tf.function(
-        lambda x, level: corruption(x, level), autograph=False,
+        lambda x, level: corruption(x, level),
+        autograph=False,
         input_signature=[images, tf.TensorSpec([None])],
-      )  # fmt: skip
+      )
       try:
         concrete = function.get_concrete_function()
       except Exception:  # whatever it says of a shape: "graph" says it of the one asked for

@@ -60,4 +60,4 @@ __all__ = [
   "read_image",
   "reader_of",
   "survey",
-]  # fmt: skip
+]

@@ -173,20 +173,39 @@ class EDM(Augmentation, name="edm"):
     turns = tf.floor(4 * even[:, 2:3]) if square else 2 * coin(2)
     axis = normal[:, 1:2] * tf.concat([tf.cos(angle(5)), tf.sin(angle(5))], 1)
     values = {
-      "x_flip": coin(0), "y_flip": coin(1), "quarter_turns": turns, "shift": 2 * even[:, 3:5] - 1,
-      "scale": normal[:, 0:1], "rotate": angle(6), "stretch": axis, "move": normal[:, 2:4],
-      "brightness": normal[:, 4:5], "contrast": normal[:, 5:6],
-      "invert": tf.cast(gate[:, 10:11] < self.invert / 2, tf.float32), "hue": angle(7),
+      "x_flip": coin(0),
+      "y_flip": coin(1),
+      "quarter_turns": turns,
+      "shift": 2 * even[:, 3:5] - 1,
+      "scale": normal[:, 0:1],
+      "rotate": angle(6),
+      "stretch": axis,
+      "move": normal[:, 2:4],
+      "brightness": normal[:, 4:5],
+      "contrast": normal[:, 5:6],
+      "invert": tf.cast(gate[:, 10:11] < self.invert / 2, tf.float32),
+      "hue": angle(7),
       "saturation": normal[:, 6:7],
-    }  # fmt: skip
+    }
     for k, (name, value) in enumerate(values.items()):
       yield name, value, tf.cast(gate[:, k : k + 1] < getattr(self, name), tf.float32)
 
 
 _SIZES = {  # change → numbers of its label
-  "x_flip": 1, "y_flip": 1, "quarter_turns": 2, "shift": 2, "scale": 1, "rotate": 2, "stretch": 2,
-  "move": 2, "brightness": 1, "contrast": 1, "invert": 1, "hue": 2, "saturation": 1,
-}  # fmt: skip
+  "x_flip": 1,
+  "y_flip": 1,
+  "quarter_turns": 2,
+  "shift": 2,
+  "scale": 1,
+  "rotate": 2,
+  "stretch": 2,
+  "move": 2,
+  "brightness": 1,
+  "contrast": 1,
+  "invert": 1,
+  "hue": 2,
+  "saturation": 1,
+}
 _GEOMETRIC = ("scale", "rotate", "stretch", "move")
 _COLOURS = ("brightness", "contrast", "invert", "hue", "saturation")
 _POWER, _REACH = 0.2, 1 / 8  # of 2, in scale and stretch; of the side, in shift and move
@@ -237,8 +256,9 @@ def _matrix(drawn, images):
   along = tf.atan2(drawn["stretch"][:, 1], drawn["stretch"][:, 0])
   by = tf.pow(2.0, _POWER * tf.norm(drawn["stretch"], axis=1))
   size = tf.pow(2.0, -_POWER * drawn["scale"][:, 0])
-  there = matrix(one, nought, nought, one, -width * drawn["move"][:, 0],
-                 -height * drawn["move"][:, 1])  # fmt: skip
+  there = matrix(
+    one, nought, nought, one, -width * drawn["move"][:, 0], -height * drawn["move"][:, 1]
+  )
   stretched = turned(along) @ matrix(1 / by, nought, nought, by) @ turned(-along)
   back = matrix(size, nought, nought, size) @ turned(-drawn["rotate"][:, 0])
   return back @ stretched @ there
@@ -257,9 +277,13 @@ def _warped(images, matrix):
   rows = tf.concat([linear, offset[:, :, None]], 2)
   transforms = tf.concat([tf.reshape(rows, [-1, 6]), tf.zeros([tf.shape(rows)[0], 2])], 1)
   large = tf.raw_ops.ImageProjectiveTransformV3(
-    images=large, transforms=transforms, output_shape=[2 * height, 2 * width], fill_value=0.0,
-    interpolation="BILINEAR", fill_mode="REFLECT",
-  )  # fmt: skip
+    images=large,
+    transforms=transforms,
+    output_shape=[2 * height, 2 * width],
+    fill_value=0.0,
+    interpolation="BILINEAR",
+    fill_mode="REFLECT",
+  )
   return tf.image.resize(large, [height, width], "lanczos3", antialias=True)
 
 

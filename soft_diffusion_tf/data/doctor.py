@@ -44,9 +44,16 @@ def examine(picture, where, shape, crop, policy):
   flat = bool((pixels == pixels[:1, :1]).all())
   lost = 1 - h * w / (height * width)
   return prepared, Facts(
-    picture.format, picture.mode, picture.orientation, picture.done, (height, width),
-    bytes.fromhex(digest(pixels)), flat, lost, change,
-  )  # fmt: skip
+    picture.format,
+    picture.mode,
+    picture.orientation,
+    picture.done,
+    (height, width),
+    bytes.fromhex(digest(pixels)),
+    flat,
+    lost,
+    change,
+  )
 
 
 def digest(values):

@@ -154,10 +154,16 @@ def _scan_archive(path):
 def _of_zip(path):
   archive = zipfile.ZipFile(path)
   return [
-    Member(pathlib.PurePosixPath(info.filename), str(path), info.file_size, f"{info.CRC:08x}",
-           functools.partial(archive.read, info))
-    for info in archive.infolist() if not info.is_dir()
-  ]  # fmt: skip
+    Member(
+      pathlib.PurePosixPath(info.filename),
+      str(path),
+      info.file_size,
+      f"{info.CRC:08x}",
+      functools.partial(archive.read, info),
+    )
+    for info in archive.infolist()
+    if not info.is_dir()
+  ]
 
 
 def _of_tar(path):
@@ -179,10 +185,16 @@ def _of_tar(path):
       raise OSError(f"a link to {info.linkname}, which is not in the archive") from None
 
   return [
-    Member(pathlib.PurePosixPath(info.name), str(path), info.size, f"{info.mtime:.6f}",
-           functools.partial(content, info))
-    for info in archive.getmembers() if info.isfile() or info.islnk() or info.issym()
-  ]  # fmt: skip
+    Member(
+      pathlib.PurePosixPath(info.name),
+      str(path),
+      info.size,
+      f"{info.mtime:.6f}",
+      functools.partial(content, info),
+    )
+    for info in archive.getmembers()
+    if info.isfile() or info.islnk() or info.issym()
+  ]
 
 
 def stamp(file):

@@ -75,10 +75,14 @@ def read(source, name, report, crop):
     numbers = [] if given is None else given
     keep = None if given is not None else numbers
     images, kept = doctor.collect(
-      lambda item: _one(item, name, report, crop), enumerate(_items(found, name, keep)),
+      lambda item: _one(item, name, report, crop),
+      enumerate(_items(found, name, keep)),
       None if isinstance(found, tf.data.Dataset) else len(found),
-      report, report.shape, "reading images", stamp=lambda item: doctor.digest(item[1]),
-    )  # fmt: skip
+      report,
+      report.shape,
+      "reading images",
+      stamp=lambda item: doctor.digest(item[1]),
+    )
     if not report.count:
       raise ValueError(f"{name} holds no images")
     if not len(numbers) or not kept:

@@ -36,9 +36,11 @@ _AGAIN = "pack it again with soft-diffusion-data pack"
 def preparing(shape, crop, policy):
   """How images are prepared, as plain values by the names of the config's fields."""
   return {
-    "data.image_shape": None if shape is None else list(shape), "data.crop": crop,
-    "data.transparency": policy.transparency, "data.small": policy.small,
-  }  # fmt: skip
+    "data.image_shape": None if shape is None else list(shape),
+    "data.crop": crop,
+    "data.transparency": policy.transparency,
+    "data.small": policy.small,
+  }
 
 
 class Room(doctor.Memory):
@@ -129,9 +131,13 @@ def _journalled(path):
         one = Unusable(kind, where, content)
       else:
         facts = doctor.Facts(*content)
-        one = None, facts._replace(
-          done=tuple(facts.done), size=tuple(facts.size), digest=bytes.fromhex(facts.digest)
-        ), where  # fmt: skip
+        one = (
+          None,
+          facts._replace(
+            done=tuple(facts.done), size=tuple(facts.size), digest=bytes.fromhex(facts.digest)
+          ),
+          where,
+        )
     except (ValueError, TypeError, KeyError):
       break
     if not line.endswith("\n"):
@@ -194,8 +200,13 @@ def write(out, load, name, splits, prepared, say=None):
   out = pathlib.Path(out)
   if out.exists():
     raise ValueError(f"{out} is there already; give another --out or remove it")
-  content = {"format": FORMAT, "version": soft_diffusion_tf.__version__, "source": name,
-             "prepared": prepared, "splits": {}}  # fmt: skip
+  content = {
+    "format": FORMAT,
+    "version": soft_diffusion_tf.__version__,
+    "source": name,
+    "prepared": prepared,
+    "splits": {},
+  }
   with _alone(out, {**content, "splits": splits}) as partial:
     for k, split in enumerate(splits):
       room = Room(partial / f"{k}.images")
@@ -212,10 +223,13 @@ def write(out, load, name, splits, prepared, say=None):
       os.truncate(room.path, int(np.prod(shape)))
       (partial / f"{k}.labels").write_bytes(labels.tobytes())
       content["splits"][split] = {
-        "shape": shape, "label_names": list(source.label_names),
-        "images": f"{k}.images", "labels": f"{k}.labels",
-        "digests": _digests(room.path), "labels_digest": _digests(partial / f"{k}.labels")[0],
-      }  # fmt: skip
+        "shape": shape,
+        "label_names": list(source.label_names),
+        "images": f"{k}.images",
+        "labels": f"{k}.labels",
+        "digests": _digests(room.path),
+        "labels_digest": _digests(partial / f"{k}.labels")[0],
+      }
       del images, source
     (partial / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for file in partial.iterdir():

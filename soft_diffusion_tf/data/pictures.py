@@ -327,10 +327,14 @@ def _formats():
 _ACROSS = lambda a: np.swapaxes(a, 0, 1)
 # What brings pixels of each EXIF orientation upright; 1 is upright.
 _TURNS = {
-  2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-  5: _ACROSS, 6: lambda a: _ACROSS(a)[:, ::-1], 7: lambda a: _ACROSS(a)[::-1, ::-1],
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: _ACROSS,
+  6: lambda a: _ACROSS(a)[:, ::-1],
+  7: lambda a: _ACROSS(a)[::-1, ::-1],
   8: lambda a: _ACROSS(a)[::-1],
-}  # fmt: skip
+}
 
 
 def upright(pixels, content):
@@ -403,24 +407,27 @@ def prepare(image, where, shape, crop, enlarge=False):
   """
   if image.ndim != 3 or (image.shape[2] not in (1, 3) and shape and image.shape[2] != shape[2]):
     raise Unusable(
-      "channels", where,
+      "channels",
+      where,
       f"{image.shape[-1] if image.ndim == 3 else '?'} channels; only grey and RGB images are taken"
       + (f" where {shape[2]} are asked for" if shape else ""),
-    )  # fmt: skip
+    )
   top, left, h, w = crop_box(*image.shape[:2], shape, crop)
   if top < 0 or left < 0 or top + h > image.shape[0] or left + w > image.shape[1]:
     raise Unusable(
-      "small", where,
+      "small",
+      where,
       f"{image.shape[0]}×{image.shape[1]} pixels are too few for the crop {crop!r}",
-    )  # fmt: skip
+    )
   image = image[top : top + h, left : left + w]
   if shape is None:
     return image
   if (h < shape[0] or w < shape[1]) and not enlarge:
     raise Unusable(
-      "small", where,
+      "small",
+      where,
       f"{h}×{w} pixels after cropping, smaller than the {shape[0]}×{shape[1]} asked for",
-    )  # fmt: skip
+    )
   if (h, w) != tuple(shape[:2]):
     resized = tf.image.resize(image, shape[:2], method="bilinear", antialias=True).numpy()
     image = np.rint(np.clip(resized, 0, 255)).astype(np.uint8)

@@ -70,9 +70,19 @@ def _rows(images, index):
 
 
 def batches(
-  source, batch_size, *, seed=0, start=0, flip=False, part=(0, 1), each=1, labels=False,
-  balanced=False, augment=(), told=False,
-):  # fmt: skip
+  source,
+  batch_size,
+  *,
+  seed=0,
+  start=0,
+  flip=False,
+  part=(0, 1),
+  each=1,
+  labels=False,
+  balanced=False,
+  augment=(),
+  told=False,
+):
   """An endless tf.data pipeline of float32 [batch_size, H, W, C] in [0, 1].
 
   Batch k of the pipeline is batch start + k of the run: a function of (seed, start + k) alone.

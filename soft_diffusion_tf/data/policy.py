@@ -78,4 +78,4 @@ REMEDIES = {  # kind → what helps
   "size": "bring the files to one, or set data.image_shape where images are trained on",
   "small": "ask for a smaller image_shape, enlarge such images (data.small=enlarge) or leave them "
   "out (data.small=leave_out)",
-}  # fmt: skip
+}

@@ -84,8 +84,9 @@ def reader_of(name):
   return parts.make(Reader, name) if code and is_class else name
 
 
-def survey(name, split="all", image_shape=None, crop="auto", data_dir=None, progress=True,
-           policy=None):  # fmt: skip
+def survey(
+  name, split="all", image_shape=None, crop="auto", data_dir=None, progress=True, policy=None
+):
   """The doctor's `Report` of a data set: like `load`, but nothing is kept and nothing refused.
 
   Without an image shape nothing is asked of the images' sizes.
@@ -93,8 +94,18 @@ def survey(name, split="all", image_shape=None, crop="auto", data_dir=None, prog
   return _read_all(name, split, image_shape, crop, data_dir, progress, policy, False)[-1]
 
 
-def load(name, split="train", image_shape=None, crop="auto", data_dir=None, progress=True,
-         policy=None, say=None, room=None, most=0):  # fmt: skip
+def load(
+  name,
+  split="train",
+  image_shape=None,
+  crop="auto",
+  data_dir=None,
+  progress=True,
+  policy=None,
+  say=None,
+  room=None,
+  most=0,
+):
   """Decodes a data set.
 
   Args:

@@ -43,9 +43,11 @@ def read(name, split, shape, crop, data_dir, progress, report):
     encoded = "image" in features and type(features["image"]) is tfds.features.Image
     files = encoded and features["image"].np_dtype == np.uint8
     dataset = builder.as_dataset(
-      split=split, shuffle_files=False, read_config=read,
+      split=split,
+      shuffle_files=False,
+      read_config=read,
       decoders={"image": tfds.decode.SkipDecoding()} if files else None,
-    )  # fmt: skip
+    )
     if files:  # in the pipeline, not image by image: that would cost half as much again
       dataset = dataset.map(decoded, tf.data.AUTOTUNE)
     total = builder.info.splits[split].num_examples
@@ -70,9 +72,7 @@ def read(name, split, shape, crop, data_dir, progress, report):
     if pixels is not values:
       done.append(f"{values.dtype} scaled to 8 bits")
     if encoded and shape is not None and values.shape[2] in (2, 4) and shape[2] != values.shape[2]:
-      pixels = pictures.on_background(
-        pixels[..., :-1], pixels[..., -1], where, report.policy, done
-      )  # fmt: skip
+      pixels = pictures.on_background(pixels[..., :-1], pixels[..., -1], where, report.policy, done)
     return pixels, f"{values.shape[-1]} × {values.dtype}"
 
   def one(record):  # TFDS decodes in parallel; so are the images prepared
@@ -90,9 +90,15 @@ def read(name, split, shape, crop, data_dir, progress, report):
 
   try:
     images, kept = doctor.collect(
-      one, records(), total, report, shape, f"reading {name}", None if progress else True,
+      one,
+      records(),
+      total,
+      report,
+      shape,
+      f"reading {name}",
+      None if progress else True,
       lambda record: doctor.digest(record[1]["file" if files else "image"]),
-    )  # fmt: skip
+    )
   except tf.errors.OpError as error:  # a file that is missing or damaged, or an image in it
     text = parts.first_line(error)
     raise ValueError(
@@ -126,8 +132,12 @@ def check_consent(name, data_dir=None):
 
     def look(pairs, file=file):
       for key, kind in pairs:
-        if (key in ("pythonClassName", "python_class_name", "type") and isinstance(kind, str)
-            and "." in kind and not kind.startswith("tensorflow_datasets.")):  # fmt: skip
+        if (
+          key in ("pythonClassName", "python_class_name", "type")
+          and isinstance(kind, str)
+          and "." in kind
+          and not kind.startswith("tensorflow_datasets.")
+        ):
           trust.check(kind, f"{file}: a class")
 
     try:

@@ -194,11 +194,16 @@ class Result:
     """The numbers alone, for JSON: None where there is none."""
     values = {
       **dataclasses.asdict(self.distance),
-      "kid": self.kid, "kid_error": self.kid_error, "kid_all_pairs": self.kid_all_pairs,
-      "inception_score": self.inception_score, "precision": self.precision,
-      "recall": self.recall, "subset": self.subset, "real_subset": self.real_subset,
+      "kid": self.kid,
+      "kid_error": self.kid_error,
+      "kid_all_pairs": self.kid_all_pairs,
+      "inception_score": self.inception_score,
+      "precision": self.precision,
+      "recall": self.recall,
+      "subset": self.subset,
+      "real_subset": self.real_subset,
       "spread": self.spread,
-    }  # fmt: skip
+    }
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in values.items()}
 
   def warnings(self):
@@ -217,9 +222,14 @@ class Result:
   def record(self):
     """Everything, ready for JSON."""
     return {
-      **self.conditions, **self.numbers(), "floor": self.floor, "why_no_floor": self.why_no_floor,
-      "warnings": self.warnings(), "seconds": round(self.seconds, 2), "metrics": self.metrics,
-    }  # fmt: skip
+      **self.conditions,
+      **self.numbers(),
+      "floor": self.floor,
+      "why_no_floor": self.why_no_floor,
+      "warnings": self.warnings(),
+      "seconds": round(self.seconds, 2),
+      "metrics": self.metrics,
+    }
 
   def __str__(self):
     """One line: the headline and the other numbers."""
@@ -265,9 +275,19 @@ def compare(network, one, two, k=3, spread=True, conditions=None):
   if min(len(one.rows), len(two.rows)) > k:
     precision, recall = neighbours.precision_recall(two.rows, one.rows, k)
   return Result(
-    distance, kid, kid_error, all_pairs, one.inception_score, precision, recall,
-    len(one.rows), len(two.rows), parts, time.monotonic() - start, conditions or {},
-  )  # fmt: skip
+    distance,
+    kid,
+    kid_error,
+    all_pairs,
+    one.inception_score,
+    precision,
+    recall,
+    len(one.rows),
+    len(two.rows),
+    parts,
+    time.monotonic() - start,
+    conditions or {},
+  )
 
 
 def with_reference(network, one, real, k=3, conditions=None):

@@ -55,16 +55,21 @@ class Nearest:
     levels = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     order = np.argsort(self.distances, kind="stable")
     return {
-      "space": self.space, "threshold": self.threshold, "flagged": int(self.flagged.sum()),
-      "share": float(self.flagged.mean()), "expected": QUANTILE,
+      "space": self.space,
+      "threshold": self.threshold,
+      "flagged": int(self.flagged.sum()),
+      "share": float(self.flagged.mean()),
+      "expected": QUANTILE,
       "quantile_levels": list(levels),
       "generated": np.quantile(self.distances, levels).tolist(),
-      "held_out": np.quantile(self.base, levels).tolist(), "held_out_images": len(self.base),
+      "held_out": np.quantile(self.base, levels).tolist(),
+      "held_out_images": len(self.base),
       "flagged_images": [
         {"image": names[i], "train": int(self.indices[i]), "distance": float(self.distances[i])}
-        for i in order if self.flagged[i]
+        for i in order
+        if self.flagged[i]
       ],
-    }  # fmt: skip
+    }
 
 
 def report(network, generated, training, held_out=None, progress=None):

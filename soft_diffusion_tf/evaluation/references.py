@@ -34,9 +34,7 @@ class Reference:
 
   def save(self, path):
     content = self.statistics.state(merged=True)
-    about = {
-      "conditions": self.conditions, "floor": self.floor, "why_no_floor": self.why_no_floor
-    }  # fmt: skip
+    about = {"conditions": self.conditions, "floor": self.floor, "why_no_floor": self.why_no_floor}
     with files.whole(path) as partial:
       np.savez(partial, **content, about=np.array(json.dumps(about)))
 
@@ -70,9 +68,14 @@ class Reference:
 def conditions_of(network, data, split, image_shape, crop, count):
   """A reference's conditions, but for its images' content."""
   return {
-    "data": data, "split": split, "image_shape": list(image_shape), "crop": crop,
-    "feature_net": network.name, "feature_net_sha256": network.digest, "count": int(count),
-  }  # fmt: skip
+    "data": data,
+    "split": split,
+    "image_shape": list(image_shape),
+    "crop": crop,
+    "feature_net": network.name,
+    "feature_net_sha256": network.digest,
+    "count": int(count),
+  }
 
 
 def check_count(count, available, what="the data set"):
@@ -86,8 +89,9 @@ def check_count(count, available, what="the data set"):
     )
 
 
-def reference(network, images, conditions, subset=SUBSET, floor_count=None, folder=None,
-              progress=True, k=3):  # fmt: skip
+def reference(
+  network, images, conditions, subset=SUBSET, floor_count=None, folder=None, progress=True, k=3
+):
   """The `Reference` of the first `conditions["count"]` images in a fixed random order.
 
   Args:

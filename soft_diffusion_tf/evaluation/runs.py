@@ -17,15 +17,31 @@ def run_conditions(experiment, step, options, count, first_seed=0, averaged=True
   """What a run's numbers depend on, besides network and reference."""
   decay = experiment.training.ema_decay if averaged else 0.0  # without memory it is no average
   return {
-    "experiment": experiment.name, "step": int(step), "ema_decay": decay,
-    "sampler": str(options.sampler), "nfe": options.evaluations,
+    "experiment": experiment.name,
+    "step": int(step),
+    "ema_decay": decay,
+    "sampler": str(options.sampler),
+    "nfe": options.evaluations,
     "sampling": json.loads(json.dumps(options.to_dict())),
-    "samples": int(count), "first_seed": int(first_seed),
-  }  # fmt: skip
+    "samples": int(count),
+    "first_seed": int(first_seed),
+  }
 
 
-def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=None, progress=True,
-                 partial=None, every=60.0, real_images=None):  # fmt: skip
+def evaluate_run(
+  run,
+  network,
+  real,
+  count,
+  options=None,
+  *,
+  first_seed=0,
+  keep=None,
+  progress=True,
+  partial=None,
+  every=60.0,
+  real_images=None,
+):
   """`count` samples of a run, by its averaged weights, against a `Reference`.
 
   Args:
@@ -40,9 +56,14 @@ def evaluate_run(run, network, real, count, options=None, *, first_seed=0, keep=
   check_count(count, np.inf)
   seeds = np.arange(first_seed, first_seed + count)
   statistics = measure(
-    network, sample_batches(run, seeds, options, kept), count, e.subset,
-    "sampling" if progress else None, partial, every,
-  )  # fmt: skip
+    network,
+    sample_batches(run, seeds, options, kept),
+    count,
+    e.subset,
+    "sampling" if progress else None,
+    partial,
+    every,
+  )
   about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
   about |= {"reference": real.conditions}
   result = with_reference(network, statistics, real, e.neighbours, about)

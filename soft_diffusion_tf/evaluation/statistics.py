@@ -163,9 +163,12 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
         statistics = before
   saved = time.monotonic()
   bar = tqdm.tqdm(
-    total=count, initial=statistics.seen, desc=progress or "", unit="image",
+    total=count,
+    initial=statistics.seen,
+    desc=progress or "",
+    unit="image",
     disable=progress is None,
-  )  # fmt: skip
+  )
   with bar:
     for images in batches(statistics.seen) if statistics.seen < count else ():
       images = images[: count - statistics.seen]

@@ -22,9 +22,17 @@ _MOST = 10_000  # numbers in one flag
 _BUSY = "another sweep is at work in it; wait for it or end it, nothing will be lost"
 # Of a cell's conditions, what makes it another cell; the rest follows from these.
 _KEY = (
-  "step", "sampler", "nfe", "sampling", "samples", "first_seed", "ema_decay", "reference",
-  "subset_asked", "neighbours",
-)  # fmt: skip
+  "step",
+  "sampler",
+  "nfe",
+  "sampling",
+  "samples",
+  "first_seed",
+  "ema_decay",
+  "reference",
+  "subset_asked",
+  "neighbours",
+)
 
 
 def parse_numbers(text):
@@ -82,8 +90,9 @@ def _key(record):
   return json.dumps({name: record.get(name) for name in _KEY}, sort_keys=True)
 
 
-def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, progress=True,
-          every=60.0):  # fmt: skip
+def sweep(
+  workdir, network, real, count, *, names, nfes, steps, first_seed=0, progress=True, every=60.0
+):
   """Measures every (checkpoint, sampler, NFE) that has not been measured yet.
 
   Args:
@@ -112,9 +121,10 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
           options = experiment.sampling.changed(sampler=name, nfe=nfe)
           about = {
             **evaluation.run_conditions(experiment, step, options, count, first_seed),
-            "reference": real.conditions, "subset_asked": experiment.evaluation.subset,
+            "reference": real.conditions,
+            "subset_asked": experiment.evaluation.subset,
             "neighbours": experiment.evaluation.neighbours,
-          }  # fmt: skip
+          }
           key = _key(about)
           if key not in done:
             if run is None or run.step != step:
@@ -123,9 +133,17 @@ def sweep(workdir, network, real, count, *, names, nfes, steps, first_seed=0, pr
               print(f"cell {len(cells) + 1} of {total}: step {step}, {name}, {nfe} NFE", flush=True)
             partial = folder / f"partial-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
             record = _cell(
-              run, network, real, count, options, about, first_seed=first_seed, progress=progress,
-              partial=partial, every=every,
-            )  # fmt: skip
+              run,
+              network,
+              real,
+              count,
+              options,
+              about,
+              first_seed=first_seed,
+              progress=progress,
+              partial=partial,
+              every=every,
+            )
             done[key] = record
             if "error" not in record:  # a cell that failed is tried again the next time
               files.append_record(folder / RESULTS, record)
@@ -185,9 +203,10 @@ def last_sweep(workdir):
   """All cells that compare with the workdir's best: same N, seeds and reference."""
   found = best(workdir)
   return [
-    r for r in files.read_records(pathlib.Path(workdir) / FOLDER / RESULTS)
+    r
+    for r in files.read_records(pathlib.Path(workdir) / FOLDER / RESULTS)
     if all(r.get(n) == found[n] for n in ("samples", "first_seed", "reference"))
-  ]  # fmt: skip
+  ]
 
 
 def plot(path, *runs, names=()):

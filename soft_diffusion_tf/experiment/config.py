@@ -38,15 +38,30 @@ from soft_diffusion_tf.parts import (
 
 CONFIG_FILE = "config.json"
 INCIDENTAL = (  # fields, by how their names begin, that do not change the weights at a step
-  "name", "training.steps", "training.steps_per_loop", "training.log_every", "training.keep",
-  "training.checkpoint_every", "training.keep_every", "training.sample_every", "data.data_dir",
-  "training.accumulate", "data.test_split", "data.in_memory", "sampling.", "evaluation.",
-)  # fmt: skip
+  "name",
+  "training.steps",
+  "training.steps_per_loop",
+  "training.log_every",
+  "training.keep",
+  "training.checkpoint_every",
+  "training.keep_every",
+  "training.sample_every",
+  "data.data_dir",
+  "training.accumulate",
+  "data.test_split",
+  "data.in_memory",
+  "sampling.",
+  "evaluation.",
+)
 # Fields that came later, with the values by which an experiment is what it was before.
 LATER = {
-  "data.transparency": "white", "data.small": "leave_out", "data.skip_bad": 0.0,
-  "data.balanced": False, "data.augment": [], "network.augment_dim": 0,
-}  # fmt: skip
+  "data.transparency": "white",
+  "data.small": "leave_out",
+  "data.skip_bad": 0.0,
+  "data.balanced": False,
+  "data.augment": [],
+  "network.augment_dim": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +82,13 @@ class Experiment(parts.Checked):
   evaluation: Evaluation = Evaluation()  # noqa: RUF009
 
   _PARTS: ClassVar = {
-    "corruption": corruptions.Corruption, "level": schedules.Schedule, "sigma": schedules.Schedule,
-    "prior": priors.Estimator, "network": Architecture, "loss": losses.Loss,
-  }  # fmt: skip
+    "corruption": corruptions.Corruption,
+    "level": schedules.Schedule,
+    "sigma": schedules.Schedule,
+    "prior": priors.Estimator,
+    "network": Architecture,
+    "loss": losses.Loss,
+  }
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -241,8 +260,10 @@ class Experiment(parts.Checked):
       own = soft_diffusion_tf.__version__
       remedy = (
         f"; it is of version {version}, and this is {own}, which may refuse more: use that one "
-        "for this folder, or train anew" if isinstance(version, str) and version != own else ""
-      )  # fmt: skip
+        "for this folder, or train anew"
+        if isinstance(version, str) and version != own
+        else ""
+      )
       raise kind(f"{path}: {' '.join(str(error).split())}{remedy}") from error
 
   def flat(self) -> dict[str, Any]:
@@ -278,8 +299,9 @@ def from_file(path: str | pathlib.Path) -> Experiment:
   return Experiment.from_config(namespace["get_config"](), trust_code=True)
 
 
-def level_from_file(path: str | pathlib.Path, corruption: corruptions.Corruption,
-                    start: float, stop: float) -> schedules.Schedule:  # fmt: skip
+def level_from_file(
+  path: str | pathlib.Path, corruption: corruptions.Corruption, start: float, stop: float
+) -> schedules.Schedule:
   """The level schedule of a file, which must be of the same corruption and run from start to stop.
 
   Without the file the levels are `schedules.Unfound`: enough to find them, an error to train with.

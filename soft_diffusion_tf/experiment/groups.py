@@ -83,8 +83,14 @@ class Data(Group):
     """What happens to images that cannot be taken as they are."""
     return data.Policy(self.transparency, self.small, self.skip_bad)
 
-  def load(self, split: str = "", data_dir: str | None = None, progress: bool = True,
-           say: Callable[[str], None] | None = None, room: Any = None) -> Any:  # fmt: skip
+  def load(
+    self,
+    split: str = "",
+    data_dir: str | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] | None = None,
+    room: Any = None,
+  ) -> Any:
     """The `data.Source` of a split, by default of the training split, decoded.
 
     Args:
@@ -92,10 +98,17 @@ class Data(Group):
       room: where the images go instead of memory (see `data.load`).
     """
     return data.load(
-      self.name, split or self.train_split, self.image_shape, self.crop,
-      data_dir or self.data_dir or None, progress, self.policy, say, room,
+      self.name,
+      split or self.train_split,
+      self.image_shape,
+      self.crop,
+      data_dir or self.data_dir or None,
+      progress,
+      self.policy,
+      say,
+      room,
       int(self.in_memory * 2**30),
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +154,9 @@ class Training(Group):
       warnings.warn(
         f"Training({', '.join(given)}) is deprecated; give Experiment(loss=losses."
         "SoftScoreMatching(...))",
-        DeprecationWarning, stacklevel=3,
-      )  # fmt: skip
+        DeprecationWarning,
+        stacklevel=3,
+      )
     object.__setattr__(self, "_of_loss", given)  # until `Experiment` has taken it
 
 
@@ -180,16 +194,15 @@ class Sampling(Group):
     if given:
       warnings.warn(
         f"Sampling({', '.join(given)}) is deprecated; give sampler='ddim(k=0.1)' and the like",
-        DeprecationWarning, stacklevel=3,
-      )  # fmt: skip
+        DeprecationWarning,
+        stacklevel=3,
+      )
       object.__setattr__(self, "sampler", samplers.with_fields(self.sampler, given))
     if self.clip and self.threshold:
       raise ValueError(
         f"sampling.clip and sampling.threshold = {self.threshold:g} both bound x̂_0; set one of them"
       )
-    if self.times and not (
-      len(self.times) > 1 and self.times[0] == 1 and self.times[-1] == 0
-    ):  # fmt: skip
+    if self.times and not (len(self.times) > 1 and self.times[0] == 1 and self.times[-1] == 0):
       raise ValueError(
         f"sampling.times must descend from 1 to 0, got {self.times[0]:g} … {self.times[-1]:g}; "
         "give them from 1 to 0, both included"
@@ -216,9 +229,10 @@ class Sampling(Group):
     """
     said = ("sampler", "steps", "batch_size")
     other = [
-      f"{field.name} {value}" for field in dataclasses.fields(self)
+      f"{field.name} {value}"
+      for field in dataclasses.fields(self)
       if field.name not in said and (value := getattr(self, field.name)) != field.default
-    ]  # fmt: skip
+    ]
     return f"{self.sampler} ({', '.join(other)})" if other else str(self.sampler)
 
   def changed(self, nfe: int | None = None, **changes: Any) -> Sampling:

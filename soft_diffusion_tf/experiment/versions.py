@@ -56,8 +56,9 @@ def attending_by_width(content: dict[str, Any]) -> dict[str, Any]:
 
 def _of_rule(sampler: Any, values: Mapping[str, Any]) -> samplers.Rule:
   """The rule of a config of version 0.1; each value must be one that its rule takes."""
-  for name, kind in zip(OF_RULES, (samplers.DDIM, samplers.StochasticTwoStep,
-                                    samplers.DormandPrince)):  # fmt: skip
+  for name, kind in zip(
+    OF_RULES, (samplers.DDIM, samplers.StochasticTwoStep, samplers.DormandPrince)
+  ):
     if name in values:
       parts.check_fields(kind, {name: values[name]}, "sampling.")
   return samplers.with_fields(parts.make(samplers.Rule, sampler, "sampling.sampler"), values)
@@ -79,6 +80,7 @@ def PriorOptions(kind: str = "subspace", rank: int = 16) -> priors.Estimator:
   estimator = parts.make(priors.Estimator, kind, "prior.kind")
   warnings.warn(
     f"PriorOptions is deprecated; use priors.{type(estimator).__name__}()",
-    DeprecationWarning, stacklevel=2,
-  )  # fmt: skip
+    DeprecationWarning,
+    stacklevel=2,
+  )
   return dataclasses.replace(estimator, rank=rank)

@@ -35,18 +35,31 @@ def about_run(run, dtype, licence):
   """Where a model comes from; ready for JSON."""
   e = run.experiment
   return {
-    "format": FORMAT, "name": e.name, "version": soft_diffusion_tf.__version__, "step": run.step,
-    "config": e.digest(), "weights_sha256": digest_of(run),
-    "parameters": int(run.model.ema_network.count_params()), "dtype": dtype, "licence": licence,
+    "format": FORMAT,
+    "name": e.name,
+    "version": soft_diffusion_tf.__version__,
+    "step": run.step,
+    "config": e.digest(),
+    "weights_sha256": digest_of(run),
+    "parameters": int(run.model.ema_network.count_params()),
+    "dtype": dtype,
+    "licence": licence,
     "data": {"name": str(e.data.name), "split": e.data.train_split},
-  }  # fmt: skip
+  }
 
 
 # Where a model comes from: fields of a manifest and of a packed file's `about`, and their types.
 _ABOUT = {
-  "step": int, "name": str, "version": str, "config": str, "weights_sha256": str,
-  "parameters": int, "dtype": str, "licence": str, "data": dict,
-}  # fmt: skip
+  "step": int,
+  "name": str,
+  "version": str,
+  "config": str,
+  "weights_sha256": str,
+  "parameters": int,
+  "dtype": str,
+  "licence": str,
+  "data": dict,
+}
 
 
 def check_about(about):

@@ -16,10 +16,13 @@ def card(run, manifest, evaluations=()):
   )
   size = " × ".join(map(str, d.image_shape))
   lines = [
-    f"# {e.name}", "",
+    f"# {e.name}",
+    "",
     f"A Soft Diffusion model (Daras et al. 2022) of {size} images, made by soft-diffusion-tf "
-    f"{manifest['version']}.", "",
-    "| | |", "|---|---|",
+    f"{manifest['version']}.",
+    "",
+    "| | |",
+    "|---|---|",
     f"| corruption | {type(e.corruption).__name__}, level {level} |",
     f"| noise σ | {sigma} |",
     f"| prior at t = 1 | {d.prior.kind} |",
@@ -30,24 +33,32 @@ def card(run, manifest, evaluations=()):
     f"| config digest | {manifest['config']} |",
     f"| weights, SHA-256 | {manifest['weights_sha256']} |",
     f"| {manifest.get('dtype_of', 'computes in')} | {manifest['dtype']} |",
-    f"| licence of the weights | {manifest['licence']} |", "",
-    "## Measured", "",
-  ]  # fmt: skip
+    f"| licence of the weights | {manifest['licence']} |",
+    "",
+    "## Measured",
+    "",
+  ]
   train = {
-    "data": str(e.data.name), "split": e.data.train_split, "crop": e.data.crop,
+    "data": str(e.data.name),
+    "split": e.data.train_split,
+    "crop": e.data.crop,
     "image_shape": list(e.data.image_shape),
-  }  # fmt: skip
+  }
   records = [
-    r for r in evaluations
-    if r.get("step") == manifest["step"] and train.items() <= r.get("reference", {}).items()
+    r
+    for r in evaluations
+    if r.get("step") == manifest["step"]
+    and train.items() <= r.get("reference", {}).items()
     and r.get("ema_decay", e.training.ema_decay) == e.training.ema_decay  # not by --raw_weights
-  ]  # fmt: skip
+  ]
   if records:
     lines += [
       "Fréchet distance of samples to training images; the floor is the same between two sets of "
-      "real images.", "",
-      "| sampler | NFE | images | distance | floor |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+      "real images.",
+      "",
+      "| sampler | NFE | images | distance | floor |",
+      "|---|---|---|---|---|",
+    ]
     rows = []
     for r in records:
       floor = "–" if r.get("floor") is None else f"{r['floor']['value']:.4g}"

@@ -40,8 +40,17 @@ def name_of(options):
   return f"{parts.identifier(options.sampler)}_{steps}"
 
 
-def save(run, out, options=None, *, dtype="float32", restoring=restoration.DEFAULT,
-           evaluations=(), licence=UNSTATED, force=False):  # fmt: skip
+def save(
+  run,
+  out,
+  options=None,
+  *,
+  dtype="float32",
+  restoring=restoration.DEFAULT,
+  evaluations=(),
+  licence=UNSTATED,
+  force=False,
+):
   """Writes a trained model as a SavedModel; see the module's text for what is in it.
 
   Args:

@@ -151,8 +151,10 @@ class Exported(tf.Module):
       self.evaluations[name] = int(batch_sampler.plan.shape[0])
       sample, draw, process = _drawing(batch_sampler)
       for kind, function, specs in (
-        ("sample", sample, [num, seed]), ("draw", draw, [seeds]), ("process", process, [seeds]),
-      ):  # fmt: skip
+        ("sample", sample, [num, seed]),
+        ("draw", draw, [seeds]),
+        ("process", process, [seeds]),
+      ):
         self._add([f"{kind}_{name}"] + ([kind] if k == 0 else []), function, specs)
     restore, restore_map = _restoring(diffusion, predict, restoring)
     self._add("restore", restore, [image("y"), time, seed])

@@ -43,10 +43,13 @@ def pack(run, out, *, dtype="float16", evaluations=(), licence=UNSTATED, force=F
   content["sha256"] = _digest_of_file(content, prior, weights)
   with files.whole(out) as partial:
     np.savez_compressed(
-      partial, about=np.array(json.dumps(content)), prior_kind=np.array(prior.kind),
-      prior_mean=np.float32(prior.mean), prior_factors=np.float32(prior.factors),
+      partial,
+      about=np.array(json.dumps(content)),
+      prior_kind=np.array(prior.kind),
+      prior_mean=np.float32(prior.mean),
+      prior_factors=np.float32(prior.factors),
       **{_weight_name(k): w for k, w in enumerate(weights)},
-    )  # fmt: skip
+    )
   out.with_suffix(".md").write_text(card(run, about, evaluations), encoding="utf-8")
 
 

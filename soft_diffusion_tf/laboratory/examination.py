@@ -58,8 +58,10 @@ class Examination:
       return "\n".join([*lines, "not well-posed: mend this first; nothing was sampled"])
     lines.append(f"in t: {self.smooth or 'smooth'}")
     gaps = ", ".join(f"{k} {v:.3g}" for k, v in self.prior_gaps.items())
-    lines.append(f"C_1 lets {self.kept:.2%} of the variance through; priors, distance to q_1: "
-                 f"{gaps}; taken: {self.prior}")  # fmt: skip
+    lines.append(
+      f"C_1 lets {self.kept:.2%} of the variance through; priors, distance to q_1: "
+      f"{gaps}; taken: {self.prior}"
+    )
     for trial in self.trials:
       lines.append(f"schedule {trial.schedule} ({trial.note}), floor {trial.floor:.3g}:")
       for rule, nfe in trial.needed.items():
@@ -69,16 +71,22 @@ class Examination:
       lines.append("not well-posed: no sampler comes to the data within the evaluations tried")
       return "\n".join(lines)
     nfe, rule, schedule = min(
-      (n, rule, trial.schedule)
-      for trial in self.trials for rule, n in trial.needed.items() if n
-    )  # fmt: skip
+      (n, rule, trial.schedule) for trial in self.trials for rule, n in trial.needed.items() if n
+    )
     lines.append(f"well-posed; take {rule} with {nfe} evaluations and the schedule {schedule}")
     return "\n".join(lines)
 
 
-def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
-            rules=("momentum", "ddim", "two_step", "stochastic_two_step"), nfes=NFES[:13],
-            count=1000):  # fmt: skip
+def examine(
+  corruption,
+  images,
+  mixture,
+  *,
+  kinds=("transport", "linear"),
+  rules=("momentum", "ddim", "two_step", "stochastic_two_step"),
+  nfes=NFES[:13],
+  count=1000,
+):
   """Whether a corruption is well-posed, which schedule it wants and how many steps: `Examination`.
 
   Under P's two stages: noise 0.01 → 0.1, then the corruption.
@@ -86,9 +94,10 @@ def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
   shape = images.shape[1:]
   first, last = corruption.level_range[0], strongest(corruption, shape[0])
   verdict = corruptions.check_corruption(
-    corruption, shape if images[0].size <= 256 else (6, 4, shape[2]),
+    corruption,
+    shape if images[0].size <= 256 else (6, 4, shape[2]),
     first + (last - first) * np.array([0.0, 0.05, 0.3, 0.7, 1.0]),
-  )  # fmt: skip
+  )
   if not verdict.ok:
     return Examination(verdict, None, float("nan"), {}, "", [])
   linear = two_stage(corruption, schedules.Linear(first, last), shape)
@@ -116,9 +125,12 @@ def examine(corruption, images, mixture, *, kinds=("transport", "linear"),
     runs = {rule: lab.needed(rule, nfes) for rule in rules}
     trials.append(
       Trial(
-        kind, note, lab.floor.frechet, lab.bound(),
+        kind,
+        note,
+        lab.floor.frechet,
+        lab.bound(),
         {rule: nfe for rule, (nfe, _) in runs.items()},
         {rule: min(g.frechet for g in grades) for rule, (_, grades) in runs.items()},
       )
-    )  # fmt: skip
+    )
   return Examination(verdict, smooth, kept, gaps, prior, trials)

@@ -53,8 +53,7 @@ class Laboratory:
     error: (kind, size) of an error put into x̂_0 (`oracles.noisy`).
   """
 
-  def __init__(self, mixture, diffusion, images, prior="subspace", rank=32, count=2000,
-               error=None):  # fmt: skip
+  def __init__(self, mixture, diffusion, images, prior="subspace", rank=32, count=2000, error=None):
     if count < 2:
       raise ValueError(f"a grade takes at least 2 samples, got {count}")
     self.mixture, self.images, self.count = mixture, images, count
@@ -155,8 +154,13 @@ class Laboratory:
       eta = rng.normal(tf.constant([k, 9]), 0, self.count, self.diffusion.image_shape)
       forward = self.diffusion.forward(clean, np.float32(t), eta).numpy()
       own, fresh = (gaussians.Moments().update(v) for v in (x, forward))
-      result.append((float(t), gaussians.frechet_distance(own.mean, own.covariance, *q_t),
-                     gaussians.frechet_distance(fresh.mean, fresh.covariance, *q_t)))  # fmt: skip
+      result.append(
+        (
+          float(t),
+          gaussians.frechet_distance(own.mean, own.covariance, *q_t),
+          gaussians.frechet_distance(fresh.mean, fresh.covariance, *q_t),
+        )
+      )
     return result
 
   def needed(self, rule, nfes=NFES, share=0.1, grid="uniform", grade=None, **options):

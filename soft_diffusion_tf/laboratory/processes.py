@@ -32,8 +32,11 @@ def load(name, count=450, data_dir=None):
     raise ValueError(f"a laboratory takes at least 2 images, got {count}")
   if name == "crops64":
     return _crops(64, count), np.zeros(count, np.int64)
-  source = data.load(*(("digits", "all") if name == "digits" else ("cifar10", "train")),
-                     data_dir=data_dir, progress=False)  # fmt: skip
+  source = data.load(
+    *(("digits", "all") if name == "digits" else ("cifar10", "train")),
+    data_dir=data_dir,
+    progress=False,
+  )
   picked = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
   images = source.floats(picked)
   if name != "digits":
@@ -112,6 +115,8 @@ def level_schedule(kind, corruption, first, last, images, nodes=32):
 def two_stage(corruption, level, image_shape):
   """P's process: noise from 0.01 to 0.1 while t < 0.2, then the corruption (P App. D)."""
   return Diffusion(
-    image_shape, corruption, schedules.Staged(level, 0.2, 1.0),
+    image_shape,
+    corruption,
+    schedules.Staged(level, 0.2, 1.0),
     schedules.Staged(schedules.Geometric(0.01, 0.1), 0.0, 0.2),
-  )  # fmt: skip
+  )

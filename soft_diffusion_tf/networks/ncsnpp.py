@@ -85,9 +85,11 @@ class Network(Architecture, name="NCSNpp"):
         f"network.scale_by_sigma divides the output by σ, which makes no {self.prediction!r} of "
         "it; use prediction = 'score', or scale_by_sigma = False"
       )
-    if self.scale_by_sigma and self.embedding_type == "positional" and (
-      self.conditioning != "ve_label"
-    ):  # fmt: skip
+    if (
+      self.scale_by_sigma
+      and self.embedding_type == "positional"
+      and (self.conditioning != "ve_label")
+    ):
       raise ValueError(
         "network.scale_by_sigma with embedding_type = 'positional' divides by the σ of a label; "
         f"use the conditioning 've_label', not {self.conditioning!r}"

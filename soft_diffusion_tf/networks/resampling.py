@@ -46,10 +46,14 @@ def _shifted_sum(x, kernel, stride):
   """
   size = len(kernel)
   rows, columns = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
-  return tf.add_n([
-    float(kernel[i, j]) * x[:, i : i + rows : stride, j : j + columns : stride]
-    for i in range(size) for j in range(size) if kernel[i, j]
-  ])  # fmt: skip
+  return tf.add_n(
+    [
+      float(kernel[i, j]) * x[:, i : i + rows : stride, j : j + columns : stride]
+      for i in range(size)
+      for j in range(size)
+      if kernel[i, j]
+    ]
+  )
 
 
 def _insert_zeros(x, factor):

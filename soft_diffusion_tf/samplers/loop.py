@@ -88,8 +88,10 @@ def sample(
   seeds = tf.cast(seeds, tf.int64)
   image = [None, *diffusion.image_shape]
   x = tf.ensure_shape(tf.cast(x, tf.float32), image)
-  first = State(x, *(tf.zeros_like(x) if v is None else tf.ensure_shape(v, image)
-                     for v in (x0_previous, before)))  # fmt: skip
+  first = State(
+    x,
+    *(tf.zeros_like(x) if v is None else tf.ensure_shape(v, image) for v in (x0_previous, before)),
+  )
 
   own = spectrum_of(diffusion)
 
@@ -186,10 +188,14 @@ class Sampler:
       autograph=False,
       jit_compile=jit_compile,
       input_signature=[
-        tf.TensorSpec([None, COLUMNS], tf.float32), tf.TensorSpec([None], tf.int64),
-        image, image, image, tf.TensorSpec([], tf.int64),
+        tf.TensorSpec([None, COLUMNS], tf.float32),
+        tf.TensorSpec([None], tf.int64),
+        image,
+        image,
+        image,
+        tf.TensorSpec([], tf.int64),
       ],
-    )  # fmt: skip
+    )
     self._start = tf.function(
       diffusion.draw_prior, autograph=False, input_signature=[tf.TensorSpec([None], tf.int64)]
     )
@@ -244,8 +250,16 @@ class Sampler:
       predictions.append(state.x0_hat.numpy())
     return np.array(times), np.stack(states), np.stack(predictions)
 
-  def adaptive(self, seeds: Any, x: Any = None, *, start: float = 1.0, end: float = 1e-3,
-               rtol: float = 1e-3, atol: float = 1e-3) -> tuple[tf.Tensor, int]:  # fmt: skip
+  def adaptive(
+    self,
+    seeds: Any,
+    x: Any = None,
+    *,
+    start: float = 1.0,
+    end: float = 1e-3,
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+  ) -> tuple[tf.Tensor, int]:
     """Images by the probability flow with steps that keep an error (Dormand-Prince, `tfp.math`).
 
     The step size comes from the whole batch, so here an image depends on its batch, to within the

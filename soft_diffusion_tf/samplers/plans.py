@@ -25,8 +25,13 @@ GRIDS = ("uniform", "quadratic", "level", "transport", "relative")
 _FINE = 256  # cells in which a grid measures a schedule's length
 
 
-def time_grid(steps: int, kind: str = "uniform", diffusion: Diffusion | None = None,
-              start: float = 1.0, images: Any = None) -> Array:  # fmt: skip
+def time_grid(
+  steps: int,
+  kind: str = "uniform",
+  diffusion: Diffusion | None = None,
+  start: float = 1.0,
+  images: Any = None,
+) -> Array:
   """Times from `start` down to 0 for `steps` steps, float64 [steps + 1].
 
   Args:
@@ -92,8 +97,9 @@ def _at(schedule: Callable[[Any], Any], times: Array) -> Array:
   return schedule(np.asarray(times, np.float32)).numpy().astype(np.float64)
 
 
-def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
-         denoise: bool = True) -> tf.Tensor:  # fmt: skip
+def plan(
+  rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *, denoise: bool = True
+) -> tf.Tensor:
   """The rows (t, s, a, b, γ, kind) of a sampler, float32 [N, 6]; N is the number of evaluations.
 
   Args:
@@ -166,8 +172,15 @@ def plan(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *,
   return tf.constant(content)
 
 
-def table(rule: Any, times: Sequence[float] | Array, diffusion: Diffusion, *, k: float = 0.0,
-          noise: float = 1.0, denoise: bool = True) -> tf.Tensor:  # fmt: skip
+def table(
+  rule: Any,
+  times: Sequence[float] | Array,
+  diffusion: Diffusion,
+  *,
+  k: float = 0.0,
+  noise: float = 1.0,
+  denoise: bool = True,
+) -> tf.Tensor:
   """Deprecated: `plan`, as version 0.1 named it. `k` and `noise` are fields of the rules now."""
   warnings.warn("samplers.table is deprecated; use samplers.plan", DeprecationWarning, stacklevel=2)
   return plan(with_fields(rule, {"k": k, "noise": noise}), times, diffusion, denoise=denoise)

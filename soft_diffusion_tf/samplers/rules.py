@@ -298,8 +298,9 @@ def rule_of(value: Any) -> Rule:
   if callable(value) and not isinstance(value, Rule):
     warnings.warn(
       "a function (σ_t, σ_s) → (a, b) as sampler is deprecated; derive a class from samplers.Rule",
-      DeprecationWarning, stacklevel=3,
-    )  # fmt: skip
+      DeprecationWarning,
+      stacklevel=3,
+    )
     return _Function(value)
   if isinstance(value, Sequence) and not isinstance(value, str):
     return Turns(tuple(map(rule_of, value)))

@@ -26,10 +26,13 @@ _PAGE = {
   "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 _PAGE_HEADERS = (
-  (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; "
-   b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+  (
+    b"content-security-policy",
+    b"default-src 'self'; img-src 'self' data: blob:; "
+    b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+  ),
   (b"cache-control", b"no-cache"),
-)  # fmt: skip
+)
 
 
 class App:
@@ -47,8 +50,17 @@ class App:
 
   _BODIES = 16  # bodies of full size that may be held at once
 
-  def __init__(self, model, batcher, *, timeout=60.0, body_timeout=10.0, max_body=8 << 20,
-               hosts=None, addresses=False):  # fmt: skip
+  def __init__(
+    self,
+    model,
+    batcher,
+    *,
+    timeout=60.0,
+    body_timeout=10.0,
+    max_body=8 << 20,
+    hosts=None,
+    addresses=False,
+  ):
     self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
     self.addresses = addresses
     self.model, self.batcher, self.metrics = model, batcher, batcher.metrics
@@ -80,18 +92,21 @@ class App:
       status, body = 500, b'{"error":"the server failed; its log says how"}'
     self.metrics.count("requests_total", code=status, **what)
     if what["signature"]:
-      self.metrics.observe(
-        "request_seconds", time.monotonic() - begin, Metrics.LATENCIES, **what
-      )  # fmt: skip
+      self.metrics.observe("request_seconds", time.monotonic() - begin, Metrics.LATENCIES, **what)
     if status == 499:
       return
-    await send({
-      "type": "http.response.start", "status": status,
-      "headers": [
-        (b"content-type", kind.encode()), (b"content-length", str(len(body)).encode()),
-        (b"x-content-type-options", b"nosniff"), *headers,
-      ],
-    })  # fmt: skip
+    await send(
+      {
+        "type": "http.response.start",
+        "status": status,
+        "headers": [
+          (b"content-type", kind.encode()),
+          (b"content-length", str(len(body)).encode()),
+          (b"x-content-type-options", b"nosniff"),
+          *headers,
+        ],
+      }
+    )
     await send({"type": "http.response.body", "body": body})
 
   def _check_origin(self, scope):
@@ -100,9 +115,10 @@ class App:
     host = headers.get(b"host", b"").decode("latin-1").lower()
     if self.hosts is not None and host and not self._serves(host):
       raise Refused(
-        403, f"Host {quote(host)} is not served here; start the server with --allow_host=NAME if "
-        "it should be"
-      )  # fmt: skip
+        403,
+        f"Host {quote(host)} is not served here; start the server with --allow_host=NAME if "
+        "it should be",
+      )
     site = headers.get(b"sec-fetch-site")
     if site is None and b"origin" in headers:  # as browsers ask where there is no TLS
       own = headers[b"origin"].rpartition(b"//")[2].lower() == host.encode("latin-1")
@@ -134,8 +150,11 @@ class App:
       return _json({"status": "ok" if good else "failed"}, 200 if good else 503)
     if path == "/metrics":
       self._allow(method, "GET")
-      gauges = {"queue_requests": self.batcher.waiting, "queue_limit": self.batcher.limit,
-                "body_bytes_held": self._held}  # fmt: skip
+      gauges = {
+        "queue_requests": self.batcher.waiting,
+        "queue_limit": self.batcher.limit,
+        "body_bytes_held": self._held,
+      }
       return 200, self.metrics.text(gauges).encode(), "text/plain; version=0.0.4", ()
     if path in self.model.files:
       self._allow(method, "GET")
@@ -153,9 +172,10 @@ class App:
     name, version, verb = match.groups()
     if name != self.model.name or version not in (None, self.model.version):
       raise Refused(
-        404, f"no model {quote(name)}{f' of version {quote(version)}' if version else ''}; "
-        f"this is {self.model.name}, version {self.model.version}"
-      )  # fmt: skip
+        404,
+        f"no model {quote(name)}{f' of version {quote(version)}' if version else ''}; "
+        f"this is {self.model.name}, version {self.model.version}",
+      )
     if verb == ":predict":
       self._allow(method, "POST")
       return await self._predict(scope, receive, what)
@@ -225,8 +245,11 @@ class App:
       if left.done():
         raise Gone
       raise Refused(504, f"no answer within {self.timeout:g} s")
-    except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError,
-            tf.errors.FailedPreconditionError) as error:  # fmt: skip
+    except (
+      tf.errors.InvalidArgumentError,
+      tf.errors.OutOfRangeError,
+      tf.errors.FailedPreconditionError,
+    ) as error:
       raise Refused(400, f"the model refuses these inputs: {_cause(error)}") from None
     except tf.errors.ResourceExhaustedError:
       raise Refused(503, "out of memory; ask for less at once", [(b"retry-after", b"5")]) from None
@@ -294,8 +317,9 @@ def _guarded(seconds):
       held = collections.Counter(map(address, there))
       waits = lambda c: c.cycle is None or c.cycle.response_complete
       idle = lambda c: waits(c) and not c.transport.get_write_buffer_size()
-      free = [c for c in there if c is not self
-              and (waits(c) or c.conn.their_state is h11.SEND_BODY)]  # fmt: skip
+      free = [
+        c for c in there if c is not self and (waits(c) or c.conn.their_state is h11.SEND_BODY)
+      ]
       if free:
         max(free, key=lambda c: (held[address(c)], idle(c), -c._begin)).transport.abort()
 
@@ -345,9 +369,18 @@ def make_server(app, *, connections=512, slow_client=10.0, grace=None):
   uvicorn = uvicorn_module()
   return uvicorn.Server(
     uvicorn.Config(
-      app, http=_guarded(slow_client), ws="none", loop="asyncio", lifespan="off",
-      log_config=None, access_log=False, server_header=False, proxy_headers=False,
-      limit_concurrency=connections, timeout_keep_alive=math.ceil(slow_client),
-      timeout_graceful_shutdown=grace, h11_max_incomplete_event_size=16 << 10,
+      app,
+      http=_guarded(slow_client),
+      ws="none",
+      loop="asyncio",
+      lifespan="off",
+      log_config=None,
+      access_log=False,
+      server_header=False,
+      proxy_headers=False,
+      limit_concurrency=connections,
+      timeout_keep_alive=math.ceil(slow_client),
+      timeout_graceful_shutdown=grace,
+      h11_max_incomplete_event_size=16 << 10,
     )
-  )  # fmt: skip
+  )

@@ -109,9 +109,10 @@ class Batcher:
       if len(self._waiting) >= self.limit:
         wait = math.ceil(min(max(self._seconds * len(self._waiting), 1), 60))
         raise Refused(
-          429, f"{self.limit} requests are waiting; try again in {wait} s",
+          429,
+          f"{self.limit} requests are waiting; try again in {wait} s",
           [(b"retry-after", str(wait).encode())],
-        )  # fmt: skip
+        )
       future = concurrent.futures.Future()
       self._waiting.append((request, future))
       self._changed.notify()
@@ -132,11 +133,13 @@ class Batcher:
       taken, left, rows, first = [], collections.deque(), 0, None
       for request, future in self._waiting:
         fits = first is None or (
-          first.rows and first.signature.row_wise
-          and request.rows and rows + request.rows <= self.max_rows
+          first.rows
+          and first.signature.row_wise
+          and request.rows
+          and rows + request.rows <= self.max_rows
           and request.signature is first.signature
           and all(request.inputs[k].shape[1:] == v.shape[1:] for k, v in first.inputs.items())
-        )  # fmt: skip
+        )
         if not fits:
           left.append((request, future))
         elif future.set_running_or_notify_cancel():

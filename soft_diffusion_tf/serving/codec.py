@@ -67,9 +67,14 @@ def _array(name, value, spec):
     if given in "OUS":
       types = {type(v) for v in array.flat}
       raise refuse(
-        "text" if str in types or given != "O" else "null" if type(None) in types
-        else "an object" if dict in types else "numbers of that size"
-      )  # fmt: skip
+        "text"
+        if str in types or given != "O"
+        else "null"
+        if type(None) in types
+        else "an object"
+        if dict in types
+        else "numbers of that size"
+      )
     if spec.dtype.is_floating:
       if given not in "iuf":
         raise refuse("true or false")
@@ -170,9 +175,9 @@ def decode(model, body, max_rows):
 def _values(name, array):
   if array.dtype.kind in "OS":
     in_base64 = name.endswith("_bytes")  # as TensorFlow Serving decides
-    one = lambda v: {"b64": base64.b64encode(v).decode()} if in_base64 else v.decode(
-      errors="replace"
-    )  # fmt: skip
+    one = lambda v: (
+      {"b64": base64.b64encode(v).decode()} if in_base64 else v.decode(errors="replace")
+    )
     pack = lambda v: [pack(x) for x in v] if isinstance(v, list) else one(v)
     return pack(array.tolist())
   if array.dtype.kind == "V":  # bfloat16
@@ -202,9 +207,11 @@ def encode(request, outputs):
   if request.as_rows and len({len(column) for column in columns.values()}) > 1:
     raise Refused(400, f'{request.signature.name} does not work by rows; give "inputs"')
   if request.as_rows:
-    rows = next(iter(columns.values())) if len(columns) == 1 else [
-      dict(zip(columns, row)) for row in zip(*columns.values())
-    ]  # fmt: skip
+    rows = (
+      next(iter(columns.values()))
+      if len(columns) == 1
+      else [dict(zip(columns, row)) for row in zip(*columns.values())]
+    )
     return b'{"predictions":%s}' % _dump(rows)
   if len(columns) == 1:
     return b'{"outputs":%s}' % _dump(next(iter(columns.values())))

@@ -45,8 +45,9 @@ class Signature:
   def __init__(self, name, function):
     self.name = name
     self.inputs = dict(function.structured_input_signature[1])
-    self.outputs = {k: tf.TensorSpec(v.shape, v.dtype) for k, v in
-                    function.structured_outputs.items()}  # fmt: skip
+    self.outputs = {
+      k: tf.TensorSpec(v.shape, v.dtype) for k, v in function.structured_outputs.items()
+    }
     self._function = function
     free = lambda spec: spec.shape.rank is None or (spec.shape.rank > 0 and spec.shape[0] is None)
     specs = [*self.inputs.values(), *self.outputs.values()]
@@ -61,11 +62,13 @@ class Signature:
     """Zeros that fit the inputs, one of everything: what the first call may be tried with."""
     shape = lambda spec: [1 if n is None else n for n in (spec.shape.as_list())]
     return {
-      k: np.ones([], v.dtype.as_numpy_dtype) if k in SIZES and v.shape.rank == 0
-      else np.full(shape(v), b"") if v.dtype == tf.string
+      k: np.ones([], v.dtype.as_numpy_dtype)
+      if k in SIZES and v.shape.rank == 0
+      else np.full(shape(v), b"")
+      if v.dtype == tf.string
       else np.zeros(shape(v), v.dtype.as_numpy_dtype)
       for k, v in self.inputs.items()
-    }  # fmt: skip
+    }
 
 
 class Model:
@@ -120,9 +123,13 @@ class Model:
     kind, _, rest = name.partition("_")
     twin = self.signatures.get(f"draw_{rest}" if rest else "draw")
     good = (
-      kind == "sample" and twin and twin.row_wise and set(signature.inputs) == {"num", "seed"}
-      and list(twin.inputs) == ["seeds"] and set(twin.outputs) == set(signature.outputs)
-    )  # fmt: skip
+      kind == "sample"
+      and twin
+      and twin.row_wise
+      and set(signature.inputs) == {"num", "seed"}
+      and list(twin.inputs) == ["seeds"]
+      and set(twin.outputs) == set(signature.outputs)
+    )
     return twin if good else None
 
   def status(self):

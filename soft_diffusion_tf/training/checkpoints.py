@@ -51,8 +51,9 @@ def named_variables(model):
 
   return {
     name(group, place, variable): variable.value
-    for group, variables in groups.items() for place, variable in enumerate(variables)
-  }  # fmt: skip
+    for group, variables in groups.items()
+    for place, variable in enumerate(variables)
+  }
 
 
 class Checkpoints:

@@ -228,10 +228,18 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
 
   def pipeline(context):  # a worker's own part of every batch
     return data.batches(
-      source, options.batch_size, seed=experiment.seed, start=step, flip=experiment.data.flip,
-      part=(context.input_pipeline_id, hosts), each=each, labels=True, told=True,
-      balanced=experiment.data.balanced, augment=experiment.data.augment,
-    )  # fmt: skip
+      source,
+      options.batch_size,
+      seed=experiment.seed,
+      start=step,
+      flip=experiment.data.flip,
+      part=(context.input_pipeline_id, hosts),
+      each=each,
+      labels=True,
+      told=True,
+      balanced=experiment.data.balanced,
+      augment=experiment.data.augment,
+    )
 
   iterator = iter(strategy.distribute_datasets_from_function(pipeline))
   loop, norms = make_loop(model, strategy), make_norms(model)

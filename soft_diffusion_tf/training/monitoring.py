@@ -52,9 +52,14 @@ class Monitor:
     self._lines = progress and not sys.stderr.isatty()
     self._steps = steps
     self._bar = tqdm.tqdm(
-      total=steps, initial=step, desc="training", unit="step", mininterval=1.0, smoothing=0.05,
+      total=steps,
+      initial=step,
+      desc="training",
+      unit="step",
+      mininterval=1.0,
+      smoothing=0.05,
       disable=not progress or self._lines,
-    )  # fmt: skip
+    )
 
   def __enter__(self):
     return self
@@ -111,10 +116,13 @@ class Monitor:
     counts = window["counts"]
     by_t = np.where(counts > 0, window["sums"] / np.maximum(counts, 1), np.nan)
     values = {
-      "loss": window["loss"] / steps, "gradient_norm": window["norm"] / steps, **values,
+      "loss": window["loss"] / steps,
+      "gradient_norm": window["norm"] / steps,
+      **values,
       "images_per_second": round(rate, 1),
-      "input_wait": round(min(float(window["wait"]) / elapsed, 1.0), 5), "loss_by_t": by_t,
-    }  # fmt: skip
+      "input_wait": round(min(float(window["wait"]) / elapsed, 1.0), 5),
+      "loss_by_t": by_t,
+    }
     record = {"step": step, "steps": steps} | {k: _plain(v) for k, v in values.items()}
     self._metrics.write(json.dumps(record) + "\n")
     with self._writer.as_default():

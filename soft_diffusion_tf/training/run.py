@@ -29,10 +29,13 @@ def ema_remark(experiment, step):
 def build(experiment, diffusion):
   """A model with an optimizer, fresh: network, averaged weights and Adam's slots exist."""
   model = SoftDiffusionModel(
-    experiment.build_network(), diffusion,
-    training=experiment.training, options=experiment.network, loss=experiment.loss,
+    experiment.build_network(),
+    diffusion,
+    training=experiment.training,
+    options=experiment.network,
+    loss=experiment.loss,
     seed=experiment.seed,
-  )  # fmt: skip
+  )
   model.compile(optimizer=model.make_optimizer())
   model.optimizer.build(model.network.trainable_variables)
   return model

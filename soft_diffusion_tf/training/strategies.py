@@ -16,8 +16,9 @@ from soft_diffusion_tf import parts
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
-def make_strategy(name: str = "auto", tpu: str = "", peer_timeout: float = 300.0,
-                  alone: bool = False) -> tf.distribute.Strategy:  # fmt: skip
+def make_strategy(
+  name: str = "auto", tpu: str = "", peer_timeout: float = 300.0, alone: bool = False
+) -> tf.distribute.Strategy:
   """A distribution strategy by name; call it before anything else touches a device.
 
   Args:

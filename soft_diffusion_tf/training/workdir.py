@@ -13,8 +13,11 @@ from soft_diffusion_tf.training.run import CHECKPOINTS
 HISTORY_FILE = "history.jsonl"
 LABELS_FILE = "labels.json"
 RECORDS = (  # of steps that were taken
-  METRICS_FILE, WINDOWS_FILE, "evaluations.jsonl", "sweep/results.jsonl",
-)  # fmt: skip
+  METRICS_FILE,
+  WINDOWS_FILE,
+  "evaluations.jsonl",
+  "sweep/results.jsonl",
+)
 # What may change when a run goes on in its workdir; all else would make it another run. The rate is
 # not incidental, but who is told to lower it has to be able to.
 _MAY_CHANGE = (*INCIDENTAL, "training.learning_rate")

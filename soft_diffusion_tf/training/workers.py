@@ -90,9 +90,10 @@ def check_agreement(strategy, experiment, step, source, prior, model):
     "images": (f"with {len(source):,} images", len(source)),
   }
   for name, digest in (
-    ("data", source.digest()), ("prior", sha([prior.mean, prior.factors]).hexdigest()),
+    ("data", source.digest()),
+    ("prior", sha([prior.mean, prior.factors]).hexdigest()),
     ("weights", sha([v.numpy() for v in state]).hexdigest()),
-  ):  # fmt: skip
+  ):
     mine[name] = (f"with {name} {digest[:12]}", int(digest[:12], 16))
   # Pieces of 16 bits, whose squares float64 sums exactly.
   pieces = np.array(

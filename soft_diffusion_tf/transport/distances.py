@@ -208,8 +208,16 @@ class Clouds:
     cut: largest root mean square that the reduced basis may cut from a node; 0 keeps the pixels.
   """
 
-  def __init__(self, corruption: Corruption, levels: Array, sigmas: Array, images: Array,
-               noise: str = "none", seed: int = 0, cut: float = 0.0) -> None:  # fmt: skip
+  def __init__(
+    self,
+    corruption: Corruption,
+    levels: Array,
+    sigmas: Array,
+    images: Array,
+    noise: str = "none",
+    seed: int = 0,
+    cut: float = 0.0,
+  ) -> None:
     if noise not in NOISES:
       raise ValueError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     self.corruption, self.noise, self.seed, self.cut = corruption, noise, seed, cut
@@ -312,9 +320,17 @@ class Sinkhorn(Distances):
     threshold: L1 error of the marginals at which a problem counts as solved.
   """
 
-  def __init__(self, clouds: Clouds, paired: Array, method: str = "sinkhorn", *, epsilon: float,
-               neighbours: bool = False, warm: bool = True,
-               threshold: float = _THRESHOLD) -> None:  # fmt: skip
+  def __init__(
+    self,
+    clouds: Clouds,
+    paired: Array,
+    method: str = "sinkhorn",
+    *,
+    epsilon: float,
+    neighbours: bool = False,
+    warm: bool = True,
+    threshold: float = _THRESHOLD,
+  ) -> None:
     super().__init__(len(clouds))
     self.clouds, self.method, self.epsilon = clouds, method, epsilon
     self.warm, self.neighbours, self.threshold = warm, neighbours, threshold
@@ -329,11 +345,10 @@ class Sinkhorn(Distances):
     # Pairing every image with itself has the relative entropy log n.
     return self._paired**2 + self.epsilon * math.log(len(self.clouds.images))
 
-  def _solve(self, i: int, j: int, x: Array, y: Array | None,
-             init: tuple[Any, Any] | None) -> sinkhorn.SinkhornResult:  # fmt: skip
-    options = {
-      "epsilon": self.epsilon, "threshold": self.threshold, "max_iterations": _ITERATIONS
-    }  # fmt: skip
+  def _solve(
+    self, i: int, j: int, x: Array, y: Array | None, init: tuple[Any, Any] | None
+  ) -> sinkhorn.SinkhornResult:
+    options = {"epsilon": self.epsilon, "threshold": self.threshold, "max_iterations": _ITERATIONS}
     try:
       result = sinkhorn.sinkhorn(x, y, init=init, **options)
       if not bool(result.converged):  # from far away, by way of larger ε

@@ -47,10 +47,19 @@ def shift(one: Array, two: Array, levels: Array) -> float:
   return float(np.max(np.abs(steps(one) - steps(two))))
 
 
-def measure(method: str, corruption: Corruption, levels: Array, images: Array, *,
-            sigmas: Array | None = None, noise: str = "none", nodes: int = 32, seed: int = 0,
-            epsilon: float | None = None,
-            progress: Progress | None = None) -> tuple[Distances, dict[str, Any]]:  # fmt: skip
+def measure(
+  method: str,
+  corruption: Corruption,
+  levels: Array,
+  images: Array,
+  *,
+  sigmas: Array | None = None,
+  noise: str = "none",
+  nodes: int = 32,
+  seed: int = 0,
+  epsilon: float | None = None,
+  progress: Progress | None = None,
+) -> tuple[Distances, dict[str, Any]]:
   """Distances of a method between corrupted data sets, and what a schedule file says of them.
 
   Args:
@@ -80,8 +89,9 @@ def measure(method: str, corruption: Corruption, levels: Array, images: Array, *
       raise
     commute = False
   by_level = closed_form_distances(corruption, line, images, progress)[np.ix_(row, row)]
-  clouds = Clouds(corruption, levels, np.zeros(len(levels)) if sigmas is None else sigmas, images,
-                  noise, seed)  # fmt: skip
+  clouds = Clouds(
+    corruption, levels, np.zeros(len(levels)) if sigmas is None else sigmas, images, noise, seed
+  )
   paired = clouds.paired(by_level)
   if method == "closed_form":
     return Known(paired), facts
@@ -108,12 +118,25 @@ class Found(NamedTuple):
   distances: Distances
 
 
-def search(corruption: Corruption, images: Array, first: float, last: float, *,
-           count: int = 256, nodes: int = 32, candidates: str = "transport",
-           method: str = "closed_form", noise: str = "none", sigma: float = 0.0,
-           sigmas: tuple[float, float, int] | None = None, epsilon: float | None = None,
-           seed: int = 0, halves: bool = False, journal: str | pathlib.Path | None = None,
-           progress: Progress | None = None) -> Found:  # fmt: skip
+def search(
+  corruption: Corruption,
+  images: Array,
+  first: float,
+  last: float,
+  *,
+  count: int = 256,
+  nodes: int = 32,
+  candidates: str = "transport",
+  method: str = "closed_form",
+  noise: str = "none",
+  sigma: float = 0.0,
+  sigmas: tuple[float, float, int] | None = None,
+  epsilon: float | None = None,
+  seed: int = 0,
+  halves: bool = False,
+  journal: str | pathlib.Path | None = None,
+  progress: Progress | None = None,
+) -> Found:
   """Finds the schedule of a corruption for a data set (P's setting by default).
 
   Args:
@@ -142,12 +165,22 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
   if journal is not None and method != "closed_form":
     # Sums of many threads differ in their last digits from run to run, so a search that goes on
     # keeps the candidates, and the ε, that it began with.
-    log = Journal(journal, {
-      "version": __version__, "corruption": corruption.get_config(), "method": method,
-      "noise": noise, "sigma": sigma, "sigmas": sigmas, "seed": seed, "nodes": nodes,
-      "epsilon": epsilon, "candidates": line.tolist(),
-      "images": hashlib.sha256(images.tobytes()).hexdigest()[:16],
-    })  # fmt: skip
+    log = Journal(
+      journal,
+      {
+        "version": __version__,
+        "corruption": corruption.get_config(),
+        "method": method,
+        "noise": noise,
+        "sigma": sigma,
+        "sigmas": sigmas,
+        "seed": seed,
+        "nodes": nodes,
+        "epsilon": epsilon,
+        "candidates": line.tolist(),
+        "images": hashlib.sha256(images.tobytes()).hexdigest()[:16],
+      },
+    )
     line = np.array(log.header["candidates"])
     epsilon = log.epsilon if log.epsilon is not None else epsilon
   grid = line
@@ -162,8 +195,18 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
   wanted = min(nodes, len(levels))
 
   def distances_of(part: str, chosen: Array) -> tuple[Distances, dict[str, Any]]:
-    found, facts = measure(method, corruption, levels, chosen, sigmas=noises, noise=noise,
-                           nodes=nodes, seed=seed, epsilon=epsilon, progress=progress)  # fmt: skip
+    found, facts = measure(
+      method,
+      corruption,
+      levels,
+      chosen,
+      sigmas=noises,
+      noise=noise,
+      nodes=nodes,
+      seed=seed,
+      epsilon=epsilon,
+      progress=progress,
+    )
     found.places = places
     if log is not None:
       log.epsilon = facts.get("sinkhorn_epsilon")
@@ -177,9 +220,13 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
   if sigmas is not None:
     path = dataclasses.replace(path, sigmas=noises[list(path.indices)])
   facts = {
-    "corruption": corruption.get_config(), "candidates": candidates,
-    "candidate_levels": len(line), "seed": seed, "version": __version__, **facts,
-  }  # fmt: skip
+    "corruption": corruption.get_config(),
+    "candidates": candidates,
+    "candidate_levels": len(line),
+    "seed": seed,
+    "version": __version__,
+    **facts,
+  }
   if noise != "none" and sigmas is None:
     facts["sigma"] = sigma
   if sigmas is not None:
@@ -194,15 +241,22 @@ def search(corruption: Corruption, images: Array, first: float, last: float, *,
   return Found(path, facts, grid, distances)
 
 
-def find(corruption: Corruption, images: Array, first: float, last: float,
-         **options: Any) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+def find(
+  corruption: Corruption, images: Array, first: float, last: float, **options: Any
+) -> tuple[Path, dict[str, Any]]:
   """The path that `search` finds with the same arguments, and what a schedule file says of it."""
   return search(corruption, images, first, last, **options)[:2]
 
 
-def mse_matched(corruption: Corruption, images: Array, first: float, last: float,
-                sigma: Callable[[Array], Any], ve_sigma: Callable[[Array], Any],
-                nodes: int = 32) -> Array:  # fmt: skip
+def mse_matched(
+  corruption: Corruption,
+  images: Array,
+  first: float,
+  last: float,
+  sigma: Callable[[Array], Any],
+  ve_sigma: Callable[[Array], Any],
+  nodes: int = 32,
+) -> Array:
   """P's natural baseline (Eq. 55): levels whose MSE to the clean image decays as the VE process's.
 
   With noise, E‖x_0 − x_t‖² = E‖(I − C_t) x_0‖² + d σ_t²; the level at t is where its share of the

@@ -112,8 +112,12 @@ def check_closed_form(corruption: Corruption, levels: Array, images: Array) -> d
       optimal = plain - 2 * float(inner[taken].sum() - np.trace(inner))
       if plain > 1e-9 * norm**2:
         worst("excess", 1.0 - math.sqrt(max(optimal, 0.0) / plain))
-  for name, limit in (("asymmetry", 0.05), ("negativity", 0.05), ("commutator", 0.05),
-                      ("excess", 0.01)):  # fmt: skip
+  for name, limit in (
+    ("asymmetry", 0.05),
+    ("negativity", 0.05),
+    ("commutator", 0.05),
+    ("excess", 0.01),
+  ):
     if defects[name] > limit:
       raise NotClosedForm(
         f"the closed form does not hold for {type(corruption).__name__} on these images: "
@@ -122,8 +126,9 @@ def check_closed_form(corruption: Corruption, levels: Array, images: Array) -> d
   return defects
 
 
-def closed_form_distances(corruption: Corruption, levels: Array, images: Array,
-                          progress: Progress | None = None) -> Array:  # fmt: skip
+def closed_form_distances(
+  corruption: Corruption, levels: Array, images: Array, progress: Progress | None = None
+) -> Array:
   """√E‖(C_i − C_j) x_0‖² between all pairs of corrupted data sets, float64 [L, L].
 
   It is W₂ where `check_closed_form` passes, and bounds it from above everywhere (x_0 is paired with
@@ -171,8 +176,14 @@ def closed_form_distances(corruption: Corruption, levels: Array, images: Array,
   return np.where(squares > 1e-13 * squares.max(), np.sqrt(squares), 0.0)
 
 
-def candidate_levels(corruption: Corruption, first: float, last: float, count: int, kind: str,
-                     images: Array | None = None) -> Array:  # fmt: skip
+def candidate_levels(
+  corruption: Corruption,
+  first: float,
+  last: float,
+  count: int,
+  kind: str,
+  images: Array | None = None,
+) -> Array:
   """Candidate levels from `first` (clean) to `last`, float64 [count].
 
   Args:

@@ -162,8 +162,9 @@ def _calibrated(distances: Distances, guess: Array) -> Array:
   return result
 
 
-def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
-              progress: Progress | None = None) -> Path:  # fmt: skip
+def find_path(
+  levels: Array, distances: Array | Distances, nodes: int = 32, progress: Progress | None = None
+) -> Path:
   """The shortest path with `nodes` nodes, ε found exactly among the edge weights.
 
   Of `Distances` only those edges are computed that lie on a path that looks shortest by their
@@ -214,7 +215,13 @@ def find_path(levels: Array, distances: Array | Distances, nodes: int = 32,
       deviation = max(deviation, float(np.max(np.abs(expected / np.maximum(values, 1e-30) - 1))))
   steps = distances.pairs(edges)
   return Path(
-    np.asarray(levels, np.float64)[path], steps, float(steps.max()),
-    distances(0, distances.count - 1), nearest, None, tuple(path), deviation,
+    np.asarray(levels, np.float64)[path],
+    steps,
+    float(steps.max()),
+    distances(0, distances.count - 1),
+    nearest,
+    None,
+    tuple(path),
+    deviation,
     len(distances.known) if not exact else distances.count * (distances.count - 1) // 2,
-  )  # fmt: skip
+  )

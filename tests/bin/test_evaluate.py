@@ -19,10 +19,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def start(*flags):
   return subprocess.Popen(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.evaluate", *map(str, flags)], cwd=ROOT,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    [sys.executable, "-m", "soft_diffusion_tf.bin.evaluate", *map(str, flags)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
 
 
 def evaluate(*flags):
@@ -107,19 +110,33 @@ for line in sys.argv[1:]:
 def test_flags_that_would_be_ignored_are_refused():
   """What is asked for, and after the bar the flag that it does not take."""
   cases = (
-    "--sweep | --images=x", "--sweep | --memorisation", "--sweep | --checkpoint=6",
-    "--sweep | --steps=3", "--sweep | --grid=level", "--sweep --samplers=naive | --sampler=heun",
-    "--memorisation | --split=test", "--memorisation | --reference=digits",
-    "--memorisation --images=x | --reference_samples=9", "--memorisation | --samplers=naive",
-    "--images=x | --checkpoint=6", "--images=x | --sampler=heun", "--images=x | --steps=3",
-    "--images=x | --nfe=3", "--images=x | --grid=level", "--images=x | --first_seed=0",
-    "--images=x --memorisation | --steps=3", "--steps=3 | --samplers=naive",
+    "--sweep | --images=x",
+    "--sweep | --memorisation",
+    "--sweep | --checkpoint=6",
+    "--sweep | --steps=3",
+    "--sweep | --grid=level",
+    "--sweep --samplers=naive | --sampler=heun",
+    "--memorisation | --split=test",
+    "--memorisation | --reference=digits",
+    "--memorisation --images=x | --reference_samples=9",
+    "--memorisation | --samplers=naive",
+    "--images=x | --checkpoint=6",
+    "--images=x | --sampler=heun",
+    "--images=x | --steps=3",
+    "--images=x | --nfe=3",
+    "--images=x | --grid=level",
+    "--images=x | --first_seed=0",
+    "--images=x --memorisation | --steps=3",
+    "--steps=3 | --samplers=naive",
     "--nosweep | --checkpoints=newest",
-  )  # fmt: skip
+  )
   done = subprocess.run(
     [sys.executable, "-c", _REFUSALS, *(case.replace("|", "") for case in cases)],
-    cwd=ROOT, capture_output=True, text=True, check=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   lines = done.stdout.splitlines()
   assert len(lines) == len(cases)
   for line, case in zip(lines, cases):
@@ -128,9 +145,11 @@ def test_flags_that_would_be_ignored_are_refused():
 
 def test_a_folder_of_images_against_another(folders):
   code, out, err = evaluate(
-    f"--images={folders}/one", f"--reference=folder:{folders}/two", "--feature_net=pixels:4",
+    f"--images={folders}/one",
+    f"--reference=folder:{folders}/two",
+    "--feature_net=pixels:4",
     "--reference_samples=80",
-  )  # fmt: skip
+  )
   assert code == 0, err
   record = json.loads(out.splitlines()[-1])
   assert (record["samples"], record["reference"]["count"]) == (60, 80)
@@ -201,9 +220,14 @@ def test_memorisation(workdir):
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(workdir):
   flags = (
-    f"--workdir={workdir}", "--sweep", "--samples=70", "--nfe=2,3,4", "--samplers=naive,momentum",
-    "--checkpoints=newest", "--first_seed=100",
-  )  # fmt: skip
+    f"--workdir={workdir}",
+    "--sweep",
+    "--samples=70",
+    "--nfe=2,3,4",
+    "--samplers=naive,momentum",
+    "--checkpoints=newest",
+    "--first_seed=100",
+  )
   results = workdir / "sweep" / "results.jsonl"
   process = start(*flags)
   while process.poll() is None and not (results.exists() and results.read_text().count("\n") >= 2):
@@ -223,7 +247,8 @@ def test_a_killed_sweep_goes_on(workdir):
   assert code == 0, err
   fresh = [json.loads(line)["value"] for line in results.read_text().splitlines()]
   assert fresh == [json.loads(line)["value"] for line in after]
-  code, out, err = evaluate(f"--workdir={workdir}", "--checkpoint=best", "--samples=70",
-                            "--first_seed=100")  # fmt: skip
+  code, out, err = evaluate(
+    f"--workdir={workdir}", "--checkpoint=best", "--samples=70", "--first_seed=100"
+  )
   best = json.loads((workdir / "best.json").read_text())
   assert f"{best['label']} {best['value']:.4g}" in out

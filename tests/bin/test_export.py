@@ -18,9 +18,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 def program(*flags):
   return subprocess.run(
     [sys.executable, "-m", "soft_diffusion_tf.bin.export", *map(str, flags)],
-    cwd=ROOT, capture_output=True, text=True, check=False,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
 
 
 def error_of(result):
@@ -36,11 +39,17 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "w"
   run = export.from_pretrained("digits")
   training.write(run, folder)
-  record = {"step": run.step, "sampler": "momentum", "nfe": 60, "samples": 640,
-            "label": "FD[pixels]", "value": 0.5, "floor": {"value": 0.25},
-            "sampling": {"sampler": "momentum", "steps": 60},
-            "reference": {"data": "digits", "split": "all", "image_shape": [8, 8, 1],
-                          "crop": "auto"}}  # fmt: skip
+  record = {
+    "step": run.step,
+    "sampler": "momentum",
+    "nfe": 60,
+    "samples": 640,
+    "label": "FD[pixels]",
+    "value": 0.5,
+    "floor": {"value": 0.25},
+    "sampling": {"sampler": "momentum", "steps": 60},
+    "reference": {"data": "digits", "split": "all", "image_shape": [8, 8, 1], "crop": "auto"},
+  }
   text = json.dumps(record)
   (folder / "evaluations.jsonl").write_text(f"{text}\n{text[:70]}")  # the second one was killed
   return folder
@@ -73,9 +82,9 @@ def test_a_saved_model(workdir, tmp_path):
   assert "sample_two_step_4" in result.stdout
   assert "FD[pixels] 0.5" in (out / "README.md").read_text()
   run = training.load(workdir)
-  images = tf.saved_model.load(str(out)).signatures["sample"](
-    num=5, seed=tf.constant(1, tf.int64)
-  )["images"]  # fmt: skip
+  images = tf.saved_model.load(str(out)).signatures["sample"](num=5, seed=tf.constant(1, tf.int64))[
+    "images"
+  ]
   options = run.options(sampler="two_step", steps=4, batch_size=4)
   np.testing.assert_array_equal(images, run.images(range(1, 6), options))
   before = sorted((f.name, f.stat().st_mtime) for f in out.rglob("*"))

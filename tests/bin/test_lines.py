@@ -19,11 +19,16 @@ from tests import forks, standin
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_blur.py"
 TINY = (
-  f"--config={CONFIG}", "--config.network.nf=8", "--config.network.ch_mult=(1,)",
-  "--config.network.num_res_blocks=1", "--config.network.attn_resolutions=()",
-  "--config.training.batch_size=16", "--config.training.steps=2",
-  "--config.training.sample_every=0", "--config.evaluation.samples=20",
-)  # fmt: skip
+  f"--config={CONFIG}",
+  "--config.network.nf=8",
+  "--config.network.ch_mult=(1,)",
+  "--config.network.num_res_blocks=1",
+  "--config.network.attn_resolutions=()",
+  "--config.training.batch_size=16",
+  "--config.training.steps=2",
+  "--config.training.sample_every=0",
+  "--config.evaluation.samples=20",
+)
 LIMIT = 300.0  # seconds; generous, since a machine of two busy cores is not to fail it
 # What TensorFlow logs in a fork, where it is loaded already; the programs keep it to themselves.
 LOG = re.compile(r"[IWE]\d{4} \d\d:|WARNING: All log messages before|\s*$")
@@ -37,14 +42,29 @@ PROGRAMS = {
   f"{BIN}evaluate": ("--workdir={run}", "--samples=8", "--steps=1"),
   f"{BIN}export": ("--workdir={run}", "--out={new}.npz"),
   f"{BIN}restore": (
-    "--workdir={run}", "--images={images}", "--out={new}", "--t=0.5", "--samples=1", "--steps=1"
+    "--workdir={run}",
+    "--images={images}",
+    "--out={new}",
+    "--t=0.5",
+    "--samples=1",
+    "--steps=1",
   ),
   f"{BIN}serve": ("--model={model}", "--port=0"),
   f"{BIN}schedule": (
-    *TINY, "--out={new}.json", "--slice=0.02", "--levels=8", "--nodes=3", "--plot=none"
+    *TINY,
+    "--out={new}.json",
+    "--slice=0.02",
+    "--levels=8",
+    "--nodes=3",
+    "--plot=none",
   ),
   f"{BIN}lab": (
-    "--out={new}", "--images=10", "--count=20", "--nfe=2", "--samplers=naive", "--schedule=linear"
+    "--out={new}",
+    "--images=10",
+    "--count=20",
+    "--nfe=2",
+    "--samplers=naive",
+    "--schedule=linear",
   ),
   f"{BIN}data": (*TINY, "check", "digits"),
   f"{BIN}reference_stats": (*TINY, "--out={new}.npz", "--samples=20", "--feature_net=pixels"),
@@ -54,15 +74,35 @@ PROGRAMS = {
   f"{BIN}import_score_sde": ("--checkpoint={broken}.npz", "--out={new}"),
   "tools/measure_restoration.py": ("--workdir={run}", "--out={images}"),
   "tools/tpu_compile_check.py": (*TINY, "--env={images}"),
-}  # fmt: skip
+}
 MISTAKEN = {
-  "tools/study.py", "tools/quickstart.py", f"{BIN}import_score_sde",
-  "tools/measure_restoration.py", "tools/tpu_compile_check.py",
-}  # fmt: skip
+  "tools/study.py",
+  "tools/quickstart.py",
+  f"{BIN}import_score_sde",
+  "tools/measure_restoration.py",
+  "tools/tpu_compile_check.py",
+}
 VALUES = (
-  "", "0", "-1", "1", "nan", "inf", "1e1", "None", "1" + 20 * "0", "(1,)", "word", "no/such",
-  "naïve ß漢", "a\nb", "{images}", "{broken}", "~", "/proc/nothing/here", "x" * 300,
-)  # fmt: skip
+  "",
+  "0",
+  "-1",
+  "1",
+  "nan",
+  "inf",
+  "1e1",
+  "None",
+  "1" + 20 * "0",
+  "(1,)",
+  "word",
+  "no/such",
+  "naïve ß漢",
+  "a\nb",
+  "{images}",
+  "{broken}",
+  "~",
+  "/proc/nothing/here",
+  "x" * 300,
+)
 
 
 def flags_of(program):
@@ -110,8 +150,11 @@ def place(tmp_path_factory, fork, digits):
 def state(place):
   """What is in the place: a change of anything that is there is a change of this."""
   folder = place["run"].parent
-  return {f: (f.stat().st_size, f.stat().st_mtime_ns)
-          for f in folder.rglob("*") if f.is_file() and f.name != ".lock"}  # fmt: skip
+  return {
+    f: (f.stat().st_size, f.stat().st_mtime_ns)
+    for f in folder.rglob("*")
+    if f.is_file() and f.name != ".lock"
+  }
 
 
 def check(fork, place, tmp_path, program, flag, value):

@@ -70,9 +70,7 @@ def test_sample_one_picture_and_a_folder(workdir, tmp_path):
     "--steps=2",
   )
   assert program("sample", *args).returncode == 0
-  assert sorted(f.name for f in folder.iterdir()) == [
-    "000002.png", "000005.png", "samples.json"
-  ]  # fmt: skip
+  assert sorted(f.name for f in folder.iterdir()) == ["000002.png", "000005.png", "samples.json"]
   before = (folder / "000002.png").read_bytes()
   assert "2 were there already" in program("sample", *args).stdout
   assert "differ in" in error_of(program("sample", *args, "--sampler=ddim"))
@@ -270,8 +268,13 @@ def test_a_program_says_at_once_what_it_does(tmp_path):
 def test_a_run_says_its_stages_and_where_it_goes_on(workdir, tmp_path):
   folder = tmp_path / "w"
   first = program("train", *TINY, f"--workdir={folder}")
-  for text in ("reading digits", "fitting the prior", "building the network", "starting at step 0",
-               "compiling the training step"):  # fmt: skip
+  for text in (
+    "reading digits",
+    "fitting the prior",
+    "building the network",
+    "starting at step 0",
+    "compiling the training step",
+  ):
     assert text in first.stdout
   more = program("train", *TINY, "--config.training.steps=6", f"--workdir={folder}")
   assert "going on from step 4 of 6\n" in more.stdout
@@ -284,9 +287,13 @@ def test_signals_from_the_first_line_of_a_program_on(number, code):
   raised = f"import signal\nsignal.raise_signal(signal.{number})"
   heard = lambda: signal.signal(getattr(signal, number), signal.SIG_DFL)  # nohup would ignore it
   run = lambda text: subprocess.run(
-    [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False,
+    [sys.executable, "-c", text],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     preexec_fn=heard,
-  )  # fmt: skip
+  )
   done = run(f"import soft_diffusion_tf.bin\n{raised}")  # before absl is imported
   assert done.returncode == code
   assert len(done.stderr.splitlines()) == 1
@@ -328,10 +335,12 @@ def test_sigterm_while_tensorflow_loads(tmp_path):
 def test_paths_are_never_empty(workdir, tmp_path):
   """An unset shell variable must not stand for the current folder."""
   for flags in (
-    ("train", TINY[0], "--workdir="), ("sample", f"--workdir={workdir}", "--out="),
-    ("train", "--config=", f"--workdir={tmp_path}/w"), ("sample", "--workdir= ", "--out=x.png"),
+    ("train", TINY[0], "--workdir="),
+    ("sample", f"--workdir={workdir}", "--out="),
+    ("train", "--config=", f"--workdir={tmp_path}/w"),
+    ("sample", "--workdir= ", "--out=x.png"),
     ("evaluate", f"--workdir={workdir}", "--reference="),
-  ):  # fmt: skip
+  ):
     line = error_of(program(*flags))
     assert "is a shell variable unset?" in line or "no such config file" in line
   for tool in ("find_schedule", "lab", "reference_stats", "study", "import_score_sde"):
@@ -354,14 +363,15 @@ def test_outputs_that_cannot_be_written_are_refused_before_work(workdir, tmp_pat
     (("export", f"--workdir={workdir}", "--out=/proc/x.npz"), "cannot be written"),
     (("restore", "--workdir=digits", f"--images={file}", "--out=/proc/x"), "cannot be written"),
     (("train", *TINY, f"--workdir={file}"), "file is a file"),
-  ):  # fmt: skip
+  ):
     line = error_of(program(*flags))
     assert text in line
     assert "--out=" in line or "--workdir=" in line
   for tool, flags in (
     ("find_schedule", (TINY[0], f"--out={folder}", "--force")),
-    ("study", (f"--out={file}",)), ("lab", (f"--out={file}",)),
-  ):  # fmt: skip
+    ("study", (f"--out={file}",)),
+    ("lab", (f"--out={file}",)),
+  ):
     line = error_of(program(f"tools/{tool}.py", *flags, module=False))
     assert "is a file" in line or "is a folder" in line
   assert file.read_text() == "mine"
@@ -418,9 +428,16 @@ def test_images_that_are_no_folder_of_one_size(workdir, tmp_path, rng):
 def test_a_configuration_of_another_kind_is_not_imported(tmp_path):
   np.savez(tmp_path / "w.npz", a=np.zeros(3))
   for content in (
-    "null", "5", "[]", "{", '{"model": 5}', '{"model": {"name": 3}}', '{"model": {}, "data": null}',
-    '{"data": {"image_size": "x"}}', "\0",
-  ):  # fmt: skip
+    "null",
+    "5",
+    "[]",
+    "{",
+    '{"model": 5}',
+    '{"model": {"name": 3}}',
+    '{"model": {}, "data": null}',
+    '{"data": {"image_size": "x"}}',
+    "\0",
+  ):
     (tmp_path / "c.json").write_text(content)
     flags = (f"--checkpoint={tmp_path}/w.npz", f"--config={tmp_path}/c.json", f"--out={tmp_path}/o")
     line = error_of(program("tools/import_score_sde.py", *flags, module=False))
@@ -475,6 +492,7 @@ def test_finding_a_schedule(tmp_path):
   assert "9 levels, ε =" in result.stdout
   assert out.exists()
   assert "is there already" in error_of(program("tools/find_schedule.py", *flags, module=False))
-  few = program("tools/find_schedule.py", TINY[0], f"--out={tmp_path}/t.json", "--slice=0.0001",
-                module=False)  # fmt: skip
+  few = program(
+    "tools/find_schedule.py", TINY[0], f"--out={tmp_path}/t.json", "--slice=0.0001", module=False
+  )
   assert "images leaves 0" in error_of(few)

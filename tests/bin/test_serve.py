@@ -29,10 +29,13 @@ def folder(tmp_path_factory):
 
 def start(*flags):
   return subprocess.Popen(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.serve", *map(str, flags)], cwd=ROOT, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    [sys.executable, "-m", "soft_diffusion_tf.bin.serve", *map(str, flags)],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
 
 
 @contextlib.contextmanager
@@ -58,13 +61,19 @@ def test_it_serves_on_this_machine_alone_until_it_is_stopped(folder):
     assert status == 200
     assert len(answer["outputs"]["images"]) == 3
     assert b"<h1>Soft Diffusion</h1>" in client.raw("GET", "/")[2]
-    for host, want in (("elsewhere.org", 403), (f"localhost:{client.port}", 200),
-                       (f"elsewhere.org:{client.port}", 403)):  # fmt: skip
+    for host, want in (
+      ("elsewhere.org", 403),
+      (f"localhost:{client.port}", 200),
+      (f"elsewhere.org:{client.port}", 403),
+    ):
       assert client.raw("GET", "/healthz", None, {"host": host})[0] == want
     listening = pathlib.Path("/proc/net/tcp")
     if listening.exists():  # Linux
-      mine = [x.split()[1] for x in listening.read_text().splitlines()[1:]
-              if x.split()[1].endswith(f":{client.port:04X}") and x.split()[3] == "0A"]  # fmt: skip
+      mine = [
+        x.split()[1]
+        for x in listening.read_text().splitlines()[1:]
+        if x.split()[1].endswith(f":{client.port:04X}") and x.split()[3] == "0A"
+      ]
       assert mine == [f"0100007F:{client.port:04X}"]
     # SIGTERM while requests are under way: all of them are answered.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -87,11 +96,16 @@ def test_names_that_are_allowed_are_served_and_foreign_ones_are_not(folder):
   with running(f"--model={folder}", *flags) as (_, client, _):
     port = client.port
     for host, want in (
-      ("models.example.org", 200), (f"models.example.org:{port}", 200), ("short:80", 200),
-      (f"127.0.0.1:{port}", 200), (f"10.1.2.3:{port}", 200),
-      (f"{socket.gethostname()}:{port}", 200), ("short", 403),
-      ("example.org", 403), (f"elsewhere.org:{port}", 403),
-    ):  # fmt: skip
+      ("models.example.org", 200),
+      (f"models.example.org:{port}", 200),
+      ("short:80", 200),
+      (f"127.0.0.1:{port}", 200),
+      (f"10.1.2.3:{port}", 200),
+      (f"{socket.gethostname()}:{port}", 200),
+      ("short", 403),
+      ("example.org", 403),
+      (f"elsewhere.org:{port}", 403),
+    ):
       assert client.raw("GET", "/healthz", None, {"host": host})[0] == want, host
 
 

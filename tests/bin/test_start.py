@@ -67,9 +67,13 @@ MISTAKES = [
 def start(program, flags, folder):
   """(exit code, stdout, the program's own stderr, modules that were imported, CPU seconds)."""
   with subprocess.Popen(
-    [sys.executable, "-X", "importtime", "-m", PROGRAMS[program], *flags], cwd=folder, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-  ) as process:  # fmt: skip
+    [sys.executable, "-X", "importtime", "-m", PROGRAMS[program], *flags],
+    cwd=folder,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  ) as process:
     said = process.stderr.read()
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)

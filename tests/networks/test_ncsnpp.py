@@ -164,36 +164,59 @@ VP = {"embedding_type": "positional", "centered": True, "scale_by_sigma": False}
 COUNTS = {
   "ve/cifar10_ncsnpp_continuous": (VE_CIFAR10, 62_758_787, 62_758_915, 571),
   "ve/cifar10_ncsnpp_deep_continuous": (
-    VE_CIFAR10 | {"num_res_blocks": 8}, 107_586_947, 107_587_075, 963,
+    VE_CIFAR10 | {"num_res_blocks": 8},
+    107_586_947,
+    107_587_075,
+    963,
   ),
   "ve/celeba_ncsnpp": (
     VE_CIFAR10 | {"image_shape": (64, 64, 3), "embedding_type": "positional"},
-    62_693_251, 62_693_251, 570,
+    62_693_251,
+    62_693_251,
+    570,
   ),
   "ve/cifar10_ddpm": (
-    VE_CIFAR10 | {
-      "num_res_blocks": 2, "resblock_type": "ddpm", "fir": False, "skip_rescale": False,
-      "embedding_type": "positional", "progressive_input": "none",
+    VE_CIFAR10
+    | {
+      "num_res_blocks": 2,
+      "resblock_type": "ddpm",
+      "fir": False,
+      "skip_rescale": False,
+      "embedding_type": "positional",
+      "progressive_input": "none",
     },
-    35_218_947, 35_218_947, 308,
+    35_218_947,
+    35_218_947,
+    308,
   ),
   "ve/celebahq_256_ncsnpp_continuous": (CELEBA_HQ, 65_574_421, 65_574_549, 645),
   "ve/celebahq_ncsnpp_continuous": (
-    CELEBA_HQ | {
-      "image_shape": (1024, 1024, 3), "nf": 16, "ch_mult": (1, 2, 4, 8, 16, 32, 32, 32),
+    CELEBA_HQ
+    | {
+      "image_shape": (1024, 1024, 3),
+      "nf": 16,
+      "ch_mult": (1, 2, 4, 8, 16, 32, 32, 32),
       "num_res_blocks": 1,
     },
-    105_785_880, 105_785_896, 553,
+    105_785_880,
+    105_785_896,
+    553,
   ),
   "vp/cifar10_ncsnpp_continuous": (VE_CIFAR10 | VP, 62_693_251, 62_693_251, 570),
   "vp/cifar10_ddpmpp_continuous": (
-    VE_CIFAR10 | VP | {"fir": False, "progressive_input": "none"}, 61_804_419, 61_804_419, 564,
+    VE_CIFAR10 | VP | {"fir": False, "progressive_input": "none"},
+    61_804_419,
+    61_804_419,
+    564,
   ),
-}  # fmt: skip
+}
 
 
-SAME_CODE = ("ve/cifar10_ncsnpp_deep_continuous", "ve/celebahq_256_ncsnpp_continuous",
-             "vp/cifar10_ncsnpp_continuous")  # fmt: skip
+SAME_CODE = (
+  "ve/cifar10_ncsnpp_deep_continuous",
+  "ve/celebahq_256_ncsnpp_continuous",
+  "vp/cifar10_ncsnpp_continuous",
+)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +299,13 @@ PAIRS = [
 EXTRAS = [
   {"embedding_type": "positional"},
   {"embedding_type": "positional", "nf": 5, "ch_mult": (1,), "attn_resolutions": (8,)},
-  {"embedding_type": "positional", "scale_by_sigma": True, "sigma_min": 0.01, "sigma_max": 50.0,
-   "num_scales": 10},
+  {
+    "embedding_type": "positional",
+    "scale_by_sigma": True,
+    "sigma_min": 0.01,
+    "sigma_max": 50.0,
+    "num_scales": 10,
+  },
   {"scale_by_sigma": True},
   {"conditional": False},
   {"conditional": False, "embedding_type": "positional"},
@@ -287,7 +315,7 @@ EXTRAS = [
   {"image_shape": (8, 12, 3), "attn_resolutions": (8, 4)},
   {"image_shape": (4, 4, 2), "ch_mult": (1,), "attn_resolutions": ()},
   {"fir_kernel": (1, 2, 1)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("options", PAIRS + EXTRAS, ids=lambda o: "-".join(map(str, o.values())))
@@ -624,8 +652,6 @@ def test_two_replicas_compute_what_one_device_does():
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
 def test_attention_is_at_the_same_levels_in_both_orientations(channels):
   options = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
-  wide, high = (
-    NCSNpp(image_shape=(*size, channels), **options) for size in ((8, 16), (16, 8))
-  )  # fmt: skip
+  wide, high = (NCSNpp(image_shape=(*size, channels), **options) for size in ((8, 16), (16, 8)))
   assert [v.path for v in wide.variables] == [v.path for v in high.variables]
   assert any("down_0_attention" in v.path for v in wide.variables)

@@ -57,8 +57,9 @@ def test_xla_filters_by_another_route_to_the_same_values(op, case):
 def test_xla_gets_no_grouped_convolution():
   lowered = tf.function(
     lambda x: resampling.resample(resampling.resample(x, "up", TAPS), "down", TAPS),
-    autograph=False, jit_compile=True,
-  ).experimental_get_compiler_ir(tf.TensorSpec([2, 8, 8, 4]))(stage="stablehlo")  # fmt: skip
+    autograph=False,
+    jit_compile=True,
+  ).experimental_get_compiler_ir(tf.TensorSpec([2, 8, 8, 4]))(stage="stablehlo")
   assert "convolution" not in lowered
 
 

@@ -15,8 +15,11 @@ def test_memory_and_time_of_every_way_to_hold_images():
   flags = ["--images=100,200", "--ways=memory,pack,folder", "--side=16"]
   done = subprocess.run(
     [sys.executable, "tools/benchmark.py", "data", *flags],
-    cwd=ROOT, capture_output=True, text=True, timeout=590,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=590,
+  )
   assert not done.returncode, done.stderr[-3000:]
   rows = re.findall(r"^ +(\d+)  (\w+) .*?([\d,]+) images/s", done.stdout, re.MULTILINE)
   ways = ("memory", "pack", "folder")

@@ -18,10 +18,13 @@ ALL = ("1", "2", "3", "6", "7", "8", "9", "11", "12")
 
 def figures(*flags):
   return subprocess.run(
-    [sys.executable, "tools/figures.py", *map(str, flags)], cwd=ROOT, capture_output=True,
-    text=True, check=False,
+    [sys.executable, "tools/figures.py", *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,9 @@ def workdir(tiny, tmp_path_factory):
   images = data.load("digits", "train").images
   about = evaluation.conditions_of(network, "digits", "train", (8, 8, 1), "auto", 30)
   real = evaluation.reference(network, images, about, progress=False)
-  sweeps.sweep(folder, network, real, 30, names=["naive", "momentum"], nfes=[2, 4], steps=[6],
-               progress=False)  # fmt: skip
+  sweeps.sweep(
+    folder, network, real, 30, names=["naive", "momentum"], nfes=[2, 4], steps=[6], progress=False
+  )
   return folder
 
 

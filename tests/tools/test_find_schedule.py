@@ -59,8 +59,18 @@ def test_what_is_printed_and_left(folder):
     assert [float(row[1]) for row in rows[:-1]] == pytest.approx(content["steps"], abs=1e-4)
     assert "8 levels, ε =" in text
     assert "two halves of the slice differ" in text
-    for key in ("corruption", "data", "crop", "image_shape", "method", "epsilon", "seed", "version",
-                "sensitivity", "straight"):  # fmt: skip
+    for key in (
+      "corruption",
+      "data",
+      "crop",
+      "image_shape",
+      "method",
+      "epsilon",
+      "seed",
+      "version",
+      "sensitivity",
+      "straight",
+    ):
       assert key in content, key
     assert content["method"] == method
     assert (folder / f"{method}.png").stat().st_size > 1000
@@ -131,8 +141,9 @@ def test_killed_at_any_moment_it_goes_on(folder, tmp_path):
 
 def test_a_schedule_for_a_number_of_evaluations(tmp_path):
   out = tmp_path / "joint.json"
-  result = run(DIGITS, "--slice=0.15", "--levels=24", "--sigma_levels=6", "--nfe=10",
-               f"--out={out}")  # fmt: skip
+  result = run(
+    DIGITS, "--slice=0.15", "--levels=24", "--sigma_levels=6", "--nfe=10", f"--out={out}"
+  )
   assert result.returncode == 0, result.stderr
   level, sigma = schedules.joint(out)
   assert len(level.values) == len(sigma.values) == 11

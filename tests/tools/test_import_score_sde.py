@@ -20,16 +20,33 @@ GOLDEN = ROOT / "tests" / "golden" / "ncsnpp"
 NAMES = sorted(path.name for path in GOLDEN.glob("*.npz"))
 CONFIG = {
   "model": {
-    "name": "ncsnpp", "nf": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4],
-    "dropout": 0.0, "resamp_with_conv": True, "conditional": True, "fir": True,
-    "fir_kernel": [1, 3, 3, 1], "skip_rescale": True, "resblock_type": "biggan",
-    "progressive": "none", "progressive_input": "residual", "progressive_combine": "sum",
-    "embedding_type": "fourier", "fourier_scale": 16, "init_scale": 0.0, "scale_by_sigma": True,
-    "sigma_min": 0.01, "sigma_max": 50.0, "num_scales": 20, "nonlinearity": "swish",
+    "name": "ncsnpp",
+    "nf": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [4],
+    "dropout": 0.0,
+    "resamp_with_conv": True,
+    "conditional": True,
+    "fir": True,
+    "fir_kernel": [1, 3, 3, 1],
+    "skip_rescale": True,
+    "resblock_type": "biggan",
+    "progressive": "none",
+    "progressive_input": "residual",
+    "progressive_combine": "sum",
+    "embedding_type": "fourier",
+    "fourier_scale": 16,
+    "init_scale": 0.0,
+    "scale_by_sigma": True,
+    "sigma_min": 0.01,
+    "sigma_max": 50.0,
+    "num_scales": 20,
+    "nonlinearity": "swish",
   },
   "data": {"image_size": 8, "num_channels": 3, "centered": False},
   "training": {"continuous": True},
-}  # fmt: skip
+}
 
 
 def config(section="model", **changes):
@@ -165,13 +182,23 @@ def test_a_missing_option_is_named():
 def test_ddpm_is_a_set_of_options():
   published = {
     "model": {
-      "name": "ddpm", "nf": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 2, "dropout": 0.1,
-      "attn_resolutions": (16,), "resamp_with_conv": True, "conditional": True,
-      "scale_by_sigma": True, "sigma_min": 0.01, "sigma_max": 50, "num_scales": 1000,
-      "embedding_type": "fourier", "nonlinearity": "swish",
+      "name": "ddpm",
+      "nf": 128,
+      "ch_mult": (1, 2, 2, 2),
+      "num_res_blocks": 2,
+      "dropout": 0.1,
+      "attn_resolutions": (16,),
+      "resamp_with_conv": True,
+      "conditional": True,
+      "scale_by_sigma": True,
+      "sigma_min": 0.01,
+      "sigma_max": 50,
+      "num_scales": 1000,
+      "embedding_type": "fourier",
+      "nonlinearity": "swish",
     },
     "data": {"image_size": 32, "num_channels": 3, "centered": False},
-  }  # fmt: skip
+  }
   with keras.StatelessScope():
     network = NCSNpp(**import_score_sde.network_options(published))
   assert sum(np.prod(v.shape) for v in network.variables) == 35_218_947  # as published

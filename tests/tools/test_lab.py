@@ -48,9 +48,13 @@ def lab(images):
 
 def run(*flags, cwd=ROOT):
   return subprocess.run(
-    [sys.executable, str(ROOT / "tools/lab.py"), *flags], cwd=cwd, capture_output=True, text=True,
-    check=False, env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+    [sys.executable, str(ROOT / "tools/lab.py"), *flags],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"},
+  )
 
 
 def test_a_cluster_of_one_image_joins_the_largest(images):
@@ -148,8 +152,13 @@ def test_a_corruption_that_is_not_linear_is_refused_at_once(images, tmp_path, mo
 @pytest.mark.slow
 def test_the_tool_examines_a_users_corruption(tmp_path):
   (tmp_path / "own_corruptions.py").write_text(OWN)
-  result = run("--corruption=own_corruptions:Fade", "--images=40", "--count=200",
-               f"--out={tmp_path}/out", cwd=tmp_path)  # fmt: skip
+  result = run(
+    "--corruption=own_corruptions:Fade",
+    "--images=40",
+    "--count=200",
+    f"--out={tmp_path}/out",
+    cwd=tmp_path,
+  )
   assert result.returncode == 0, result.stderr
   assert "Fade: sound" in result.stdout
   content = json.loads((tmp_path / "out" / "lab.json").read_text())
@@ -157,14 +166,22 @@ def test_the_tool_examines_a_users_corruption(tmp_path):
 
 
 def test_the_tool_grades_samplers(tmp_path):
-  flags = ("--samplers=momentum,stochastic_two_step", "--noise=3", "--nfe=5,10", "--images=40",
-           "--count=200")  # fmt: skip
+  flags = (
+    "--samplers=momentum,stochastic_two_step",
+    "--noise=3",
+    "--nfe=5,10",
+    "--images=40",
+    "--count=200",
+  )
   result = run(*flags, f"--out={tmp_path}/out")
   assert result.returncode == 0, result.stderr
   content = json.loads((tmp_path / "out" / "lab.json").read_text())
   assert [(g["sampler"], g["nfe"]) for g in content["grades"]] == [
-    ("momentum", 5), ("momentum", 10), ("stochastic_two_step", 5), ("stochastic_two_step", 10)
-  ]  # fmt: skip
+    ("momentum", 5),
+    ("momentum", 10),
+    ("stochastic_two_step", 5),
+    ("stochastic_two_step", 10),
+  ]
   # Where the drift ends is what was graded: the same sampler, with the same noise.
   assert content["drift"][-1][1] == pytest.approx(content["grades"][-1]["frechet"], rel=1e-3)
   assert all(g["frechet"] > content["floor"]["frechet"] / 2 for g in content["grades"])

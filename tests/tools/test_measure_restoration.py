@@ -67,11 +67,20 @@ def test_a_run_is_measured(tiny, tmp_path):
 
   def run(*more):
     return subprocess.run(
-      [sys.executable, "tools/measure_restoration.py", f"--workdir={tmp_path / 'run'}", *flags,
-       f"--out={tmp_path / 'out'}", *more],
-      cwd=ROOT, capture_output=True, text=True, check=False,
+      [
+        sys.executable,
+        "tools/measure_restoration.py",
+        f"--workdir={tmp_path / 'run'}",
+        *flags,
+        f"--out={tmp_path / 'out'}",
+        *more,
+      ],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
       env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-    )  # fmt: skip
+    )
 
   refused = run("--samples=1")
   assert refused.returncode == 2
@@ -84,8 +93,13 @@ def test_a_run_is_measured(tiny, tmp_path):
   assert content["judge"] == "FD[pixels:4]"
   [at] = content["times"]
   assert set(at["methods"]) == {
-    "corrupted", "wiener", "total_variation", "bicubic", "model", "model, held to y"
-  }  # fmt: skip
+    "corrupted",
+    "wiener",
+    "total_variation",
+    "bicubic",
+    "model",
+    "model, held to y",
+  }
   # What is held to y keeps ‖C x̂_0 − y‖² under σ² (n + 2 √(2n)), n = 64, in every step.
   held = at["methods"]["model, held to y"]["consistency"]
   assert held < 1.5 * at["sigma"]

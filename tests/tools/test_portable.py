@@ -35,10 +35,16 @@ def small():
   return e.replace(
     data={"flip": True, "train_split": "train", "test_split": "test"},
     network={"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (), "dropout": 0.1},
-    training={"batch_size": 16, "warmup_steps": 5, "steps": STEPS, "sample_every": 0,
-              "checkpoint_every": STEPS, "log_every": 10},
+    training={
+      "batch_size": 16,
+      "warmup_steps": 5,
+      "steps": STEPS,
+      "sample_every": 0,
+      "checkpoint_every": STEPS,
+      "log_every": 10,
+    },
     sampling={"batch_size": 16},
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +221,11 @@ def test_jpeg_files_travel_as_they_are(tmp_path):
     files.append(file.getvalue())
   images = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
   np.savez(
-    tmp_path / "images.npz", data=np.frombuffer(b"".join(files), np.uint8),
+    tmp_path / "images.npz",
+    data=np.frombuffer(b"".join(files), np.uint8),
     sizes=np.array([len(f) for f in files]),
     digest=np.array(hashlib.sha256(images.tobytes()).hexdigest().encode()),
-  )  # fmt: skip
+  )
   np.testing.assert_array_equal(portable_runner.read_images(tmp_path, "images.npz"), images)
 
 
@@ -249,9 +256,13 @@ def test_results_in_parts(tmp_path, monkeypatch):
 
 def run_py(folder, *flags, python=sys.executable):
   return subprocess.run(
-    [python, str(folder / "run.py"), *flags], capture_output=True, text=True, check=False,
-    env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}, cwd=folder,
-  )  # fmt: skip
+    [python, str(folder / "run.py"), *flags],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"},
+    cwd=folder,
+  )
 
 
 @pytest.mark.parametrize(
@@ -283,8 +294,11 @@ def test_another_jax_is_refused(folder, tmp_path):
   (tmp_path / "jax.py").write_text("__version__ = '0.4.1'\n")
   result = subprocess.run(
     [sys.executable, str(folder / "run.py"), "--steps=1", f"--out={tmp_path / 'out'}"],
-    capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)},
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    check=False,
+    env={"PYTHONPATH": str(tmp_path)},
+  )
   assert result.returncode == 2
   line = result.stderr.strip()
   assert "JAX 0.4.1 is installed" in line
@@ -313,9 +327,11 @@ def results(fresh, manifest, tmp_path):
 
   def make(saved="state", dtype=None, **changes):
     files = portable_runner.save_state(
-      tmp_path / "results", f"{saved}-{STEPS:08d}",
-      {k: v for k, v in state.items() if saved == "state" or k.startswith("ema/")}, dtype,
-    )  # fmt: skip
+      tmp_path / "results",
+      f"{saved}-{STEPS:08d}",
+      {k: v for k, v in state.items() if saved == "state" or k.startswith("ema/")},
+      dtype,
+    )
     record = {"export": manifest["digest"], "saved": saved, "step": STEPS, "files": files} | changes
     (tmp_path / "results" / "result.json").write_text(json.dumps(record))
     return tmp_path / "results", state

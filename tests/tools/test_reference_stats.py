@@ -15,18 +15,25 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def program(*command):
   return subprocess.run(
-    [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False,
+    [sys.executable, *map(str, command)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
   out = tmp_path_factory.mktemp("stats") / "digits.npz"
   done = program(
-    "tools/reference_stats.py", "--config=configs/digits_blur.py", "--samples=500", f"--out={out}",
+    "tools/reference_stats.py",
+    "--config=configs/digits_blur.py",
+    "--samples=500",
+    f"--out={out}",
     "--config.evaluation.neighbours=4",
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
   assert "500 images of digits all in pixels" in done.stdout
   assert "floor (real against real): FD[pixels] " in done.stdout
@@ -36,9 +43,15 @@ def stored(tmp_path_factory):
 def test_the_file_says_what_it_is_of(stored):
   real = evaluation.Reference.load(stored)
   assert real.conditions | {"content": ""} == {
-    "data": "digits", "split": "all", "image_shape": [8, 8, 1], "crop": "auto",
-    "feature_net": "pixels", "feature_net_sha256": "", "count": 500, "content": "",
-  }  # fmt: skip
+    "data": "digits",
+    "split": "all",
+    "image_shape": [8, 8, 1],
+    "crop": "auto",
+    "feature_net": "pixels",
+    "feature_net_sha256": "",
+    "count": 500,
+    "content": "",
+  }
   images = data.load("digits", "all").images
   order = np.random.default_rng(0).permutation(len(images))
   flat = images.reshape(len(images), -1) / 255.0

@@ -21,10 +21,18 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def record(model, seed, sampler, nfe, value, prior="own"):
   return {
-    "model": model, "seed": seed, "sampler": sampler, "prior": prior, "nfe": nfe,
-    "fd": {"train": value}, "floor": {"train": 0.5}, "step": 10, "samples": 64,
-    "judge": "FD[pixels]", "judge_sha256": "0" * 64,
-  }  # fmt: skip
+    "model": model,
+    "seed": seed,
+    "sampler": sampler,
+    "prior": prior,
+    "nfe": nfe,
+    "fd": {"train": value},
+    "floor": {"train": 0.5},
+    "step": 10,
+    "samples": 64,
+    "judge": "FD[pixels]",
+    "judge_sha256": "0" * 64,
+  }
 
 
 def test_verdicts():
@@ -145,8 +153,10 @@ def test_a_study_of_an_older_record_goes_on_with_what_that_lacks(tmp_path):
     assert model.network.prediction == config.network.prediction
   old, new = digits.models["ve"], digits.models["ve_score"]
   assert set(old.differences(new)) == {
-    "network.prediction", "network.scale_by_sigma", "network.cond_max"
-  }  # fmt: skip
+    "network.prediction",
+    "network.scale_by_sigma",
+    "network.cond_max",
+  }
   assert new.network.cond_max == schedules.ends(new.sigma)[1]
   study.write_models(digits, tmp_path / "out")
   assert study.open_study("digits", tmp_path / "out").models == digits.models
@@ -210,8 +220,12 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
   assert set(digits.sweeps) == set(digits.models)
   assert len(digits.seeds) >= 3
   for name, groups in {
-    "printed_loss": {"loss"}, "unfiltered": {"loss"}, "mse": {"level"},
-    "sigma_005": {"sigma"}, "sigma_0025": {"sigma"}, "noise_throughout": {"sigma"},
+    "printed_loss": {"loss"},
+    "unfiltered": {"loss"},
+    "mse": {"level"},
+    "sigma_005": {"sigma"},
+    "sigma_0025": {"sigma"},
+    "noise_throughout": {"sigma"},
     "mask": {"corruption", "level"},
     "ve_score": {"corruption", "level", "sigma", "prior", "network"},
     "ddpmpp": {"corruption", "level", "sigma", "prior", "network", "loss"},
@@ -219,7 +233,7 @@ def test_the_digits_study_differs_in_what_a_claim_is_about_alone(tmp_path):
     "cold": {"level", "sigma", "loss"},
     "ihdm": {"corruption", "level", "sigma", "loss"},
     "blurring": {"corruption", "level", "sigma", "prior", "network", "loss"},
-  }.items():  # fmt: skip
+  }.items():
     differs = {d.split(".")[0] for d in base.differences(digits.models[name])}
     assert differs == groups, name
   for name in ("printed_loss", "unfiltered"):
@@ -292,9 +306,11 @@ def test_mistakes_end_with_one_line(flags, text, tmp_path):
     shutil.copytree(ROOT / "docs" / "results" / "digits", tmp_path / "out")
   result = subprocess.run(
     [sys.executable, ROOT / "tools" / "study.py", f"--out={tmp_path}/out", *flags],
-    capture_output=True, text=True, check=False,
+    capture_output=True,
+    text=True,
+    check=False,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-  )  # fmt: skip
+  )
   assert result.returncode, result.stdout
   assert "Traceback" not in result.stderr
   assert text in result.stderr
@@ -350,8 +366,10 @@ def test_a_job_resumes_value_by_value(tiny, tmp_path):
   path = tmp_path / "results" / "blur-0.jsonl"
   whole = files.read_records(path)
   assert [(study.draw_of(r), r["nfe"]) for r in whole] == [
-    (study.Draw(), 2), (study.Draw("two_step", "colour", "level"), 2), (study.Draw(), 4)
-  ]  # fmt: skip
+    (study.Draw(), 2),
+    (study.Draw("two_step", "colour", "level"), 2),
+    (study.Draw(), 4),
+  ]
   assert all(r["fd"]["train"] > 0 for r in whole)
   path.write_text(json.dumps(whole[0]) + "\n")
   study.job(some, "blur", 0, tmp_path)

@@ -33,21 +33,40 @@ REFUSALS = {
 }
 
 RECORD = {
-  "config": "cifar10_blur", "what": "train", "dtype": "bfloat16", "batch": 128, "replicas": 8,
-  "remat": False, "topology": "v5e:2x4", "kind": "TPU v5 lite", "limit_bytes": 16 * 2**30,
-  "parameters": 62_700_000, "versions": {"libtpu": "0.0.52"}, "lower_seconds": 60.2,
-  "compile_seconds": 300.0, "all_reduces_lowered": 404, "all_reduces": 2, "peak_bytes": 4 * 2**30,
-  "argument_bytes": 2**30, "output_bytes": 2**30, "alias_bytes": 2**29, "code_bytes": 0,
-  "temporary_bytes": 3 * 2**30, "flops": 2.5e12,
-}  # fmt: skip
+  "config": "cifar10_blur",
+  "what": "train",
+  "dtype": "bfloat16",
+  "batch": 128,
+  "replicas": 8,
+  "remat": False,
+  "topology": "v5e:2x4",
+  "kind": "TPU v5 lite",
+  "limit_bytes": 16 * 2**30,
+  "parameters": 62_700_000,
+  "versions": {"libtpu": "0.0.52"},
+  "lower_seconds": 60.2,
+  "compile_seconds": 300.0,
+  "all_reduces_lowered": 404,
+  "all_reduces": 2,
+  "peak_bytes": 4 * 2**30,
+  "argument_bytes": 2**30,
+  "output_bytes": 2**30,
+  "alias_bytes": 2**29,
+  "code_bytes": 0,
+  "temporary_bytes": 3 * 2**30,
+  "flops": 2.5e12,
+}
 
 
 def program(*flags):
   return subprocess.run(
     [sys.executable, "tools/tpu_compile_check.py", *map(str, flags)],
-    cwd=ROOT, capture_output=True, text=True, check=False,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
     env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)},
-  )  # fmt: skip
+  )
 
 
 def error_of(result):
@@ -83,9 +102,11 @@ def stand_in_env(tmp_path):
 
 def description(devices=4):
   return {
-    "devices": devices, "kind": "TPU v5 lite", "versions": {"libtpu": "0.0.52"},
+    "devices": devices,
+    "kind": "TPU v5 lite",
+    "versions": {"libtpu": "0.0.52"},
     "refusal": REFUSALS["new"],
-  }  # fmt: skip
+  }
 
 
 # --- Lowering -------------------------------------------------------------------------------------
@@ -322,8 +343,9 @@ def run_on_cpu(python, folder, model, function, specs, arguments, devices):
   flag = f"--xla_force_host_platform_device_count={devices}"
   subprocess.run(
     [python, "-c", RUN, *(folder / name for name in ("module.mlir", "given.npz", "out.npz"))],
-    check=True, env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
-  )  # fmt: skip
+    check=True,
+    env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+  )
   with np.load(folder / "out.npz") as file:
     out = dict(file)
   aliases = re.findall(r"parameter_number = (\d+) : i64\}, output_index = array<i64: (\d+)>", text)

@@ -86,13 +86,19 @@ def share(steps):
 
   batch, shape = 32, (32, 32, 3)
   network = NCSNpp(
-    image_shape=shape, nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, dropout=0.0,
+    image_shape=shape,
+    nf=32,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=2,
+    dropout=0.0,
     progressive_input="residual",
-  )  # fmt: skip
+  )
   process = Diffusion(
-    shape, corruptions.GaussianBlur(), schedules.Geometric(0.01, 18.0),
+    shape,
+    corruptions.GaussianBlur(),
+    schedules.Geometric(0.01, 18.0),
     schedules.Geometric(0.01, 0.1),
-  )  # fmt: skip
+  )
   variables = [v.value for v in network.trainable_variables]
   x_0 = tf.random.stateless_uniform([batch, *shape], [0, 0])
   cond = tf.fill([batch], 0.5)

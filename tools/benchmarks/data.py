@@ -67,8 +67,9 @@ def _table(options, folder):
       print(
         f"{n:9,}  {way:7}{mine['cpu']:11.1f} CPU s{mine['anon'] / 2**20:7.0f} M"
         f"{mine['peak'] / 2**20:7.0f} M{got['file'] / 2**20:6.0f}M  {got['rate']:,.0f} images/s, "
-        f"{got['each'] * 1e6:.0f} CPU µs each", flush=True,
-      )  # fmt: skip
+        f"{got['each'] * 1e6:.0f} CPU µs each",
+        flush=True,
+      )
       if options.train:
         print(f"{'':11}training: at most {got['train_peak'] / 2**30:.2f} GiB in all", flush=True)
   for way in ways:
@@ -173,12 +174,21 @@ def _one(name, side, train):
     del iterator
     e = experiment.from_file("cifar10_small")
     e = e.replace(
-      data={"name": name, "image_shape": (side, side, 3), "train_split": split,
-            "test_split": split},
+      data={
+        "name": name,
+        "image_shape": (side, side, 3),
+        "train_split": split,
+        "test_split": split,
+      },
       network={"nf": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1},
-      training={"batch_size": 8, "steps": train, "checkpoint_every": 0, "sample_every": 0,
-                "keep_every": 0},
-    )  # fmt: skip
+      training={
+        "batch_size": 8,
+        "steps": train,
+        "checkpoint_every": 0,
+        "sample_every": 0,
+        "keep_every": 0,
+      },
+    )
     e, _ = _of_train().stand_in(e)
     with tempfile.TemporaryDirectory() as workdir:
       training.train(e, workdir, progress=False)

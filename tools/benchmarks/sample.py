@@ -60,9 +60,12 @@ def main(argv=None):
   shape = (32, 32, 3)
   # Noise that rises all along, so that every step of a stochastic sampler draws some.
   process = diffusion.Diffusion(
-    shape, corruptions.GaussianBlur(), schedules.Geometric(0.01, 18.0),
-    schedules.Geometric(0.01, 0.1), priors.zero(shape),
-  )  # fmt: skip
+    shape,
+    corruptions.GaussianBlur(),
+    schedules.Geometric(0.01, 18.0),
+    schedules.Geometric(0.01, 0.1),
+    priors.zero(shape),
+  )
   network = NCSNpp(image_shape=shape, progressive_input="residual", dropout=0.0, **options)
 
   def denoiser(x_t, t):
@@ -86,8 +89,10 @@ def main(argv=None):
     args.repeats,
   )
   per = {
-    "forward": plan.shape[0], "sampler": plan.shape[0], "step": many.shape[0],
-  }  # fmt: skip
+    "forward": plan.shape[0],
+    "sampler": plan.shape[0],
+    "step": many.shape[0],
+  }
   each = {name: tuple(v / per[name] for v in pair) for name, pair in found.items()}
   print(
     f"{args.config}: {network.count_params():,} parameters, batch {batch}, {args.sampler}, "

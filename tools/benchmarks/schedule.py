@@ -60,24 +60,33 @@ def main(argv=None):
 
   stage = _Stages()
   e = experiment.from_file(args.config)
-  source = stage("decode the data", lambda: data.load(
-    e.data.name, e.data.train_split, e.data.image_shape, e.data.crop, args.data_dir))  # fmt: skip
+  source = stage(
+    "decode the data",
+    lambda: data.load(
+      e.data.name, e.data.train_split, e.data.image_shape, e.data.crop, args.data_dir
+    ),
+  )
   count = max(2, round(args.slice * len(source)))
   images = source.floats(np.sort(np.random.default_rng(e.seed).permutation(len(source))[:count]))
   first, last = schedules.ends(e.level)
-  levels = stage("candidate levels", lambda: transport.candidate_levels(
-    e.corruption, first, last, args.levels, "transport", images))  # fmt: skip
-  stage("check of the closed form", lambda: transport.check_closed_form(
-    e.corruption, levels, images))  # fmt: skip
-  matrix = stage("closed form, all pairs", lambda: transport.closed_form_distances(
-    e.corruption, levels, images))  # fmt: skip
+  levels = stage(
+    "candidate levels",
+    lambda: transport.candidate_levels(e.corruption, first, last, args.levels, "transport", images),
+  )
+  stage(
+    "check of the closed form", lambda: transport.check_closed_form(e.corruption, levels, images)
+  )
+  matrix = stage(
+    "closed form, all pairs", lambda: transport.closed_form_distances(e.corruption, levels, images)
+  )
   nodes = min(args.nodes, len(levels))
   path = stage("path and ε", lambda: transport.find_path(levels, matrix, nodes))
   closed = stage.seconds["closed form, all pairs"] + stage.seconds["path and ε"]
 
   sinkhorn, _ = transport.measure("sinkhorn", e.corruption, levels, images, nodes=nodes)
-  found = stage("Sinkhorn search, all four means", lambda: transport.find_path(
-    levels, sinkhorn, nodes))  # fmt: skip
+  found = stage(
+    "Sinkhorn search, all four means", lambda: transport.find_path(levels, sinkhorn, nodes)
+  )
   edges = len(sinkhorn.known)
   chosen = np.unique(np.linspace(0, len(path.indices) - 2, args.pairs).astype(int))
   pairs = [(path.indices[k], path.indices[k + 1]) for k in chosen]
@@ -156,11 +165,13 @@ def laboratory(counts, samples, rules=("momentum", "ddim", "two_step")):
   kinds = {
     "two stages, found path (P)": lambda steps: found,
     "two stages, geometric": lambda steps: (
-      schedules.Staged(schedules.Geometric(*ends), 0.2, 1.0), staged),
+      schedules.Staged(schedules.Geometric(*ends), 0.2, 1.0),
+      staged,
+    ),
     "two stages, MSE as VE's (Eq. 55)": lambda steps: matched,
     "joint path, a node per step": lambda steps: joint("closed_form", steps),
     "joint path of Gaussians": lambda steps: joint("bures", steps),
-  }  # fmt: skip
+  }
   print(f"{samples:,} samples; floor {gaussians.frechet_between(fresh, more):.4f}")
   print(f"{'steps':>5}  {'schedule':34}" + "".join(f"{rule:>12}" for rule in rules))
   for steps in counts:

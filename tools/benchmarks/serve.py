@@ -104,14 +104,22 @@ def _hostile(port, sampler, end):
   """Bad requests of every kind until time is over: Counter of status codes."""
   name = f"sample_{sampler}"
   bodies = [
-    b"{", b"", b"\xff", b"[" * 100_000, b'{"inputs":{"num":NaN,"seed":0}}', b"null",
-    _body(sampler, 10**9, 0), _body(sampler, -1, 0), _body(sampler, 1, 2**70),
+    b"{",
+    b"",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"inputs":{"num":NaN,"seed":0}}',
+    b"null",
+    _body(sampler, 10**9, 0),
+    _body(sampler, -1, 0),
+    _body(sampler, 1, 2**70),
     _body("of_no_kind", 1, 0),
     json.dumps({"signature_name": name, "inputs": {"num": "1"}}).encode(),
     json.dumps({"signature_name": name, "instances": [{"num": 1, "seed": 1}]}).encode(),
     json.dumps({"signature_name": "denoise", "inputs": {"x_t": [[1]], "t": [1e300]}}).encode(),
-    b'{"inputs":[' + b"1," * 500_000 + b"1]}", b" " * (9 << 20),
-  ]  # fmt: skip
+    b'{"inputs":[' + b"1," * 500_000 + b"1]}",
+    b" " * (9 << 20),
+  ]
   codes, k = collections.Counter(), 0
   while time.monotonic() < end:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -128,15 +136,23 @@ def attack(port, sampler, clients, duration):
   """Good clients beside hostile and standing ones: (codes of the good, codes of the hostile)."""
   idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
   for k, connection in enumerate(idle):  # half a head, or half a body
-    connection.sendall(b"POST " + PATH.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n"
-                       + (b"\r\n{" if k % 2 else b"a: "))  # fmt: skip
+    connection.sendall(
+      b"POST "
+      + PATH.encode()
+      + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n"
+      + (b"\r\n{" if k % 2 else b"a: ")
+    )
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     end = time.monotonic() + duration
     enemies = [pool.submit(_hostile, port, sampler, end) for _ in range(4)]
     good = served(
-      port, sampler, clients, duration, lambda c, k: c + clients * k,
+      port,
+      sampler,
+      clients,
+      duration,
+      lambda c, k: c + clients * k,
       name=f"the same beside hostile clients: {clients}",
-    )  # fmt: skip
+    )
     bad = sum((e.result() for e in enemies), collections.Counter())
   for connection in idle:
     connection.close()
@@ -153,15 +169,19 @@ def main(argv=None):
   manifest = json.loads(pathlib.Path(options.model, "assets.extra/manifest.json").read_text())
   sampler = options.sampler or manifest["default_sampler"]
   duration = options.seconds
-  print(f"{sampler}, batches of {manifest['samplers'][sampler].get('batch_size')}; "
-        f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
+  print(
+    f"{sampler}, batches of {manifest['samplers'][sampler].get('batch_size')}; "
+    f"load {os.getloadavg()[0]:.1f}"
+  )
   print(f"{'':34} {'images/s':>9} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9}")
   for num in (1, 16):
     direct(options.model, sampler, num, duration)
   server = subprocess.Popen(
     [sys.executable, "-m", "soft_diffusion_tf.bin.serve", f"--model={options.model}", "--port=0"],
-    cwd=ROOT, text=True, stdout=subprocess.PIPE,
-  )  # fmt: skip
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+  )
   try:
     while not (line := server.stdout.readline()).startswith("at "):
       if not line:
@@ -172,10 +192,23 @@ def main(argv=None):
     for clients in map(int, options.clients.split(",")):
       served(port, sampler, clients, duration, lambda c, k, n=clients: c + n * k)
     draw = random.Random(0)
-    served(port, sampler, 16, duration, lambda c, k: draw.randrange(2**40),
-           name="served, clients: 16, random seeds")  # fmt: skip
-    served(port, sampler, 4, duration, lambda c, k: 16 * (c + 4 * k), num=16,
-           name="served, clients: 4, 16 per request")  # fmt: skip
+    served(
+      port,
+      sampler,
+      16,
+      duration,
+      lambda c, k: draw.randrange(2**40),
+      name="served, clients: 16, random seeds",
+    )
+    served(
+      port,
+      sampler,
+      4,
+      duration,
+      lambda c, k: 16 * (c + 4 * k),
+      num=16,
+      name="served, clients: 4, 16 per request",
+    )
     good, bad = attack(port, sampler, 16, duration)
     served(
       port,

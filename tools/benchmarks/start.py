@@ -53,9 +53,13 @@ def spent(root, arguments):
   """CPU seconds of a process of a checkout, and what it printed."""
   environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "-1"}
   with subprocess.Popen(
-    [sys.executable, *arguments], cwd=root, env=environment, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-  ) as process:  # fmt: skip
+    [sys.executable, *arguments],
+    cwd=root,
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  ) as process:
     text = process.stdout.read()
     _, _, usage = os.wait4(process.pid, 0)
     process.returncode = 0
@@ -85,8 +89,10 @@ def main(argv=None):
   last = list(rows[0][0])[-1]
   total = lambda parts: sum(value for name, value in parts.items() if name != last)
   columns = list(zip(*rows))
-  print(f"{'the first sample':34}"
-        + "".join(f"{statistics.median(map(total, c)):16.2f}" for c in columns))  # fmt: skip
+  print(
+    f"{'the first sample':34}"
+    + "".join(f"{statistics.median(map(total, c)):16.2f}" for c in columns)
+  )
   for part in rows[0][0]:
     values = [statistics.median(parts[part] for parts in c) for c in columns]
     print(f"  {part:32}" + "".join(f"{value:16.2f}" for value in values))

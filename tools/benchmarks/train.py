@@ -144,19 +144,27 @@ def main(argv):
   print(f"{'':36}{'ms':>9}{'CPU ms':>9}{'images/s':>10}{'over bare':>11}{'(CPU)':>8}")
   for name in names:
     wall, used = found[name]
-    print(f"{name:36}{wall * 1e3:9.1f}{used * 1e3:9.1f}{t.batch_size / wall:10.1f}"
-          f"{wall / base[0] - 1:11.1%}{used / base[1] - 1:8.1%}")  # fmt: skip
+    print(
+      f"{name:36}{wall * 1e3:9.1f}{used * 1e3:9.1f}{t.batch_size / wall:10.1f}"
+      f"{wall / base[0] - 1:11.1%}{used / base[1] - 1:8.1%}"
+    )
   step = found[names[-1]][0]
   extra = record_cost / t.log_every if t.log_every else 0
   if t.checkpoint_every:
     extra += stall / t.checkpoint_every
   whole = step + extra
-  print(f"{'+ records and checkpoints':36}{whole * 1e3:9.1f}{'':9}{t.batch_size / whole:10.1f}"
-        f"{whole / base[0] - 1:11.1%}")  # fmt: skip
-  print(f"a record takes {record_cost * 1e3:.1f} ms, one every {t.log_every} steps: "
-        f"{record_cost / t.log_every / step if t.log_every else 0:.2%} of a step")  # fmt: skip
-  print(f"a checkpoint stalls training for {stall * 1e3:.0f} ms ({stall / step:.2f} steps); a "
-        f"thread writes it in {write * 1e3:.0f} ms")  # fmt: skip
+  print(
+    f"{'+ records and checkpoints':36}{whole * 1e3:9.1f}{'':9}{t.batch_size / whole:10.1f}"
+    f"{whole / base[0] - 1:11.1%}"
+  )
+  print(
+    f"a record takes {record_cost * 1e3:.1f} ms, one every {t.log_every} steps: "
+    f"{record_cost / t.log_every / step if t.log_every else 0:.2%} of a step"
+  )
+  print(
+    f"a checkpoint stalls training for {stall * 1e3:.0f} ms ({stall / step:.2f} steps); a "
+    f"thread writes it in {write * 1e3:.0f} ms"
+  )
   if devices in found:
     print(f"{devices}: {found[devices][0] / step:.2f} times the wall time of one device")
   return 0
