@@ -1,6 +1,6 @@
 """P's blur diffusion on CelebA-64, its best model.
 
-  python tools/find_schedule.py --config=configs/celeba64_blur.py \
+  soft-diffusion-schedule --config=configs/celeba64_blur.py \
     --out=configs/schedules/celeba64_blur.json
   soft-diffusion-train --config=configs/celeba64_blur.py --workdir=runs/celeba64_blur
 

@@ -1,6 +1,6 @@
 r"""Ablation of P F.1.2: blur whose MSE decays as VE's (Eq. 55) instead of the found schedule.
 
-  python tools/find_schedule.py --config=configs/celeba64_blur_mse.py --method=mse \
+  soft-diffusion-schedule --config=configs/celeba64_blur_mse.py --method=mse \
     --out=configs/schedules/celeba64_blur_mse.json
   soft-diffusion-train --config=configs/celeba64_blur_mse.py --workdir=runs/celeba64_blur_mse
 

@@ -1,6 +1,6 @@
 """P's masking diffusion on CelebA-64: a window that shrinks, and little noise.
 
-  python tools/find_schedule.py --config=configs/celeba64_mask.py \
+  soft-diffusion-schedule --config=configs/celeba64_mask.py \
     --out=configs/schedules/celeba64_mask.json
   soft-diffusion-train --config=configs/celeba64_mask.py --workdir=runs/celeba64_mask
 

@@ -3,7 +3,7 @@
 A binary mask jumps where a ring of pixels disappears, and no sampler's error falls with its steps
 there (docs/samplers.md). Here each pixel fades over a quarter of the share that is hidden.
 
-  python tools/find_schedule.py --config=configs/cifar10_soft_mask.py \
+  soft-diffusion-schedule --config=configs/cifar10_soft_mask.py \
     --out=configs/schedules/cifar10_soft_mask.json
   soft-diffusion-train --config=configs/cifar10_soft_mask.py --workdir=runs/cifar10_soft_mask
 

@@ -22,16 +22,16 @@ class _Drawing(keras.callbacks.Callback):
       raise ValueError(f"count and every must be at least 1, got {count} and {every}")
     self.count, self.every = count, every
     self.options = options or Sampling()
-    self._drawer, self._drawn = None, None  # the latter is the model of the former
+    self._batch_sampler, self._drawn = None, None  # the latter is the model of the former
 
   def images(self):
     """Samples float32 [count, H, W, C] of the model as it is now."""
     model = self.model
-    if self._drawn is not model or self._drawer.diffusion is not model.diffusion:
-      self._drawer = drawing.BatchSampler(model.diffusion, model.denoiser(), self.options)
+    if self._drawn is not model or self._batch_sampler.diffusion is not model.diffusion:
+      self._batch_sampler = drawing.BatchSampler(model.diffusion, model.denoiser(), self.options)
       self._drawn = model
-    self._drawer.refresh()
-    return self._drawer.images(np.arange(self.count))
+    self._batch_sampler.refresh()
+    return self._batch_sampler.images(np.arange(self.count))
 
   def _due(self, epoch):
     return (epoch + 1) % self.every == 0
@@ -67,7 +67,7 @@ class FrechetDistance(_Drawing):
   Args:
     images: real images, uint8 or float in [0, 1], [N, H, W, C].
     count: samples; by default as many as there are real images.
-    network: a name of `features.feature_network`, or one made by it.
+    network: a name of `evaluation.features.feature_network`, or one made by it.
     options, every: as for `SampleGrid`.
   """
 

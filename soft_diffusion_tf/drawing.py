@@ -82,7 +82,10 @@ class BatchSampler:
     """The same with another sampler; what is traced is shared. Bounds of x̂_0 must stay."""
     mine = self.options
     if (options.clip, options.threshold) != (mine.clip, mine.threshold):
-      raise ValueError("another bound of x̂_0 takes a BatchSampler of its own")
+      raise ValueError(
+        f"clip = {options.clip}, threshold = {options.threshold:g}, and this BatchSampler was made "
+        f"with {mine.clip}, {mine.threshold:g}; make another BatchSampler"
+      )
     if options == mine:
       return self
     other = copy.copy(self)
@@ -224,7 +227,7 @@ def _save_npz(path, images, seeds, settings):
     images, seeds = np.concatenate([have[0], images]), np.concatenate([have[1], seeds])
   order = np.argsort(seeds)
   metadata = json.dumps({**settings, "seeds": [int(seeds.min()), int(seeds.max())]})
-  with files.whole(path) as partial:
+  with files.atomic(path) as partial:
     np.savez(partial, images=images[order], seeds=seeds[order], metadata=np.array(metadata))
 
 
@@ -247,7 +250,7 @@ def _save_png(folder, images, seeds, settings):
     notes.add_text("soft_diffusion_tf", json.dumps({**settings, "seed": int(seed)}))
     picture = image if image.shape[-1] == 3 else plots.grid(image[None], padding=0)
     picture = image[..., 0] if image.shape[-1] == 1 else picture
-    with files.whole(folder / _png_name(seed)) as partial:
+    with files.atomic(folder / _png_name(seed)) as partial:
       Image.fromarray(picture).save(partial, format="PNG", pnginfo=notes)
 
 

@@ -16,8 +16,8 @@ import tempfile
 
 
 @contextlib.contextmanager
-def whole(path):
-  """Gives a path to write to, with the same suffix; what is there at the end becomes `path`.
+def atomic(path):
+  """Writes a file atomically: gives a path to write to, which becomes `path` at the end.
 
   The folder is made where there is none. After an error `path` is what it was.
   """
@@ -33,7 +33,7 @@ def whole(path):
 
 def write_text(path, text):
   """Writes a text (UTF-8), whole or not at all."""
-  with whole(path) as partial:
+  with atomic(path) as partial:
     partial.write_text(text, encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ def grid(images, columns=None, padding=1, zoom=1):
 
 def save_png(path, picture):
   """Writes a uint8 picture [H, W, 3] or [H, W, 1], whole or not at all."""
-  with files.whole(path) as partial:
+  with files.atomic(path) as partial:
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(partial, "PNG")
 
 

@@ -78,7 +78,7 @@ class Prior:
 
   def save(self, path):
     """Writes an .npz, whole or not at all."""
-    with files.whole(path) as partial:
+    with files.atomic(path) as partial:
       np.savez(partial, kind=np.array(self.kind), mean=self.mean, factors=self.factors)
 
   def get_config(self):

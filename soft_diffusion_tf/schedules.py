@@ -357,7 +357,7 @@ def _numbers(values: Any) -> bool:
 
 def save_levels(path: str | pathlib.Path, content: Mapping[str, Any]) -> None:
   """Writes a schedule file whole or not at all."""
-  with files.whole(path) as partial:
+  with files.atomic(path) as partial:
     files.write_json(partial, {"schema": 1, **content})
     load_levels(partial)
 

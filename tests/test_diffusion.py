@@ -117,7 +117,7 @@ class Shrink(c.Corruption):
     (Saturate(), r"Saturate at level 0\.75 is not linear: C\(2x − 3y\) is off by .*linear = False"),
     (
       Shrink(),
-      r"Shrink at level 1 makes images of \(4, 4, 1\) of those of \(8, 8, 1\); C must",
+      r"Shrink at level 1 turns images of \(8, 8, 1\) into \(4, 4, 1\); C must",
     ),
   ],
 )

@@ -237,10 +237,10 @@ def test_other_samples_are_not_overwritten(sampler, tmp_path):
 
 def test_what_another_shard_has_half_written_is_no_other_file(sampler, tmp_path, monkeypatch):
   partials = []
-  with monkeypatch.context() as patch, files.whole(tmp_path / drawing.SETTINGS_FILE) as partial:
+  with monkeypatch.context() as patch, files.atomic(tmp_path / drawing.SETTINGS_FILE) as partial:
     partials.append(partial.name)
     patch.setattr(os, "getpid", lambda: 1)
-    with files.whole(tmp_path / drawing.SETTINGS_FILE) as other:
+    with files.atomic(tmp_path / drawing.SETTINGS_FILE) as other:
       partials.append(other.name)
       other.write_text("{}")
     partial.write_text("{")

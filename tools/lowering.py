@@ -129,7 +129,7 @@ class Lowered:
       then the variables in `updated`, each in the place of the parameter of that name.
     arguments: (shape, dtype) of each argument.
     results: how many results the function has itself.
-    variables, updated: names, as `checkpoints.named_variables` has them.
+    variables, updated: names, as `training.checkpoints.named_variables` has them.
   """
 
   text: str

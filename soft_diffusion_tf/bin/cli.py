@@ -182,7 +182,7 @@ def refuse(ignored, why):
 
 
 def say(text):
-  """Prints what the program is at, for whoever waits."""
+  """Prints a message about the progress, at once."""
   print(text, flush=True)
 
 
@@ -333,7 +333,7 @@ def _without_config(argv):
   return kept
 
 
-def words():
+def positional_arguments():
   """The arguments that are no flags, such as check and digits of `soft-diffusion-data`."""
   return tuple(_words)
 
@@ -402,7 +402,7 @@ def _line_of(error):
   return text
 
 
-def _guarded(main, goes_on, most_words=0):
+def _guarded(main, resumable, most_words=0):
   def run(argv):
     if len(argv) > 1 + most_words:
       _fail(f"unexpected argument {argv[1 + most_words]!r}; flags are given as --name=value")
@@ -412,7 +412,7 @@ def _guarded(main, goes_on, most_words=0):
     from soft_diffusion_tf import training, trust
     from soft_diffusion_tf.model import NonFiniteLoss
 
-    _start.loaded(signal.SIGINT, *(() if goes_on else (signal.SIGTERM,)))
+    _start.loaded(signal.SIGINT, *(() if resumable else (signal.SIGTERM,)))
     bad_input = (ValueError, OSError, NonFiniteLoss, tf.errors.ResourceExhaustedError)
     try:
       with trust.trust_code("trust_code" in flags.FLAGS and flags.FLAGS.trust_code):
@@ -441,15 +441,15 @@ def _guarded(main, goes_on, most_words=0):
   return run
 
 
-def run(main, goes_on=False, check=None, most_words=0):
+def run(main, resumable=False, check=None, most_words=0):
   """Parses flags and calls main(); bad input ends with one line on stderr and exit code 2.
 
   Args:
     main: the program; TensorFlow is loaded before it is called.
     check: raises the ValueError of flags that are wrong by themselves. It is called before
       TensorFlow is loaded and the config is read, which take seconds.
-    goes_on: the program goes on from where it was ended, also by SIGTERM: exit code 75.
-    most_words: arguments that it takes beside its flags, at the most (see `words`).
+    resumable: the program goes on from where it was ended, also by SIGTERM: exit code 75.
+    most_words: arguments that it takes beside its flags, at the most (see `positional_arguments`).
   """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
@@ -464,7 +464,7 @@ def run(main, goes_on=False, check=None, most_words=0):
       warnings.simplefilter("ignore")
   try:
     app.run(
-      _guarded(main, goes_on, most_words), flags_parser=functools.partial(_parse, check=check)
+      _guarded(main, resumable, most_words), flags_parser=functools.partial(_parse, check=check)
     )
   except KeyboardInterrupt:
     print("interrupted; start again with the same command to go on", file=sys.stderr)

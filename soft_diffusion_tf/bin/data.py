@@ -37,7 +37,7 @@ _COMMANDS = ("check", "pack")
 
 
 def _check():
-  command, source = (*cli.words(), None, None)[:2]
+  command, source = (*cli.positional_arguments(), None, None)[:2]
   if command not in _COMMANDS:
     got = f", not {command!r}" if command else ""
     raise ValueError(
@@ -60,14 +60,14 @@ def main():
   from soft_diffusion_tf import data, experiment
   from soft_diffusion_tf.data import pack
 
-  source = cli.words()[1] if len(cli.words()) > 1 else None
+  source = cli.positional_arguments()[1] if len(cli.positional_arguments()) > 1 else None
   d = cli.experiment_of(_CONFIG.value).data if _CONFIG.value else experiment.Data()
   shape = d.image_shape if _CONFIG.value else None
   name = d.name if source is None else source
   if isinstance(name, str) and os.path.exists(os.path.expanduser(name)):
     is_pack = os.path.exists(os.path.join(os.path.expanduser(name), pack.INDEX))
     name = f"{pack.PREFIX if is_pack else data.FOLDER}{name}"
-  if cli.words()[0] == "pack":
+  if cli.positional_arguments()[0] == "pack":
     _pack(dataclasses.replace(d, name=name))
     return
   whole = isinstance(name, str) and not name.startswith(pack.PREFIX)

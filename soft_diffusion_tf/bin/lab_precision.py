@@ -54,7 +54,7 @@ def draw_study(out, minutes, names=tuple(STUDY)):
           return
         seeds = range(block * size, (block + 1) * size)
         images = studies[name].sample(kind, rule, nfe, seeds)
-        with files.whole(path) as partial:
+        with files.atomic(path) as partial:
           np.save(partial, images)
 
 

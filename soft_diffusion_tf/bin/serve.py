@@ -26,7 +26,9 @@ _MAX_BATCH = flags.DEFINE_integer(
   "max_batch", 64, "Rows of one call, and of one request.", 1, 1 << 20
 )
 _REPRODUCIBLE = flags.DEFINE_bool(
-  "reproducible", False, "Pad every batch to --max_batch: the same bits in any company, at a price."
+  "reproducible",
+  False,
+  "Pad every batch to --max_batch: an answer does not depend on the others; slower.",
 )
 _QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait; more are answered 429.", 1)
 _TIMEOUT = flags.DEFINE_float(

@@ -51,7 +51,7 @@ def main():
 
 
 def run():
-  cli.run(main, goes_on=True, check=_check)
+  cli.run(main, resumable=True, check=_check)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,10 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
 
   def _check_linear(self, what):
     if not self.linear:
-      raise ValueError(f"{type(self).__name__} is not linear and has no {what}; take another route")
+      raise ValueError(
+        f"{type(self).__name__} has linear = False, so it has no {what}: exact denoisers and "
+        "restoration that explains y need a linear corruption"
+      )
 
   def check_images(self, image_shape, levels):
     """Raises the ValueError of a C that changes the size of images, or is not linear unsaid.
@@ -94,8 +97,8 @@ class Corruption(parts.Part, abc.ABC, role="corruption"):
       c = np.asarray(self(images, level))
       if c.shape != images.shape:
         raise ValueError(
-          f"{name} at level {level:g} makes images of {c.shape[1:]} of those of "
-          f"{tuple(image_shape)}; C must keep their shape: scale its result up again"
+          f"{name} at level {level:g} turns images of {tuple(image_shape)} into "
+          f"{c.shape[1:]}; C must keep their shape: scale its result up again"
         )
       error, scale = np.max(np.abs(c[2] - (2.0 * c[0] - 3.0 * c[1]))), max(1.0, np.max(np.abs(c)))
       if self.linear and error > 1e-3 * scale:

@@ -99,9 +99,15 @@ def batches(
   host, hosts = part
   pieces = hosts * each
   if len(source) < 1 or batch_size < 1:
-    raise ValueError(f"cannot batch {len(source)} images by {batch_size}")
+    raise ValueError(
+      f"{len(source)} images cannot be batched by {batch_size}: give at least 1 image, and "
+      "batch_size of at least 1"
+    )
   if batch_size % pieces:
-    raise ValueError(f"a batch of {batch_size} cannot be cut into {pieces} equal pieces")
+    raise ValueError(
+      f"batch_size = {batch_size} is no multiple of {pieces}, workers times replicas; take one "
+      "that is"
+    )
   size = batch_size // pieces
   with tf.device("CPU:0"):  # a GPU's memory is for the network
     names = tf.constant(source.labels, tf.int64)

@@ -142,7 +142,7 @@ def get(source, seed=0, folder=None, progress=True):
     network, accuracy = _train(source, seed, progress)
     weights = network.get_weights()
     try:
-      with files.whole(path) as partial:
+      with files.atomic(path) as partial:
         np.savez(partial, accuracy=accuracy, **{f"w{k}": w for k, w in enumerate(weights)})
     except OSError as error:  # a home that cannot be written: it serves this process
       tqdm.tqdm.write(f"the classifier is not kept ({error}); set XDG_CACHE_HOME to a folder")

@@ -35,7 +35,7 @@ class Reference:
   def save(self, path):
     content = self.statistics.state(merged=True)
     about = {"conditions": self.conditions, "floor": self.floor, "why_no_floor": self.why_no_floor}
-    with files.whole(path) as partial:
+    with files.atomic(path) as partial:
       np.savez(partial, **content, about=np.array(json.dumps(about)))
 
   @classmethod
@@ -66,7 +66,7 @@ class Reference:
 
 
 def conditions_of(network, data, split, image_shape, crop, count):
-  """A reference's conditions, but for its images' content."""
+  """The settings under which a reference's numbers hold, without the digest of its images."""
   return {
     "data": data,
     "split": split,

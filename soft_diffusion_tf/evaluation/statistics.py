@@ -125,7 +125,10 @@ class Statistics:
     counted = sum(int(content[f"count_{k}"]) for k in parts)
     have = (0, 0) if rows is None else (len(rows), len(waiting))
     if not inside or have[0] != min(seen, subset) or counted + have[1] != seen:
-      raise ValueError(f"it counts {seen} of {count} images and has {counted} and {have}")
+      raise ValueError(
+        f"it counts {seen} of {count} images, and its parts do not add up to that: {counted} and "
+        f"{have}"
+      )
     result = cls(count, subset)
     result.seen = seen
     if rows is not None:
@@ -146,7 +149,7 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
   """`Statistics` of `count` images.
 
   Args:
-    network: a `features.FeatureNetwork`.
+    network: an `evaluation.features.FeatureNetwork`.
     batches: a function start → iterator over batches [B, H, W, C], uint8 or float in [0, 1], of the
       images from number `start` on.
     partial: a file that keeps what is done so far, written every `every` seconds, so that a run
@@ -185,7 +188,7 @@ def measure(network, batches, count, subset=SUBSET, progress=None, partial=None,
       if statistics.seen == count:
         break
       if partial is not None and time.monotonic() - saved >= every:
-        with files.whole(partial) as file:
+        with files.atomic(partial) as file:
           np.savez(file, **statistics.state())
         saved = time.monotonic()
   if statistics.seen < count:

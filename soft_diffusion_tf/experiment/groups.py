@@ -274,10 +274,11 @@ class Sampling(Group):
 class Evaluation(Group):
   """What `evaluation` measures with.
 
-  `feature_net` names a feature network (see `features`); `samples` is the number of images on each
-  side, and `reference_samples` another number of real ones (0: the same); KID and precision/recall
-  look at the first `subset` images of each side, the latter at their `neighbours`-th neighbours.
-  `metrics` are measured beside them, on as many images: each a `metrics.Metric`, or its name.
+  `feature_net` names a feature network (see `evaluation.features`); `samples` is the number of
+  images on each side, and `reference_samples` another number of real ones (0: the same); KID and
+  precision/recall look at the first `subset` images of each side, the latter at their
+  `neighbours`-th neighbours. `metrics` are measured beside them, on as many images: each a
+  `metrics.Metric`, or its name.
   """
 
   _group = "evaluation."

@@ -2,7 +2,7 @@
 
 `save` writes a folder: the SavedModel with the averaged weights in it, README.md (the model
 card), and in `assets.extra/`, where TensorFlow leaves room for such things, config.json, prior.npz
-and manifest.json (what `Manifest` of this module's `FORMAT` says). `load` makes of that folder a
+and manifest.json (`manifest_of` reads it). `load` makes of that folder a
 `training.Run` again. `pack` writes a single .npz of float16 weights, such as those that come with
 this package; `from_pretrained` opens any of these by path, and the latter by name.
 

@@ -63,7 +63,7 @@ _ABOUT = {
 
 
 def check_about(about):
-  """Raises the ValueError of what is not what `_about` gives, or of another format."""
+  """Raises the ValueError of what is not what `about_run` gives, or of another format."""
   if not isinstance(about, dict):
     raise ValueError(f"it says {reprlib.repr(about)} of itself, not an object of fields")
   if about.get("format") != FORMAT:
@@ -88,11 +88,15 @@ def check_shapes(experiment, shapes):
   Before the network is made: a config of unknown origin may ask for more memory than there is.
   """
   if experiment.network.least_variables > len(shapes):  # to count them all would take minutes
-    raise ValueError(f"it has {len(shapes)} weights, too few for its network")
+    raise ValueError(
+      f"the file holds {len(shapes)} weight arrays, too few for the network in its config"
+    )
   experiment.check_network()
   want = experiment.network_shapes()
   if len(shapes) != len(want):
-    raise ValueError(f"it has {len(shapes)} weights, and its network {len(want)}")
+    raise ValueError(
+      f"the file holds {len(shapes)} weight arrays, and the network in its config needs {len(want)}"
+    )
   for k, (given, wanted) in enumerate(zip(shapes, want)):
     if tuple(given) != wanted:
       raise ValueError(f"weight {k} has the shape {tuple(given)}, and its network's {wanted}")

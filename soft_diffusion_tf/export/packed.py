@@ -41,7 +41,7 @@ def pack(run, out, *, dtype="float16", evaluations=(), licence=UNSTATED, force=F
   about = about_run(run, dtype, licence) | {"dtype_of": "weights stored in"}
   content = json.loads(json.dumps(about | {"experiment": run.experiment.to_dict()}))
   content["sha256"] = _digest_of_file(content, prior, weights)
-  with files.whole(out) as partial:
+  with files.atomic(out) as partial:
     np.savez_compressed(
       partial,
       about=np.array(json.dumps(content)),

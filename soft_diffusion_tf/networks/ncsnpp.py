@@ -132,8 +132,8 @@ class Network(Architecture, name="NCSNpp"):
     return 2 * self.num_res_blocks
 
   def footprint(self, image_shape):
-    """Of a residual block two tensors, one with `remat`; of weights a convolution in each of them
-    and at both ends.
+    """Counts two tensors a residual block (one with `remat`), and the weights of one convolution in
+    each of them and at both ends.
     """
     height, width, channels = image_shape
     blocks_each = 2 * self.num_res_blocks + 1

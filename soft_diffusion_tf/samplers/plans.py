@@ -136,13 +136,19 @@ def plan(
   updates = []
   for each in turns:
     update = each.coefficients(step)
-    if (update.corrector is not None) + (update.stay is not None) != each.evaluations - 1:
-      raise ValueError(f"{each}: a rule with a corrector, and no other, has evaluations = 2")
-    if update.filtered and (spectrum_of(diffusion) is None or update.corrector is not None):
+    extra = (update.corrector is not None) + (update.stay is not None)
+    if extra != each.evaluations - 1:
+      raise ValueError(
+        f"{each}: evaluations = {each.evaluations}, and its Update has {extra} beside the first (a "
+        f"corrector, or stay); set the rule's evaluations to {extra + 1}"
+      )
+    if update.filtered and spectrum_of(diffusion) is None:
       raise ValueError(
         f"{each}: filtered steps need a corruption with a spectrum, unlike "
-        f"{type(diffusion.corruption).__name__}, and no corrector"
+        f"{type(diffusion.corruption).__name__}; take another corruption or sampler"
       )
+    if update.filtered and update.corrector is not None:
+      raise ValueError(f"{each}: a filtered step has no corrector; leave one of them out")
     columns = [np.broadcast_to(v, t.shape) for v in (update.a, update.b, update.gamma)]
     stay = update.stay and [np.broadcast_to(v, t.shape) for v in update.stay]
     kind = FILTERED if update.filtered else 0.0

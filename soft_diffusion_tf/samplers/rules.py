@@ -248,7 +248,10 @@ class Turns(Rule, name="turns"):
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.rules or any(rule.adaptive for rule in self.rules):
-      raise ValueError(f"rules that have a plan can take turns, not {self}")
+      raise ValueError(
+        f"{self}: rules that are joined by '+' take turns; give at least one, and only such with "
+        "fixed steps, which dormand_prince has not"
+      )
 
   @property
   def turns(self) -> tuple[Rule, ...]:

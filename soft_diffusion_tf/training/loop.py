@@ -39,7 +39,7 @@ from soft_diffusion_tf.training.workers import (
   end_at_once,
   is_chief,
   lost_workers,
-  make_anywhere,
+  make_any_worker,
   on_sigterm,
 )
 
@@ -243,7 +243,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
 
   iterator = iter(strategy.distribute_datasets_from_function(pipeline))
   loop, norms = make_loop(model, strategy), make_norms(model)
-  anywhere = make_anywhere(strategy)
+  anywhere = make_any_worker(strategy)
   monitor = Monitor(workdir, step, options.steps, options.batch_size, progress, chief)
   clipped = Clipped(options.clip_norm, say)
   asked: list[int] = []  # not empty once SIGTERM has come

@@ -190,7 +190,7 @@ def _truncate_events(folder, step):
     except tf.errors.DataLossError:
       whole = False
     if not whole:
-      with files.whole(file) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
+      with files.atomic(file) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
         for raw in kept:
           writer.write(raw)
         writer.close()

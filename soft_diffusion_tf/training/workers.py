@@ -70,7 +70,7 @@ def _make_total(strategy):
   return total
 
 
-def make_anywhere(strategy):
+def make_any_worker(strategy):
   """A function that says whether a flag is set in any worker; all of them have to call it."""
   if not _several_workers(strategy):
     return bool

@@ -45,7 +45,7 @@ def roots_of(corruption: Corruption, images: Array) -> tuple[Array, bool]:
     float32 [1, H, W, K] (True) for a corruption that treats channels alike, else [K, H, W, C].
   """
   n, h, w, c = images.shape
-  if not corruption.linear:  # only the images themselves will do, and `_weight` takes their mean
+  if not corruption.linear:  # only the images themselves will do, and `weight_of` takes their mean
     return images, False
   alike = not corruption.mixes_channels((h, w, c))
   rows = np.moveaxis(images, 3, 1).reshape(n * c, h * w) if alike else images.reshape(n, -1)
