@@ -114,16 +114,16 @@ def stand_in(x_t, t):
 def test_the_sampler_is_the_printed_one(process, jit_compile):
   own = process.with_prior(priors.zero(SHAPE))
   times = samplers.time_grid(9)[:-1]  # into t = 0 we add no noise
-  rows = samplers.plan("ancestral", times, own)
-  assert np.all(rows.numpy()[:, 5] == samplers.FILTERED)
+  plan = samplers.plan("ancestral", times, own)
+  assert np.all(plan.numpy()[:, 5] == samplers.FILTERED)
   denoiser = lambda x, t: 0.5 + 0.3 * tf.tanh(x) * (1.2 - tf.reshape(t, [-1, 1, 1, 1]))
   sampler = samplers.Sampler(own, denoiser, jit_compile=jit_compile)
   start = own.draw_prior(SEEDS)
   predict = lambda x, t: stand_in(x, np.full(len(x), t)).astype(float)
   want = printed(predict, start.numpy().astype(float), times, SEEDS)
-  np.testing.assert_allclose(sampler(rows, SEEDS), want, atol=2e-5)  # float32 against float64
+  np.testing.assert_allclose(sampler(plan, SEEDS), want, atol=2e-5)  # float32 against float64
   # Seen at moments it is the same run, and its steps are no correctors.
-  moments, states, _ = sampler.trajectory(rows, SEEDS, 4)
+  moments, states, _ = sampler.trajectory(plan, SEEDS, 4)
   np.testing.assert_allclose(moments, np.float32(times[::2]), rtol=1e-6)
   np.testing.assert_allclose(states[-1], want, atol=2e-5)
   # The step into t = 0 adds nothing of its own.
@@ -151,8 +151,8 @@ def test_without_blur_it_is_the_ancestral_sampler_of_vp(digits):
     (corruptions.Scale(), schedules.CosineScale()),
   ):
     own = Diffusion(SHAPE, corruption, level, sigma, priors.zero(SHAPE))
-    rows = samplers.plan("ancestral", times, own)
-    images.append(samplers.Sampler(own, oracles.denoiser(mixture, own))(rows, SEEDS))
+    plan = samplers.plan("ancestral", times, own)
+    images.append(samplers.Sampler(own, oracles.denoiser(mixture, own))(plan, SEEDS))
   np.testing.assert_allclose(*images, atol=1e-5)
 
 

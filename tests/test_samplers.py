@@ -51,8 +51,8 @@ def run_printed(step, diffusion, times, seeds, **options):
 @pytest.mark.parametrize("name", ["naive", "momentum", "probability_flow", "ddim"])
 def test_every_rule_is_the_printed_algorithm(rising, name):
   times = samplers.time_grid(12)
-  rows = samplers.plan(name, times, rising, denoise=False)
-  got = samplers.Sampler(rising, denoiser)(rows, SEEDS).numpy()
+  plan = samplers.plan(name, times, rising, denoise=False)
+  got = samplers.Sampler(rising, denoiser)(plan, SEEDS).numpy()
   want = run_printed(getattr(printed, name), rising, times, SEEDS)
   if name == "naive":  # P's σ_0 is 0; ours ends at the schedule's σ(0), which b = 0 leaves out
     assert np.isfinite(want).all()
@@ -72,11 +72,11 @@ def cold(x, predict, blur, sigma, t, dt, eta):
 def test_where_the_noise_stands_still_all_samplers_are_one(blur_diffusion, name):
   """They are Cold Diffusion's update there: in the paper's process for t > 0.2."""
   times = np.linspace(1.0, 0.25, 9)
-  rows = samplers.plan(name, times, blur_diffusion)
+  plan = samplers.plan(name, times, blur_diffusion)
   # σ is float32: equal to 6e-8, of which b is a root.
-  np.testing.assert_allclose(rows[:, 2], 1.0, atol=1e-6)
-  np.testing.assert_allclose(rows[:, 3], 0.0, atol=1e-4)
-  got = samplers.Sampler(blur_diffusion, denoiser)(rows, SEEDS).numpy()
+  np.testing.assert_allclose(plan[:, 2], 1.0, atol=1e-6)
+  np.testing.assert_allclose(plan[:, 3], 0.0, atol=1e-4)
+  got = samplers.Sampler(blur_diffusion, denoiser)(plan, SEEDS).numpy()
   want = run_printed(cold, blur_diffusion, times, SEEDS)
   np.testing.assert_allclose(got, want, atol=2e-4)  # of b: the square root of σ's rounding
   # Below, where the noise falls, none of them is that update.
@@ -101,13 +101,13 @@ def test_without_noise_they_are_cold_diffusion_or_naive(blur_diffusion, name):
   """σ = 0 throughout: P Eq. 18, which is Bansal et al.'s Algorithm 2, and their Algorithm 1."""
   quiet = dataclasses.replace(blur_diffusion, sigma_schedule=schedules.Constant(0.0))
   times = samplers.time_grid(7)
-  rows = samplers.plan(name, times, quiet, denoise=False)
-  moves = rows.numpy()[:, 0] != rows.numpy()[:, 1]  # without the correctors that stay
-  np.testing.assert_array_equal(rows[:, 3], 0.0)
+  plan = samplers.plan(name, times, quiet, denoise=False)
+  moves = plan.numpy()[:, 0] != plan.numpy()[:, 1]  # without the correctors that stay
+  np.testing.assert_array_equal(plan[:, 3], 0.0)
   if name == "langevin":  # ε = 0: its corrector must not pull x to C x̂_0, which is no noise
-    np.testing.assert_array_equal(rows.numpy()[~moves, 2], 1.0)
-  rows = tf.constant(rows.numpy()[moves] * np.float32([1, 1, 1, 1, 0, 1]))  # γ: two-step's own
-  got = samplers.Sampler(quiet, denoiser)(rows, SEEDS).numpy()
+    np.testing.assert_array_equal(plan.numpy()[~moves, 2], 1.0)
+  plan = tf.constant(plan.numpy()[moves] * np.float32([1, 1, 1, 1, 0, 1]))  # γ: two-step's own
+  got = samplers.Sampler(quiet, denoiser)(plan, SEEDS).numpy()
   want = run_printed(printed.naive if name == "naive" else cold, quiet, times, SEEDS)
   np.testing.assert_allclose(got, want, atol=2e-5)  # float32 against float64
 
@@ -158,25 +158,25 @@ def test_langevin_is_the_corrector_of_song(ve_diffusion, name):
 
 def test_langevin_leaves_the_noise_at_its_level(ve_diffusion):
   """With a perfect x̂_0 the residual is σ η, and stays of that size to snr⁴: (1 − 2s²)² + 4s²."""
-  rows = samplers.plan("langevin(snr=0.1)", samplers.time_grid(4), ve_diffusion).numpy()
-  rows = rows[rows[:, 0] == rows[:, 1]].astype(float)
-  sigma = ve_diffusion.sigma(rows[:, 0].astype(np.float32)).numpy().astype(float)
-  got = (rows[:, 2] * sigma) ** 2 + rows[:, 3] ** 2
+  plan = samplers.plan("langevin(snr=0.1)", samplers.time_grid(4), ve_diffusion).numpy()
+  plan = plan[plan[:, 0] == plan[:, 1]].astype(float)
+  sigma = ve_diffusion.sigma(plan[:, 0].astype(np.float32)).numpy().astype(float)
+  got = (plan[:, 2] * sigma) ** 2 + plan[:, 3] ** 2
   np.testing.assert_allclose(got, sigma**2 * (1 + 4 * 0.1**4), rtol=1e-5)
 
 
 def test_ddim_with_fresh_noise(rising):
   times = samplers.time_grid(8)[:-1]  # stops before t = 0, where σ would fall below k
-  rows = samplers.plan("ddim(k=0.008)", times, rising, denoise=False)
-  got = samplers.Sampler(rising, denoiser)(rows, SEEDS).numpy()
+  plan = samplers.plan("ddim(k=0.008)", times, rising, denoise=False)
+  got = samplers.Sampler(rising, denoiser)(plan, SEEDS).numpy()
   want = run_printed(printed.ddim, rising, times, SEEDS, k=0.008)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_momentum_without_corruption_is_the_ve_reverse_sde(ve_diffusion):
   times = samplers.time_grid(10)
-  rows = samplers.plan("momentum", times, ve_diffusion, denoise=False)
-  got = samplers.Sampler(ve_diffusion, denoiser)(rows, SEEDS).numpy()
+  plan = samplers.plan("momentum", times, ve_diffusion, denoise=False)
+  got = samplers.Sampler(ve_diffusion, denoiser)(plan, SEEDS).numpy()
   want = run_printed(printed.ve_reverse_sde, ve_diffusion, times, SEEDS)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)  # values start at σ = 50
 
@@ -238,11 +238,11 @@ def test_vp_ancestral_sampling_is_a_ddim_row(k):
 
 def test_ancestral_without_corruption_is_the_posterior_of_ve(ve_diffusion):
   times = samplers.time_grid(6)[:-1]
-  rows = samplers.plan("ancestral", times, ve_diffusion).numpy()
+  plan = samplers.plan("ancestral", times, ve_diffusion).numpy()
   sigma = ve_diffusion.sigma(times.astype(np.float32)).numpy().astype(float)
   t, s = sigma[:-1] ** 2, sigma[1:] ** 2
-  np.testing.assert_allclose(rows[:, 2], s / t, rtol=1e-5)
-  np.testing.assert_allclose(rows[:, 3] ** 2, s * (t - s) / t, rtol=1e-5)
+  np.testing.assert_allclose(plan[:, 2], s / t, rtol=1e-5)
+  np.testing.assert_allclose(plan[:, 3] ** 2, s * (t - s) / t, rtol=1e-5)
 
 
 def test_heun_by_hand(rising):
@@ -268,11 +268,11 @@ def test_the_amount_of_noise_of_the_stochastic_two_step(rising):
   np.testing.assert_array_equal(
     samplers.plan("stochastic_two_step(noise=0)", times, rising), two_step
   )
-  rows = samplers.plan("stochastic_two_step(noise=3)", times, rising).numpy()
-  np.testing.assert_array_equal(rows[:, 4], two_step[:, 4])
-  np.testing.assert_allclose(rows[:, 2], np.exp(-3 * h) * sigma[1:] / sigma[:-1], rtol=1e-5)
+  plan = samplers.plan("stochastic_two_step(noise=3)", times, rising).numpy()
+  np.testing.assert_array_equal(plan[:, 4], two_step[:, 4])
+  np.testing.assert_allclose(plan[:, 2], np.exp(-3 * h) * sigma[1:] / sigma[:-1], rtol=1e-5)
   # What is kept and what is fresh make up the noise of the new time.
-  total = (rows[:, 2] * sigma[:-1]) ** 2 + rows[:, 3] ** 2
+  total = (plan[:, 2] * sigma[:-1]) ** 2 + plan[:, 3] ** 2
   np.testing.assert_allclose(total, sigma[1:] ** 2, rtol=1e-5)
 
 
@@ -289,20 +289,20 @@ def test_evaluations_are_rows(rising, name):
     with tf.control_dependencies([calls.assign_add(1)]):
       return denoiser(x_t, t)
 
-  rows = samplers.plan(name, samplers.time_grid(4), rising)
-  samplers.Sampler(rising, counted)(rows, SEEDS)
-  assert int(calls) == rows.shape[0]
+  plan = samplers.plan(name, samplers.time_grid(4), rising)
+  samplers.Sampler(rising, counted)(plan, SEEDS)
+  assert int(calls) == plan.shape[0]
 
 
 def test_nothing_random_with_k_zero(rising):
   """Deterministic rules give one image from one start, whatever the seeds."""
   x = np.full([3, 8, 8, 1], 0.3, np.float32)
   for name in ("probability_flow", "ddim", "two_step", "heun", "predictor_corrector"):
-    rows = samplers.plan(name, samplers.time_grid(5), rising)
-    images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
+    plan = samplers.plan(name, samplers.time_grid(5), rising)
+    images = samplers.Sampler(rising, denoiser)(plan, SEEDS, x).numpy()
     np.testing.assert_allclose(images[0], images[2], atol=1e-6)
-  rows = samplers.plan("ddim(k=0.005)", samplers.time_grid(5), rising)
-  images = samplers.Sampler(rising, denoiser)(rows, SEEDS, x).numpy()
+  plan = samplers.plan("ddim(k=0.005)", samplers.time_grid(5), rising)
+  images = samplers.Sampler(rising, denoiser)(plan, SEEDS, x).numpy()
   assert np.abs(images[0] - images[2]).max() > 1e-3
 
 
@@ -318,10 +318,10 @@ def test_finite_from_end_to_end(rising, ve_diffusion):
     process = process if process.prior else process.with_prior(priors.zero((8, 8, 1)))
     sampler = samplers.Sampler(process, denoiser)
     for name in samplers.SAMPLERS:
-      rows = samplers.plan(samplers.with_fields(name, {"k": 0.01}), samplers.time_grid(3), process)
-      assert np.isfinite(sampler(rows, SEEDS)).all(), name
-      rows = samplers.plan(name, samplers.time_grid(3), process, denoise=False)
-      assert np.isfinite(sampler(rows, SEEDS)).all(), name
+      plan = samplers.plan(samplers.with_fields(name, {"k": 0.01}), samplers.time_grid(3), process)
+      assert np.isfinite(sampler(plan, SEEDS)).all(), name
+      plan = samplers.plan(name, samplers.time_grid(3), process, denoise=False)
+      assert np.isfinite(sampler(plan, SEEDS)).all(), name
 
 
 def test_rules_keep_the_noise_at_its_level(rising):
@@ -330,8 +330,8 @@ def test_rules_keep_the_noise_at_its_level(rising):
   sigma_s = rising.sigma(times[1:].astype(np.float32)).numpy()
   sigma_t = rising.sigma(times[:-1].astype(np.float32)).numpy()
   for name in ("naive", "momentum", "ddim"):
-    rows = samplers.plan(samplers.with_fields(name, {"k": 0.004}), times, rising).numpy()
-    size = np.sqrt((rows[:, 2] * sigma_t) ** 2 + rows[:, 3] ** 2)
+    plan = samplers.plan(samplers.with_fields(name, {"k": 0.004}), times, rising).numpy()
+    size = np.sqrt((plan[:, 2] * sigma_t) ** 2 + plan[:, 3] ** 2)
     if name == "momentum":  # Euler-Maruyama: right to first order in the step
       np.testing.assert_allclose(size, sigma_s, rtol=0.15)
     else:
@@ -351,13 +351,13 @@ def test_the_last_step(rising):
 
 
 def test_an_image_is_its_seeds_alone(rising):
-  rows = samplers.plan("momentum", samplers.time_grid(6), rising)
+  plan = samplers.plan("momentum", samplers.time_grid(6), rising)
   sampler = samplers.Sampler(rising, denoiser)
-  together = sampler(rows, SEEDS).numpy()
-  np.testing.assert_array_equal(sampler(rows, SEEDS[::-1])[::-1], together)
+  together = sampler(plan, SEEDS).numpy()
+  np.testing.assert_array_equal(sampler(plan, SEEDS[::-1])[::-1], together)
   for k, seed in enumerate(SEEDS):
     # A matrix product of another batch size may round differently; other noise differs by 1.
-    np.testing.assert_allclose(sampler(rows, [seed])[0], together[k], atol=1e-6)
+    np.testing.assert_allclose(sampler(plan, [seed])[0], together[k], atol=1e-6)
   assert np.abs(together[0] - together[1]).max() > 0.01
 
 
@@ -381,26 +381,26 @@ def test_xla_gives_the_same_images(rising, name):
   compiled = samplers.Sampler(rising, denoiser, jit_compile=True)
   plain = samplers.Sampler(rising, denoiser)
   for steps in (4, 7):
-    rows = samplers.plan(name, samplers.time_grid(steps), rising)
-    np.testing.assert_allclose(compiled(rows, SEEDS), plain(rows, SEEDS), atol=2e-5)
+    plan = samplers.plan(name, samplers.time_grid(steps), rising)
+    np.testing.assert_allclose(compiled(plan, SEEDS), plain(plan, SEEDS), atol=2e-5)
 
 
 def test_rows_at_time_zero_are_filling(rising):
-  rows = samplers.plan("momentum", samplers.time_grid(4), rising)
+  plan = samplers.plan("momentum", samplers.time_grid(4), rising)
   sampler = samplers.Sampler(rising, denoiser)
-  filled = tf.concat([rows, tf.zeros([3, samplers.COLUMNS])], axis=0)
-  np.testing.assert_array_equal(sampler(filled, SEEDS), sampler(rows, SEEDS))
+  filled = tf.concat([plan, tf.zeros([3, samplers.COLUMNS])], axis=0)
+  np.testing.assert_array_equal(sampler(filled, SEEDS), sampler(plan, SEEDS))
 
 
 def test_the_trajectory_ends_where_the_sampler_does(rising):
   sampler = samplers.Sampler(rising, denoiser)
   for name in ("momentum", "two_step", "heun"):
-    rows = samplers.plan(name, samplers.time_grid(7), rising)
-    times, states, predictions = sampler.trajectory(rows, SEEDS, 4)
+    plan = samplers.plan(name, samplers.time_grid(7), rising)
+    times, states, predictions = sampler.trajectory(plan, SEEDS, 4)
     assert times[0] == 1
     assert times[-1] == 0
     assert len(states) == len(times) == len(predictions) + 1
-    np.testing.assert_array_equal(states[-1], sampler(rows, SEEDS))
+    np.testing.assert_array_equal(states[-1], sampler(plan, SEEDS))
 
 
 def test_sampling_from_any_time(rising):
@@ -426,8 +426,8 @@ def test_the_velocity_is_the_rate_of_a_ddim_step(rising):
   sampler = samplers.Sampler(rising, denoiser)
 
   def rate_over(h):
-    rows = samplers.plan("ddim", [0.6, 0.6 - h], rising)
-    return (x - sampler(rows, SEEDS, x)) / h
+    plan = samplers.plan("ddim", [0.6, 0.6 - h], rising)
+    return (x - sampler(plan, SEEDS, x)) / h
 
   rate = samplers.velocity(rising, denoiser, x, tf.constant(0.6))
   # Richardson: without the first-order error; what is left is second order and float32 rounding / h
@@ -527,14 +527,14 @@ def test_a_users_rule(rising):
     return a, np.sqrt(sigma_s**2 - (a * sigma_t) ** 2)
 
   times = samplers.time_grid(5)
-  rows = samplers.plan(Halfway(), times, rising)
+  plan = samplers.plan(Halfway(), times, rising)
   with pytest.warns(DeprecationWarning, match=r"derive a class from samplers\.Rule"):
-    np.testing.assert_array_equal(samplers.plan(halfway, times, rising), rows)
+    np.testing.assert_array_equal(samplers.plan(halfway, times, rising), plan)
   with pytest.warns(DeprecationWarning, match=r"samplers\.plan"):
     old = samplers.table("ddim", times, rising, k=0.01)
   np.testing.assert_array_equal(old, samplers.plan("ddim(k=0.01)", times, rising))
-  assert not np.array_equal(rows, samplers.plan(Halfway(0.25), times, rising))
-  assert np.isfinite(samplers.Sampler(rising, denoiser)(rows, SEEDS)).all()
+  assert not np.array_equal(plan, samplers.plan(Halfway(0.25), times, rising))
+  assert np.isfinite(samplers.Sampler(rising, denoiser)(plan, SEEDS)).all()
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_coefficients_that_are_not_finite_are_refused(a, b, blur_diffusion):
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 @pytest.mark.parametrize("most", [1e38, 1e300])
 def test_options_without_end_give_finite_coefficients(name, most, blur_diffusion):
-  rows = samplers.plan(
+  plan = samplers.plan(
     samplers.with_fields(name, {"k": most, "noise": most}), samplers.time_grid(4), blur_diffusion
   )
-  assert np.isfinite(rows).all()
+  assert np.isfinite(plan).all()

@@ -61,7 +61,7 @@ class State(NamedTuple):
 def sample(
   diffusion: Diffusion,
   denoiser: Denoiser,
-  rows: tf.Tensor,
+  plan: tf.Tensor,
   seeds: tf.Tensor,
   x: tf.Tensor,
   x0_previous: tf.Tensor | None = None,
@@ -74,7 +74,7 @@ def sample(
   the sampler is part of the graph.
 
   Args:
-    rows: a plan [N, 6]. No step starts at t = 0, so rows with t = 0 at its end are filling.
+    plan: [N, 6], of `plan`. No step starts at t = 0, so rows with t = 0 at its end are filling.
     seeds: int64 [B].
     x: x_t at the first row's t, float32 [B, H, W, C].
     x0_previous: x̂_0 of the row before, for plans whose first γ is not 0.
@@ -84,7 +84,7 @@ def sample(
   Returns:
     The `State` after the last row: its x is x at the last row's s.
   """
-  rows = tf.cast(rows, tf.float32)
+  plan = tf.cast(plan, tf.float32)
   seeds = tf.cast(seeds, tf.int64)
   image = [None, *diffusion.image_shape]
   x = tf.ensure_shape(tf.cast(x, tf.float32), image)
@@ -96,7 +96,7 @@ def sample(
   own = spectrum_of(diffusion)
 
   def step(n: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
-    t, s, a, b, gamma, kind = tf.unstack(rows[n])
+    t, s, a, b, gamma, kind = tf.unstack(plan[n])
     corrects = kind == CORRECTOR
     here, start = tf.where(corrects, s, t), tf.where(corrects, state.before, state.x)
     x0_hat = denoiser(state.x, tf.fill(tf.shape(seeds), here))
@@ -125,7 +125,7 @@ def sample(
     after = State(x_s, x0_hat, start)
     return n + 1, State(*(tf.ensure_shape(new, x.shape) for new in after))
 
-  count = tf.reduce_sum(tf.cast(rows[:, 0] > 0, tf.int32))
+  count = tf.reduce_sum(tf.cast(plan[:, 0] > 0, tf.int32))
   return tf.while_loop(lambda n, _: n < count, step, (tf.constant(0), first))[1]
 
 
@@ -167,8 +167,8 @@ class Sampler:
 
   Example:
     sampler = Sampler(diffusion, denoiser)
-    rows = plan("momentum", time_grid(100), diffusion)
-    images = sampler(rows, seeds=range(16))  # float32 [16, H, W, C]
+    steps = plan("momentum", time_grid(100), diffusion)
+    images = sampler(steps, seeds=range(16))  # float32 [16, H, W, C]
 
   Args:
     jit_compile: by XLA, which compiles once per batch size, not once per plan.
@@ -180,8 +180,8 @@ class Sampler:
     self.jit_compile = jit_compile
     image = tf.TensorSpec([None, *diffusion.image_shape], tf.float32)
 
-    def run(rows: Any, seeds: Any, x: Any, x0_hat: Any, before: Any, first: Any) -> Any:
-      return sample(diffusion, denoiser, rows, seeds, x, x0_hat, first, before)
+    def run(plan: Any, seeds: Any, x: Any, x0_hat: Any, before: Any, first: Any) -> Any:
+      return sample(diffusion, denoiser, plan, seeds, x, x0_hat, first, before)
 
     self._run = tf.function(
       run,
@@ -201,34 +201,34 @@ class Sampler:
     )
     self._solve: Any = None
 
-  def run(self, rows: tf.Tensor, seeds: Any, state: State, first_row: int = 0) -> State:
-    """Goes on from a state through more rows."""
-    rows = tf.cast(rows, tf.float32)
+  def run(self, plan: tf.Tensor, seeds: Any, state: State, first_row: int = 0) -> State:
+    """Goes on from a state through a further plan."""
+    plan = tf.cast(plan, tf.float32)
     if self.jit_compile:
       size = _LEAST_ROWS
-      while size < rows.shape[0]:
+      while size < plan.shape[0]:
         size *= 2
-      rows = tf.pad(rows, [[0, size - rows.shape[0]], [0, 0]])
-    return self._run(rows, seeds, *state, tf.constant(first_row, tf.int64))
+      plan = tf.pad(plan, [[0, size - plan.shape[0]], [0, 0]])
+    return self._run(plan, seeds, *state, tf.constant(first_row, tf.int64))
 
-  def start(self, rows: tf.Tensor, seeds: tf.Tensor, x: Any = None) -> State:
+  def start(self, plan: tf.Tensor, seeds: tf.Tensor, x: Any = None) -> State:
     """The state before the first row: x, or a draw of the prior."""
     if x is None:
-      if float(rows[0, 0]) < 1:
+      if float(plan[0, 0]) < 1:
         raise ValueError(
-          f"the plan starts at t = {float(rows[0, 0]):g}, and the prior is that of t = 1; "
+          f"the plan starts at t = {float(plan[0, 0]):g}, and the prior is that of t = 1; "
           "give x, the images at that t (Diffusion.forward makes them)"
         )
       x = self._start(seeds)
     x = tf.cast(x, tf.float32)
     return State(x, tf.zeros_like(x), x)
 
-  def __call__(self, rows: tf.Tensor, seeds: Any, x: Any = None) -> tf.Tensor:
+  def __call__(self, plan: tf.Tensor, seeds: Any, x: Any = None) -> tf.Tensor:
     """Images float32 [B, H, W, C] for image seeds [B]; x is x_t to start from, else the prior."""
     seeds = rng.image_seeds(seeds)
-    return self.run(rows, seeds, self.start(rows, seeds, x)).x
+    return self.run(plan, seeds, self.start(plan, seeds, x)).x
 
-  def trajectory(self, rows: tf.Tensor, seeds: Any, frames: int) -> tuple[Array, Array, Array]:
+  def trajectory(self, plan: tf.Tensor, seeds: Any, frames: int) -> tuple[Array, Array, Array]:
     """The same run, seen at `frames` moments.
 
     Returns:
@@ -236,16 +236,16 @@ class Sampler:
       prediction made on arriving at each moment), as NumPy arrays.
     """
     seeds = rng.image_seeds(seeds)
-    state = self.start(rows, seeds)
+    state = self.start(plan, seeds)
     # A cut between a step and its corrector would show the step undone.
-    following = np.append(np.asarray(rows)[1:, 5], 0.0)
+    following = np.append(np.asarray(plan)[1:, 5], 0.0)
     ends = np.flatnonzero(following != CORRECTOR) + 1
     picked = np.linspace(0, len(ends), frames + 1).round().astype(int)[1:]
     cuts = [0, *np.unique(ends[picked[picked > 0] - 1])]
-    times, states, predictions = [float(rows[0, 0])], [state.x.numpy()], []
+    times, states, predictions = [float(plan[0, 0])], [state.x.numpy()], []
     for begin, end in itertools.pairwise(cuts):
-      state = self.run(rows[begin:end], seeds, state, begin)
-      times.append(float(rows[end - 1, 1]))
+      state = self.run(plan[begin:end], seeds, state, begin)
+      times.append(float(plan[end - 1, 1]))
       states.append(state.x.numpy())
       predictions.append(state.x0_hat.numpy())
     return np.array(times), np.stack(states), np.stack(predictions)
