@@ -55,8 +55,15 @@ class Flip(Augmentation, name="flip"):
   probability: Chance = 0.5
 
   def __call__(self, images, seed, first):
-    draw = rng.uniform(seed, first, tf.shape(images)[0], (1, 1, 1))
-    return tf.where(draw < self.probability, images[:, :, ::-1], images)
+    return mirrored(images, rng.uniform(seed, first, tf.shape(images)[0]) < self.probability)
+
+
+def mirrored(images, which, axis=2):
+  """Images [B, H, W, C] of which those are mirrored that `which`, bool [B], says.
+
+  By operations that take a fifth of the time of images[:, :, ::-1] and `tf.where`.
+  """
+  return tf.raw_ops.Select(condition=which, x=tf.reverse(images, [axis]), y=images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ class EDM(Augmentation, name="edm"):
     did = lambda *names: any(getattr(self, name) for name in names)
     for axis, name in ((2, "x_flip"), (1, "y_flip")):
       if did(name):
-        images = tf.where(drawn[name][:, :, None, None] > 0, tf.reverse(images, [axis]), images)
+        images = mirrored(images, drawn[name][:, 0] > 0, axis)
     if did("quarter_turns"):
       images = _turned(images, drawn["quarter_turns"][:, 0], square)
     if did("shift"):
@@ -273,7 +280,8 @@ def _warped(images, matrix):
   large = tf.image.resize(images, [2 * height, 2 * width], "lanczos3")
   middle = tf.constant([width - 0.5, height - 0.5])  # of places numbered from 0
   linear, offset = matrix[:, :2, :2], 2 * matrix[:, :2, 2]
-  offset += middle - tf.linalg.matvec(linear, tf.broadcast_to(middle, tf.shape(offset)))
+  # Not by a matrix product, which rounds otherwise where there is one image.
+  offset += middle - (linear[:, :, 0] * middle[0] + linear[:, :, 1] * middle[1])
   rows = tf.concat([linear, offset[:, :, None]], 2)
   transforms = tf.concat([tf.reshape(rows, [-1, 6]), tf.zeros([tf.shape(rows)[0], 2])], 1)
   large = tf.raw_ops.ImageProjectiveTransformV3(
@@ -307,7 +315,8 @@ def _colour_matrix(drawn, channels):
 def _recoloured(images, matrix):
   channels = images.shape[3]
   flat = tf.reshape(2.0 * images - 1.0, [tf.shape(images)[0], -1, channels])
-  flat = tf.einsum("bpc,bdc->bpd", flat, matrix[:, :, :channels]) + matrix[:, None, :, channels]
+  each = [flat[:, :, c : c + 1] * matrix[:, None, :, c] for c in range(channels)]
+  flat = sum(each, start=matrix[:, None, :, channels])  # see `_warped`
   return tf.reshape((flat + 1.0) / 2.0, tf.shape(images))
 
 

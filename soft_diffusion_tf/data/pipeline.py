@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from soft_diffusion_tf import rng
-from soft_diffusion_tf.data.augment import augmented, label_size
+from soft_diffusion_tf.data.augment import augmented, label_size, mirrored
 
 
 def order(position, count, seed, stream=0):
@@ -55,8 +55,7 @@ def examples(images, index, first, seed=0, flip=False):
   if not flip:
     return batch
   stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(1, tf.int64)])
-  draw = rng.uniform(stream, first, tf.shape(index)[0], (1, 1, 1))
-  return tf.where(draw < 0.5, batch[:, :, ::-1], batch)
+  return mirrored(batch, rng.uniform(stream, first, tf.shape(index)[0]) < 0.5)
 
 
 def _rows(images, index):
