@@ -13,13 +13,16 @@ TFDS = [  # data sets of TFDS
   "tensorflow-datasets>=4.9.10,<4.10",
   "importlib-resources>=6",  # tensorflow-datasets imports it without declaring it
 ]
-EVALUATION = ["tensorflow-gan==2.1.0"]  # evaluation/distances.py loads two modules of it
 ADAPTIVE = [  # the sampler dormand_prince
   "tensorflow-probability>=0.25,<0.26",
   "tf-keras>=2.20,<2.22",  # tensorflow-probability needs it beside Keras 3
 ]
+EVALUATION = [  # evaluation/distances.py loads one module of TF-GAN, which imports TFP
+  "tensorflow-gan==2.1.0",
+  *ADAPTIVE,
+]
 SERVE = ["uvicorn>=0.35,<1"]  # serving/app.py subclasses its h11 protocol; tests hold it
-ALL = [*TFDS, *EVALUATION, *ADAPTIVE, *SERVE]
+ALL = [*TFDS, *EVALUATION, *SERVE]
 DOCS = ["mkdocs>=1.6,<2", "mkdocstrings[python]>=0.30,<2"]
 
 setuptools.setup(

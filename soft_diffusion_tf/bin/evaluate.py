@@ -406,6 +406,10 @@ def _check():
 
 
 def main():
+  from soft_diffusion_tf import evaluation
+
+  if not _MEMORISATION.value:
+    evaluation.check_tfgan()
   cli.say("reading images and the feature network")
   job = _Job()
   if _SWEEP.value:

@@ -50,6 +50,11 @@ def _classifier_metrics():
     ) from None
 
 
+def check_tfgan():
+  """Raises the ValueError of a TF-GAN that is missing or does not load; call it before long work."""
+  _classifier_metrics()
+
+
 @dataclasses.dataclass(frozen=True)
 class Distance:
   """A Fréchet distance.

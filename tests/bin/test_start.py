@@ -55,7 +55,7 @@ MISTAKES = [
   ("data", (), "give a command"),
   ("data", ("chekc", "digits"), "not 'chekc'"),
   ("data", ("check",), "give --config="),
-  ("data", ("check", "digits", "--out=x"), "check writes nothing; leave --out=x out"),
+  ("data", ("check", "digits", "--out=x"), "check writes no files; leave --out=x out"),
   ("data", ("pack", "digits", "--out=x"), "give --config="),
   ("data", ("pack", "digits", "--config=digits_blur"), "give --out=FOLDER"),
   ("data", ("pack", "digits", "--config=digits_blur", "--out=/proc/x"), "cannot be written"),
