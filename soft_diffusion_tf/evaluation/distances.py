@@ -51,7 +51,7 @@ def _classifier_metrics():
 
 
 def check_tfgan():
-  """Raises the ValueError of a TF-GAN that is missing or does not load; call it before long work."""
+  """Raises the ValueError of a TF-GAN that is missing or does not load, before any long work."""
   _classifier_metrics()
 
 
