@@ -6,11 +6,15 @@ one.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+
+_COUNT = itertools.count()  # of the files that this process has begun
+
 
 # --- Whole or not at all --------------------------------------------------------------------------
 
@@ -23,7 +27,8 @@ def atomic(path):
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+  own = f"{os.getpid()}-{next(_COUNT)}"  # several threads may write the same file
+  partial = path.with_name(f".{path.stem[:150]}.{own}.partial{path.suffix}")
   try:
     yield partial
     partial.replace(path)
@@ -49,16 +54,26 @@ def write_folder(out, fill, force=False, mark=None):
     force, mark: see `refuse_to_overwrite`.
   """
   out = pathlib.Path(out)
-  partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
-  for left in (partial, old):
-    shutil.rmtree(left, ignore_errors=True)
+  if out.is_symlink():
+    out = out.resolve()
+  old = out.with_name(f".{out.name}.old")
+  if old.exists() and not out.exists():  # a kill came between the two renames below
+    old.rename(out)
+  partial = out.with_name(f".{out.name}.{os.getpid()}-{next(_COUNT)}.partial")
   partial.mkdir(parents=True)
   try:
     fill(partial)
     refuse_to_overwrite(out, force, mark=mark)  # what came meanwhile, too
-    if out.exists():
+    shutil.rmtree(old, ignore_errors=True)
+    replaced = out.exists()
+    if replaced:
       out.rename(old)
-    partial.rename(out)
+    try:
+      partial.rename(out)
+    except OSError:
+      if replaced and not out.exists():
+        old.rename(out)
+      raise
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   shutil.rmtree(old, ignore_errors=True)
@@ -86,10 +101,11 @@ def read_records(path):
   """The records of such a file; half lines are left out."""
   path = pathlib.Path(path)
   records = []
-  for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+  for line in text.split("\n"):
     try:
       record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
       continue
     if isinstance(record, dict):
       records.append(record)
@@ -109,7 +125,7 @@ def lock(
   with open(folder / ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
       raise ValueError(f"{folder}: {busy}") from None
     yield
 

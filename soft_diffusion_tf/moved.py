@@ -23,10 +23,19 @@ MODULES = {  # old module → the one that has its names now
 NAMES = {  # "module.name" as it was → as it is
   "artefact.export": "export.save",
   "bulk.Drawer": "drawing.BatchSampler",
+  "artefact.keep_apart": "files.keep_apart",
+  "artefact.refuse_to_overwrite": "files.refuse_to_overwrite",
+  "artefact.write_whole": "files.write_folder",
+  "artefact.CARD": "export.folder.CARD",
+  "artefact.CONFIG": "export.folder.CONFIG",
+  "artefact.MARK": "export.folder.MANIFEST_PATH",
+  "evaluation.PARTS": "evaluation.statistics.PARTS",
+  "evaluation.SUBSET": "evaluation.statistics.SUBSET",
   "evaluation.append_record": "files.append_record",
   "evaluation.read_records": "files.read_records",
   "priors.grade": "laboratory.grade_prior",
   "restoration.rows": "restoration.plan",
+  "training.NonFiniteLoss": "model.NonFiniteLoss",
   "training.lock": "files.lock",
 }
 

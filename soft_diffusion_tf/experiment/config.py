@@ -247,6 +247,8 @@ class Experiment(parts.Checked):
         f"{path}: not JSON ({error}); restore it or train in a new workdir"
       ) from None
     try:
+      if isinstance(content, dict) and "version" not in content:  # 0.1.0 wrote none
+        return cls.from_config({"version": "0.1.0", **content}, trust_code)
       return cls.from_config(content, trust_code)
     except UnknownField as error:
       own = soft_diffusion_tf.__version__

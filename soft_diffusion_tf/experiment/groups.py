@@ -246,6 +246,9 @@ class Sampling(Group):
     given = {k: v for k, v in changes.items() if v is not None}
     names = {field.name for field in dataclasses.fields(self)}
     of_rule = {k: given.pop(k) for k in list(given) if k not in names}
+    rule = samplers.rule_of(given.get("sampler", self.sampler))
+    for name in of_rule:
+      parts.check_known("sampling.", name, names | samplers.fields_of(rule))
     chosen = [name for name in ("steps", "grid") if name in given]
     if chosen and given.get("times"):
       raise ValueError(

@@ -68,6 +68,7 @@ from soft_diffusion_tf.samplers.rules import (
   Turns,
   TwoStep,
   Update,
+  fields_of,
   rule_of,
   with_fields,
 )
@@ -99,6 +100,7 @@ __all__ = [
   "check_smooth",
   "clipped",
   "evaluations",
+  "fields_of",
   "path_length",
   "plan",
   "rule_of",

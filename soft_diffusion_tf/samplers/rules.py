@@ -310,6 +310,12 @@ def rule_of(value: Any) -> Rule:
   return parts.make(Rule, value)
 
 
+def fields_of(rule: Rule) -> set[str]:
+  """The names of all fields that a rule of the package has, or one of those in this rule."""
+  kinds = [*parts.members(Rule).values(), *map(type, rule.turns)]
+  return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
 def with_fields(rule: Any, values: Mapping[str, Any], strict: bool = False) -> Rule:
   """A rule with other values for its fields, in those that take turns too.
 
