@@ -48,7 +48,7 @@ EXAMPLES = {
   "Matrix": [c.Matrix(MATRIX)],
   "Scale": [c.Scale()],
 }
-ALL = [example for name in c.__all__ for example in EXAMPLES[name]]
+ALL = [example for name in parts.members(c.Corruption) for example in EXAMPLES[name]]
 
 
 @pytest.mark.parametrize("corruption", ALL, ids=lambda e: type(e).__name__)

@@ -343,7 +343,8 @@ def float64_of(corruption, level, h, w):
     return float64_of(corruption.outer, float(corruption.outer_level(level)), h, w) @ inner
   if isinstance(corruption, c.Matrix):
     return (1 - level) * np.eye(h * w) + level * np.float64(corruption.matrix)
-  return np.diag(np.float64(corruption._pixel_gains(level, (h, w, 1))).ravel())
+  gains = np.broadcast_to(corruption.spectrum((h, w, 1)).gains(level), [1, h, w, 1])
+  return np.diag(np.float64(gains).ravel())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from soft_diffusion_tf import packages, rng
 from soft_diffusion_tf.corruptions import Spectrum
 from soft_diffusion_tf.diffusion import Denoiser, Diffusion
-from soft_diffusion_tf.samplers.rules import COLUMNS, CORRECTOR, FILTERED, Array, spectrum_of
+from soft_diffusion_tf.samplers.rules import COLUMNS, CORRECTOR, Array, spectrum_of
 
 _LEAST_ROWS = 1024  # compiled by XLA, plans are filled up to a power of two of at least this
 
@@ -97,7 +97,7 @@ def sample(
 
   def step(n: tf.Tensor, state: State) -> tuple[tf.Tensor, State]:
     t, s, a, b, gamma, kind = tf.unstack(plan[n])
-    corrects = kind == CORRECTOR
+    corrects = kind > 0  # not ==, with which an exported graph rounds otherwise than this one
     here, start = tf.where(corrects, s, t), tf.where(corrects, state.before, state.x)
     x0_hat = denoiser(state.x, tf.fill(tf.shape(seeds), here))
     ahead = x0_hat + gamma * (x0_hat - state.x0_hat)
@@ -121,7 +121,7 @@ def sample(
     if own is None:
       x_s = scalar()
     else:
-      x_s = tf.cond(kind == FILTERED, functools.partial(filtered, own), scalar)
+      x_s = tf.cond(kind < 0, functools.partial(filtered, own), scalar)
     after = State(x_s, x0_hat, start)
     return n + 1, State(*(tf.ensure_shape(new, x.shape) for new in after))
 

@@ -16,7 +16,7 @@ from soft_diffusion_tf.parts import NotNegative, Positive, Range
 
 Array = np.ndarray
 COLUMNS = 6  # t, s, a, b, γ, kind
-CORRECTOR, FILTERED = 1.0, 2.0  # kinds of rows
+CORRECTOR, FILTERED = 1.0, -1.0  # kinds of rows
 
 
 class Step(NamedTuple):
