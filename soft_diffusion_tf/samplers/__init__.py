@@ -11,7 +11,7 @@ extrapolation x̂_0 + γ (x̂_0 − x̂_0 of the evaluation before). The kind is
 
 - 1, a corrector: the row takes the step of the row before once more, from where that step started,
   with an x̂_0 predicted where it ended;
-- −1, a step whose coefficients are operators, in the basis that all C share (`Corruption.spectrum`):
+- −1, a step whose coefficients are operators, in the basis of all C (`Corruption.spectrum`):
   the noise that is kept goes through G = C_t C_s⁻¹ as the image does on its way from s to t, and
   what G takes from it is drawn afresh: A = a G, B² = b² I + a² σ_t² (I − G²).
 
