@@ -8,27 +8,15 @@ It predicts the noise: with a residual the weight 1/σ² would span twelve power
 Hardware and time as cifar10_blur.
 """
 
-import math
 import pathlib
 
-from soft_diffusion_tf import corruptions, experiment, schedules
+from soft_diffusion_tf import experiment, schedules
 
 
 def get_config():
-  base = experiment.from_file(pathlib.Path(__file__).parent / "cifar10_blur.py")
+  base = experiment.from_file(pathlib.Path(__file__).parent / "cifar10_ddpmpp.py")
   return base.replace(
     name="cifar10_subvp",
-    corruption=corruptions.Scale(),
-    level=schedules.VPScale(),
     sigma=schedules.Scaled(schedules.SubVPSigma(), 0.5),  # images in [0, 1], not in [−1, 1]
-    prior={"kind": "zero"},
-    network={
-      "prediction": "noise",
-      "conditioning": "vp_label",
-      "embedding_type": "positional",
-      "centered": True,
-    },
-    # Their loss is the mean over an image, ours the sum: the same clip is so much larger.
-    training={"ema_decay": 0.9999, "clip_norm": float(math.prod(base.data.image_shape))},
-    sampling={"sampler": "ancestral", "steps": 1000},
+    network={"fir": True, "progressive_input": "residual"},
   ).to_config()

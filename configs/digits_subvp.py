@@ -10,24 +10,10 @@ import pathlib
 
 from soft_diffusion_tf import experiment
 
-HERE = pathlib.Path(__file__).parent
-OPTIONS = ("prediction", "conditioning", "embedding_type", "centered")
-
 
 def get_config():
-  rival = experiment.from_file(HERE / "cifar10_subvp.py")
-  return (
-    experiment.from_file(HERE / "digits_blur.py")
-    .replace(
-      name="digits_subvp",
-      corruption=rival.corruption,
-      level=rival.level,
-      sigma=rival.sigma,
-      prior=rival.prior,
-      loss=rival.loss,
-      network={option: getattr(rival.network, option) for option in OPTIONS},
-      training={"clip_norm": 64.0},  # of a sum over 8 × 8 numbers; theirs is a mean
-      sampling={"sampler": "ancestral", "steps": 100},
-    )
-    .to_config()
-  )
+  here = pathlib.Path(__file__).parent
+  sigma = experiment.from_file(here / "cifar10_subvp.py").sigma
+  network = {"fir": True, "progressive_input": "residual"}
+  base = experiment.from_file(here / "digits_ddpmpp.py")
+  return base.replace(name="digits_subvp", sigma=sigma, network=network).to_config()

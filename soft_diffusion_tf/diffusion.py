@@ -7,6 +7,7 @@ images. Times are scalars or [B], images float32 [B, H, W, C].
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import reprlib
 from collections.abc import Callable, Mapping
@@ -41,6 +42,21 @@ def check_image_shape(shape: Any) -> None:
       f"image_shape = {reprlib.repr(shape)} is not (height, width, channels): give three whole "
       f"numbers from 1 to {_MOST_SIDE:,}, of at most {_MOST_NUMBERS:,} pixels and channels together"
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _check_hashable(corruption: Corruption, image_shape: Any, levels: Any) -> None:
+  corruption.check_images(image_shape, levels)
+
+
+def _check_once(corruption: Corruption, image_shape: Any, levels: Any) -> None:
+  """`check_images`, which copies of a process (`with_prior`) need not pay for again."""
+  try:
+    hash(corruption)
+  except TypeError:  # it holds arrays
+    corruption.check_images(image_shape, levels)
+  else:
+    _check_hashable(corruption, image_shape, levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Diffusion:
         f"σ falls from {sigmas[k]:g} to {sigmas[k + 1]:g} at t = {_CHECKED_TIMES[k]:g}; "
         "P Eq. 4 needs noise that never falls with t: swap the ends of the noise schedule"
       )
-    self.corruption.check_images(self.image_shape, levels[:: len(levels) // 4])
+    _check_once(self.corruption, tuple(self.image_shape), tuple(levels[:: len(levels) // 4]))
     probe = np.random.default_rng(0).random([1, *self.image_shape], np.float32)
     gap = float(np.max(np.abs(self.corruption(probe, levels[0]).numpy() - probe)))
     if not gap <= 1e-3:  # NaN as well

@@ -117,16 +117,23 @@ def read_records(path):
 
 @contextlib.contextmanager
 def lock(
-  folder, busy="another process is training in it; wait for it or take another workdir", wait=False
+  folder,
+  busy="another process is training in it; wait for it or take another workdir",
+  wait=False,
+  name=None,
 ):
-  """Holds a folder for one process; the second waits, or gets a ValueError with the text `busy`."""
+  """Holds a folder for one process; the second waits, or gets a ValueError with the text `busy`.
+
+  Args:
+    name: what the error calls the folder, instead of its path.
+  """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-      raise ValueError(f"{folder}: {busy}") from None
+      raise ValueError(f"{name or folder}: {busy}") from None
     yield
 
 

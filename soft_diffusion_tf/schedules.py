@@ -201,9 +201,10 @@ class SubVPSigma(Schedule):
     return -tf.math.expm1(-_beta_integral(t, self.beta_min, self.beta_max))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Cosine(Schedule):
-  log_snr_min: float
-  log_snr_max: float
+  log_snr_min: float = -10.0
+  log_snr_max: float = 10.0
 
   def angle(self, t: tf.Tensor) -> tf.Tensor:
     first, last = (np.arctan(np.exp(-0.5 * v)) for v in (self.log_snr_max, self.log_snr_min))
@@ -218,9 +219,6 @@ class CosineScale(_Cosine):
   `log_snr_min`, as Hoogeboom and Salimans (2022) have it.
   """
 
-  log_snr_min: float = -10.0
-  log_snr_max: float = 10.0
-
   def value(self, t: tf.Tensor) -> tf.Tensor:
     return tf.cos(self.angle(t))
 
@@ -228,9 +226,6 @@ class CosineScale(_Cosine):
 @dataclasses.dataclass(frozen=True)
 class CosineSigma(_Cosine):
   """σ_t = sin θ_t of a VP process, see `CosineScale`."""
-
-  log_snr_min: float = -10.0
-  log_snr_max: float = 10.0
 
   def value(self, t: tf.Tensor) -> tf.Tensor:
     return tf.sin(self.angle(t))

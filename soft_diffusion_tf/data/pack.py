@@ -9,7 +9,6 @@ took 2.0 µs of a CPU for an image. ArrayRecord 0.8.6, without compression and i
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 import tqdm
 
 import soft_diffusion_tf
+from soft_diffusion_tf import files
 from soft_diffusion_tf.data import doctor
 from soft_diffusion_tf.data.policy import Policy, Unusable
 
@@ -162,14 +162,7 @@ def _put(path, content):
 def _alone(out, plan):
   """Holds the folder of an unfinished pack for one packer; what another plan left is cleared."""
   partial = out.with_name(f".{out.name}.partial")
-  partial.mkdir(parents=True, exist_ok=True)
-  with open(partial / ".lock", "w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise ValueError(
-        f"{out}: another process packs into it; wait or give another --out"
-      ) from None
+  with files.lock(partial, "another process packs into it; wait or give another --out", name=out):
     text = json.dumps(plan, indent=1).encode()
     try:
       if not (partial / _PLAN).exists() or (partial / _PLAN).read_bytes() != text:

@@ -247,9 +247,8 @@ class Experiment(parts.Checked):
         f"{path}: not JSON ({error}); restore it or train in a new workdir"
       ) from None
     try:
-      if isinstance(content, dict) and "version" not in content:  # 0.1.0 wrote none
-        return cls.from_config({"version": "0.1.0", **content}, trust_code)
-      return cls.from_config(content, trust_code)
+      stated = {"version": "0.1.0", **content} if isinstance(content, dict) else content
+      return cls.from_config(stated, trust_code)  # 0.1.0 itself wrote no version
     except UnknownField as error:
       own = soft_diffusion_tf.__version__
       raise ValueError(
