@@ -33,8 +33,6 @@ from typing import Annotated, Any, ClassVar
 
 from soft_diffusion_tf import trust
 
-_PACKAGE = __name__.partition(".")[0]
-
 
 def nearest(value: Any, choices: Iterable[str]) -> str:
   """The choice whose spelling is closest to a value, for messages."""
@@ -244,7 +242,7 @@ class Part(Checked):
     super().__init_subclass__(**kwargs)
     if role:
       cls._role, cls._members = role, {}
-    elif cls.__module__.partition(".")[0] == _PACKAGE and not cls.__name__.startswith("_"):
+    elif _room(cls) == _room(family(cls)) and not cls.__name__.startswith("_"):
       cls._members[name or cls.__name__] = cls
 
   def get_config(self) -> dict[str, Any]:
@@ -287,6 +285,17 @@ class Part(Checked):
   def from_config(cls, config: Mapping[str, Any]) -> Any:
     """The part that `get_config` described."""
     return cls(**{k: v for k, v in config.items() if k != "kind"})
+
+
+def family(cls: type[Part]) -> type[Part]:
+  """The base class whose family a part's class belongs to."""
+  return next(base for base in cls.__mro__ if "_members" in vars(base))
+
+
+def _room(cls: type) -> list[str]:
+  """Where a class is defined. Importing a family's room must give all of its short names: a class
+  of any other room has none, or the names would depend on what a program happened to load."""
+  return cls.__module__.split(".")[:2]
 
 
 def members(base: type[Part]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from soft_diffusion_tf import (
   corruptions,
   evaluation,
   export,
+  laboratory,
   losses,
   parts,
   samplers,
@@ -125,9 +126,16 @@ def test_a_text_and_a_mapping_are_the_same_part():
   ],
 )
 def test_a_config_makes_the_part_again(part):
-  base = next(kind for kind in type(part).__mro__ if "_members" in vars(kind))
+  base = parts.family(type(part))
   config = json.loads(json.dumps(part.get_config()))
   assert parts.make(base, config, trust_code=True) == part
+
+
+def test_short_names_do_not_depend_on_what_is_loaded():
+  assert issubclass(laboratory.Rounded, corruptions.Corruption)
+  assert "Rounded" not in parts.members(corruptions.Corruption)
+  assert parts.kind_of(laboratory.Rounded(corruptions.GaussianBlur(2), "tf32")).endswith(":Rounded")
+  assert set(parts.members(corruptions.Corruption)) <= set(corruptions.__all__)
 
 
 @pytest.mark.parametrize(
