@@ -79,6 +79,17 @@ def write_folder(out, fill, force=False, mark=None):
   shutil.rmtree(old, ignore_errors=True)
 
 
+def reserve(file, size):
+  """Makes an open file `size` bytes long, its space taken at once where the system can do that.
+
+  Raises:
+    OSError: the disk has no room for it.
+  """
+  os.truncate(file.fileno(), size)
+  if hasattr(os, "posix_fallocate"):  # macOS has none: there a full disk is found while writing
+    os.posix_fallocate(file.fileno(), 0, size)
+
+
 # --- Records --------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ than the Gaussian is wanted a class derived from `Prior` with a `draw` of its ow
 
 import base64
 import dataclasses
+import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from soft_diffusion_tf import arrays, files, moved, parts, rng, trust
 from soft_diffusion_tf.images import check_range
 
 _FACTORS = -1  # salt of the draw of z
+# Of images corrupted at once: oneDNN keeps memory of the size of the largest product.
+_BATCH_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,12 +278,13 @@ def fit(kind, images, diffusion, rank=16):
   return prior
 
 
-def corrupt_all(images, diffusion, t, batch=500):
+def corrupt_all(images, diffusion, t):
   """C_t of many images in batches: float32 [N, H, W, C], as a NumPy array."""
-  parts = [
-    diffusion.corrupt(images[k : k + batch], t).numpy() for k in range(0, len(images), batch)
-  ]
-  return np.concatenate(parts)
+  corrupted = np.empty(images.shape, np.float32)
+  batch = max(1, min(500, _BATCH_BYTES // (4 * math.prod(images.shape[1:]))))
+  for k in range(0, len(images), batch):
+    corrupted[k : k + batch] = diffusion.corrupt(images[k : k + batch], t)
+  return corrupted
 
 
 __getattr__ = moved.getter(__name__)

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from soft_diffusion_tf import data
+from soft_diffusion_tf import data, files
 from soft_diffusion_tf.data import doctor, pack, pictures
 
 SHAPE = (8, 8, 3)
@@ -31,7 +32,7 @@ def folder(tmp_path, rng):
 
 def packed(out, name, splits=("train", "test"), shape=SHAPE, say=None, **policy):
   policy = data.Policy(**policy)
-  load = lambda split, room: data.load(name, split, shape, policy=policy, room=room)
+  load = lambda split, storage: data.load(name, split, shape, policy=policy, storage=storage)
   text = name if isinstance(name, str) else "own"
   pack.write(out, load, text, splits, pack.preparing(shape, "auto", policy), say)
   return f"pack:{out}"
@@ -55,6 +56,29 @@ def test_batches_are_the_same_to_the_bit(tmp_path, folder, most):
       for (x, y), (u, v) in zip(batches_of(one, options), batches_of(two, options)):
         np.testing.assert_array_equal(x, u)
         np.testing.assert_array_equal(y, v)
+
+
+def test_what_is_too_large_for_memory_goes_into_a_temporary_file(tmp_path, folder, monkeypatch):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  said = []
+  one = data.load(folder, "train", SHAPE)
+  two = data.load(folder, "train", SHAPE, most=one.images.nbytes - 1, say=said.append)
+  held = data.load(folder, "train", SHAPE, most=one.images.nbytes * 2, say=said.append)
+  assert isinstance(two.images, np.memmap)
+  assert not isinstance(held.images, np.memmap)
+  assert one.digest() == two.digest() == held.digest()
+  assert not list(tmp_path.glob("tmp*"))  # it has no name, so a kill leaves nothing
+  assert sum("temporary file" in line and "data pack keeps them" in line for line in said) == 1
+  for (x, _), (u, _) in zip(batches_of(one, {}), batches_of(two, {})):
+    np.testing.assert_array_equal(x, u)
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(files, "reserve", full)
+  with pytest.raises(ValueError, match=r"has no room for them .*TMPDIR.*data\.in_memory") as caught:
+    data.load(folder, "train", SHAPE, most=0)
+  assert "\n" not in str(caught.value)
 
 
 def random_folder(folder, rng):
@@ -133,8 +157,8 @@ def test_any_source_is_packed(tmp_path, rng):
   images = rng.random([5, 8, 8, 3])
   for k, source in enumerate(("digits", images, np.rint(255 * images).astype(np.uint8))):
     shape = (8, 8, 1) if k == 0 else SHAPE
-    load = lambda split, room, source=source, shape=shape: data.load(
-      source, split, shape, room=room
+    load = lambda split, storage, source=source, shape=shape: data.load(
+      source, split, shape, storage=storage
     )
     made = pack.preparing(shape, "auto", data.Policy())
     assert pack.write(tmp_path / str(k), load, "x", ["test"], made) == {"test": (297, 5, 5)[k]}
@@ -195,13 +219,13 @@ KILLED = """
 import os, signal
 from soft_diffusion_tf.data import pack
 from tests.test_pack import packed
-commit, count, pack._EVERY = pack.Room.commit, [], 4
-def dying(room):
-  commit(room)
-  count.append(room)
+commit, count, pack._EVERY = pack.PackStorage.commit, [], 4
+def dying(storage):
+  commit(storage)
+  count.append(storage)
   if len(count) == 2:
     os.kill(os.getpid(), signal.SIGKILL)
-pack.Room.commit = dying
+pack.PackStorage.commit = dying
 packed({out!r}, {name!r})
 """
 
@@ -230,16 +254,16 @@ def test_a_packer_that_was_killed_goes_on(tmp_path, folder, monkeypatch):
 @pytest.mark.parametrize("commits", [1, 5, 6, 7])  # of 21 and 2 images: also at the end of a split
 @pytest.mark.parametrize("change", ["", "file", "policy", "damage"])
 def test_what_changed_meanwhile_is_read_again(tmp_path, folder, monkeypatch, commits, change):
-  def stopped(room):
-    commit(room)
-    count.append(room)
+  def stopped(storage):
+    commit(storage)
+    count.append(storage)
     if len(count) == commits:
       raise KeyboardInterrupt
 
-  commit, count = pack.Room.commit, []
+  commit, count = pack.PackStorage.commit, []
   with monkeypatch.context() as patched:
     patched.setattr(pack, "_EVERY", 4)
-    patched.setattr(pack.Room, "commit", stopped)
+    patched.setattr(pack.PackStorage, "commit", stopped)
     with pytest.raises(KeyboardInterrupt):
       packed(tmp_path / "pack", folder)
   policy, behind = {}, min(4 * commits, 21) + 2 * (commits == 7)
@@ -297,17 +321,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, folder, monkeypatch, where):
 def test_a_pack_is_there_when_it_is_whole(tmp_path, folder):
   out, made = tmp_path / "pack", pack.preparing(SHAPE, "auto", data.Policy())
 
-  def bad(split, room):
+  def bad(split, storage):
     raise ValueError("bad")
 
   with pytest.raises(ValueError, match="bad"):  # what is refused would be refused again
     pack.write(out, bad, folder, ["train"], made)
   assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
-  def twice(split, room):
+  def twice(split, storage):
     with pytest.raises(ValueError, match="another process packs into it"):
       packed(out, folder)
-    return data.load(folder, split, SHAPE, room=room)
+    return data.load(folder, split, SHAPE, storage=storage)
 
   pack.write(out, twice, folder, ["train"], made)
   with pytest.raises(ValueError, match="is there already"):

@@ -56,6 +56,15 @@ def test_a_full_subspace_has_the_datas_covariance(blur_diffusion, digits):
     np.testing.assert_allclose(factors.T @ factors, np.cov(rows, rowvar=False), atol=1e-5)
 
 
+def test_images_are_corrupted_few_at_a_time(blur_diffusion, digits, monkeypatch):
+  images = digits[:7]
+  whole = priors.corrupt_all(images, blur_diffusion, 0.7)
+  np.testing.assert_allclose(whole, blur_diffusion.corrupt(images, 0.7), atol=1e-6)  # float32
+  for size in (1, 3 * 4 * 64):  # bytes: one image at a time; three
+    monkeypatch.setattr(priors, "_BATCH_BYTES", size)
+    np.testing.assert_allclose(priors.corrupt_all(images, blur_diffusion, 0.7), whole, atol=1e-6)
+
+
 def test_save_and_load(tmp_path, blur_diffusion, digits):
   prior = priors.fit("subspace", digits, blur_diffusion)
   prior.save(tmp_path / "p.npz")

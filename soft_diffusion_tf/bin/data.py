@@ -85,7 +85,7 @@ def _pack(d):
   splits = [_SPLIT.value] if _SPLIT.value else list(dict.fromkeys([d.train_split, d.test_split]))
   counts = pack.write(
     _OUT.value,
-    lambda split, room: d.load(split, _DATA_DIR.value, say=cli.say, room=room),
+    lambda split, storage: d.load(split, _DATA_DIR.value, say=cli.say, storage=storage),
     str(d.name),
     splits,
     pack.preparing(d.image_shape, d.crop, d.policy),

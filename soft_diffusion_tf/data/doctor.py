@@ -5,16 +5,18 @@ import concurrent.futures
 import hashlib
 import math
 import os
+import tempfile
 import typing
 
 import numpy as np
 import tqdm
 
+from soft_diffusion_tf import files
 from soft_diffusion_tf.data import pictures
 from soft_diffusion_tf.data.policy import REMEDIES, Unusable, shown
 
 _LISTED = 20  # files of a kind, where a training begins
-_FIRST = 256  # images that there is room for where their number is not known
+_FIRST = 256  # images that space is made for where their number is not known
 _NAMED = 3  # files of a kind, in the line of an error
 
 
@@ -67,8 +69,8 @@ def digest(values):
 class Report:
   """What was found in a source: `lines` is the table, `check` the refusal."""
 
-  def __init__(self, name, split, shape, policy, keep=True, room=None):
-    self.keep, self.room = keep, room or Memory()  # the images, and where
+  def __init__(self, name, split, shape, policy, keep=True, storage=None):
+    self.keep, self.storage = keep, storage or Storage()  # the images, and where
     self.name, self.split, self.shape, self.policy = name, split, shape, policy
     self.facts: list[Facts] = []
     self.places: list[str] = []  # of each of the facts
@@ -148,6 +150,8 @@ class Report:
     shape = "" if self.shape is None else "×".join(map(str, self.shape))
     rows = [("images", f"{self.whole + len(self.facts):,} of {self.count:,} {self.what}")]
     rows += self._counted() + self.remarks
+    if self.storage.remark:
+      rows.append(("held", self.storage.remark))
     if self.small:
       rows.append(("left out", f"{len(self.small):,} smaller than {shape} (data.small)"))
     for kind, errors in self._kinds():
@@ -210,13 +214,13 @@ def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
     items: of the source, in order.
     total: their number, or None where it is not known.
     stamp: item → a text that is another one when the item is another; by it a packing that was
-      killed knows what it has already (see `pack.Room`).
+      killed knows what it has already (see `pack.PackStorage`).
 
   Returns:
     (images uint8 [n, H, W, C], indices of the items kept); images are None where there are none.
   """
-  room = report.room if total is not None else Memory()
-  going_on = stamp is not None and shape is not None and room.goes_on
+  storage = report.storage if total is not None else Storage()
+  going_on = stamp is not None and shape is not None and storage.goes_on
 
   def guarded(work):
     item, mark, known = work
@@ -230,10 +234,10 @@ def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
   def fed():
     for k, item in enumerate(items):
       mark = stamp(item) if going_on else ""
-      yield item, mark, room.known(k, mark) if going_on else None
+      yield item, mark, storage.known(k, mark) if going_on else None
 
   rows = _FIRST if total is None else total
-  images = room(report.name, rows, shape) if report.keep and shape is not None else None
+  images = storage(report.name, rows, shape) if report.keep and shape is not None else None
   kept: list[int] = []
   first = ""
   bar = tqdm.tqdm(in_parallel(guarded, fed()), bar, total, disable=disable)
@@ -241,7 +245,7 @@ def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
     if not isinstance(found, Unusable):
       pixels, facts, place = found
       if report.keep and images is None:
-        images, first = room(report.name, rows, pixels.shape), place
+        images, first = storage(report.name, rows, pixels.shape), place
       if images is not None and not known and pixels.shape != images.shape[1:]:
         other = shown(os.path.basename(str(first)))
         found = Unusable("size", place, f"its size or colour differs from {other}'s")
@@ -255,17 +259,44 @@ def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
       kept.append(k)
       report.add(place, facts)
     if going_on and not known:
-      room.note(mark, found)
+      storage.note(mark, found)
   return (None if images is None else images[: len(kept)]), kept
 
 
-class Memory:
-  """Where the images of a source go while they are read: room in memory, and no way to go on."""
+class Storage:
+  """Where the images of a source go while they are read: into memory, or a temporary file.
+
+  Args:
+    most: bytes that are held in memory; more go into a file in `tempfile.gettempdir()` that is
+      mapped, and gone with the process. None: any number.
+  """
 
   goes_on = False
+  remark = ""  # on where they are, where that may surprise
+
+  def __init__(self, most=None):
+    self.most = most
 
   def __call__(self, name, count, shape):
-    return allocate(name, count, shape)
+    """An array uint8 [count, *shape]."""
+    size = count * math.prod(shape)
+    if self.most is None or size <= self.most:
+      return allocate(name, count, shape)
+    place = tempfile.gettempdir()
+    with tempfile.TemporaryFile() as file:  # it has no name, and lives while it is mapped
+      try:
+        files.reserve(file, size)
+      except OSError as error:
+        raise ValueError(
+          f"{name}: {count:,} images take {size / 2**30:.2f} GiB, more than data.in_memory, and "
+          f"{place} has no room for them ({error.strerror}); name another folder by TMPDIR, pack "
+          "them on a larger disk by soft-diffusion-data pack, or set data.in_memory higher"
+        ) from None
+      self.remark = (
+        f"{size / 2**30:.2f} GiB in a temporary file in {place}, more than data.in_memory; "
+        "soft-diffusion-data pack keeps them for the next time"
+      )
+      return np.memmap(file, np.uint8, "r+", shape=(count, *shape))
 
   def known(self, place, mark):
     """What was found of an item before, by its place in the source and its mark; or None."""
@@ -287,7 +318,7 @@ def in_parallel(function, items, ahead=64):
 
 
 def allocate(name, count, shape):
-  """Room for the decoded images, which stay in memory."""
+  """PackStorage for the decoded images, which stay in memory."""
   try:
     return np.empty([count, *shape], np.uint8)
   except MemoryError:

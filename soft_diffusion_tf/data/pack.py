@@ -43,7 +43,7 @@ def preparing(shape, crop, policy):
   }
 
 
-class Room(doctor.Memory):
+class PackStorage(doctor.Storage):
   """A file for the images of a split while they are read, and a journal of what was found.
 
   The journal has a line for each item of the source: its mark, and what the doctor found. A line is
@@ -69,9 +69,8 @@ class Room(doctor.Memory):
       self._found = []
       self._journal.unlink(missing_ok=True)
     with open(self.path, "ab") as file:
-      os.truncate(self.path, max(1, count * row))
       try:
-        os.posix_fallocate(file.fileno(), 0, max(1, count * row))
+        files.reserve(file, max(1, count * row))
       except OSError as error:
         free = shutil.disk_usage(self.path.parent).free
         raise ValueError(
@@ -183,7 +182,7 @@ def write(out, load, name, splits, prepared, say=None):
   goes on from there. The pack is the same to the bit.
 
   Args:
-    load: (split, room) → `Source` whose images are in the room, where the images go.
+    load: (split, storage) → `Source` whose images are in the storage, where the images go.
     prepared: see `preparing`.
     say: a function that gets a line where it goes on.
 
@@ -202,25 +201,27 @@ def write(out, load, name, splits, prepared, say=None):
   }
   with _alone(out, {**content, "splits": splits}) as partial:
     for k, split in enumerate(splits):
-      room = Room(partial / f"{k}.images")
-      source = load(split, room)
-      if room.before and say:
-        say(f"{split}: {room.before:,} were read by a packing before that was stopped")
+      storage = PackStorage(partial / f"{k}.images")
+      source = load(split, storage)
+      if storage.before and say:
+        say(f"{split}: {storage.before:,} were read by a packing before that was stopped")
       images = source.images
-      if room.made is None or not np.may_share_memory(images, room.made):  # it was there already
-        held, images = images, room(name, len(images), images.shape[1:])
+      if storage.made is None or not np.may_share_memory(
+        images, storage.made
+      ):  # it was there already
+        held, images = images, storage(name, len(images), images.shape[1:])
         images[:] = held
-      room.commit()
-      room.made.flush()
+      storage.commit()
+      storage.made.flush()
       shape, labels = list(images.shape), np.ascontiguousarray(source.labels, "<i8")
-      os.truncate(room.path, int(np.prod(shape)))
+      os.truncate(storage.path, int(np.prod(shape)))
       (partial / f"{k}.labels").write_bytes(labels.tobytes())
       content["splits"][split] = {
         "shape": shape,
         "label_names": list(source.label_names),
         "images": f"{k}.images",
         "labels": f"{k}.labels",
-        "digests": _digests(room.path),
+        "digests": _digests(storage.path),
         "labels_digest": _digests(partial / f"{k}.labels")[0],
       }
       del images, source
@@ -266,13 +267,14 @@ def about(path):
   return content
 
 
-def read(path, split, shape, crop, policy, most=0, progress=True):
+def read(path, split, shape, crop, policy, most=None, progress=True):
   """(images uint8 [N, H, W, C], labels, their names, the index) of a split of a pack.
 
   Args:
     shape, crop, policy: how the images are to be prepared: as they were, or a ValueError names the
       field. A shape of None takes what is there.
-    most: bytes of images that are read into memory; more stay in the file, which is mapped.
+    most: bytes of images that are read into memory; more stay in the file, which is mapped, and so
+      do all of them where it is None.
   """
   path = pathlib.Path(path)
   content = about(path)
@@ -291,7 +293,7 @@ def read(path, split, shape, crop, policy, most=0, progress=True):
   for file, digests in (("images", part["digests"]), ("labels", [part["labels_digest"]])):
     _check(path / part[file], digests, progress)
   images = np.memmap(path / part["images"], np.uint8, "r", shape=tuple(part["shape"]))
-  if images.nbytes <= most:
+  if most is not None and images.nbytes <= most:
     images = np.array(images)
   labels = np.fromfile(path / part["labels"], "<i8").astype(np.int64)
   if len(labels) != len(images):

@@ -103,8 +103,8 @@ def load(
   progress=True,
   policy=None,
   say=None,
-  room=None,
-  most=0,
+  storage=None,
+  most=None,
 ):
   """Decodes a data set.
 
@@ -123,14 +123,15 @@ def load(
     data_dir: where TFDS keeps its data sets.
     policy: a `Policy`: what happens to images that cannot be taken as they are.
     say: a function that gets the lines of the doctor's table, before anything is refused.
-    room: where the images go instead of memory: like `doctor.Memory`.
-    most: bytes of a pack's images that are read into memory; more stay in its file.
+    storage: where the images go, in place of a `doctor.Storage` of `most` bytes.
+    most: bytes of images that are held in memory; more stay in the file of a pack, and of other
+      sources in a temporary one. None: a pack stays in its file, and all others in memory.
 
   Raises:
     ValueError: one line that names the data set or file, the cause and the remedy.
   """
   name, images, labels, names, report = _read_all(
-    name, split, image_shape, crop, data_dir, progress, policy, True, room, most
+    name, split, image_shape, crop, data_dir, progress, policy, True, storage, most
   )
   lines = tuple(report.lines())
   for line in lines if say is not None else ():
@@ -141,7 +142,9 @@ def load(
   return Source(name, images, labels, names, lines)  # what it kept of each image is let go
 
 
-def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep, room=None, most=0):
+def _read_all(
+  name, split, image_shape, crop, data_dir, progress, policy, keep, storage=None, most=None
+):
   """(name, images or None, labels, their names, report) of a data set."""
   parts.check_choice("the crop", crop, pictures.CROPS)
   if image_shape is not None and len(image_shape) != 3:
@@ -152,7 +155,8 @@ def _read_all(name, split, image_shape, crop, data_dir, progress, policy, keep, 
   shape = None if image_shape is None else tuple(image_shape)
   known = isinstance(name, str | Reader)
   label = str(name) if known else getattr(name, "name", f"the {type(name).__name__}")
-  report = doctor.Report(label, split if known else "all", shape, policy, keep, room)
+  storage = storage or doctor.Storage(most)
+  report = doctor.Report(label, split if known else "all", shape, policy, keep, storage)
   if isinstance(name, Source):
     given = (name.images, name.labels)
     name, names = name.name, name.label_names

@@ -49,10 +49,10 @@ class Data(Group):
   `name` is "digits", "folder:PATH", a TFDS name, or a `data.Reader`. A split is one of the data
   set's, or "folder:PATH" of a folder of its own. `transparency`, `small` and `skip_bad` say what
   happens to images that cannot be taken as they are (see `data.Policy`). `balanced` draws every
-  class of the labels equally often. Of a pack ("pack:PATH") up to `in_memory` GiB are read into
-  memory; more stay in its file. `augment` changes training images further: each a
-  `data.Augmentation`, or a text such as "shift(pixels=2)". The network is told what "edm" does to
-  an image if `network.augment_dim` says so.
+  class of the labels equally often. Up to `in_memory` GiB of images are held in memory; more stay
+  in the file of a pack ("pack:PATH"), or go into a temporary one. `augment` changes training images
+  further: each a `data.Augmentation`, or a text such as "shift(pixels=2)". The network is told what
+  "edm" does to an image if `network.augment_dim` says so.
   """
 
   _group = "data."
@@ -89,13 +89,13 @@ class Data(Group):
     data_dir: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
-    room: Any = None,
+    storage: Any = None,
   ) -> Any:
     """The `data.Source` of a split, by default of the training split, decoded.
 
     Args:
       say: gets the lines of the doctor's table.
-      room: where the images go instead of memory (see `data.load`).
+      storage: where the images go (see `data.load`).
     """
     return data.load(
       self.name,
@@ -106,7 +106,7 @@ class Data(Group):
       progress,
       self.policy,
       say,
-      room,
+      storage,
       int(self.in_memory * 2**30),
     )
 

@@ -6,10 +6,13 @@ python tools/benchmark.py data --images=20000 --ways=pack --side=256
 
 With --images each way and number is measured in a process of its own: memory of the process and CPU
 seconds to the first batch, both beyond those of a process that has loaded TensorFlow alone; then
-batches of 128, flipped, for five seconds. The images are generated, and deleted afterwards.
+batches of 128, flipped, for five seconds; with --train a further process trains. Memory is the
+process's own (RssAnon), now and at most; pages of mapped files, which the system takes back where
+others need the space, are apart. The images are generated, and deleted afterwards.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +21,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -40,7 +44,8 @@ def main(argv):
   parser.add_argument("--one", help=argparse.SUPPRESS)
   options = parser.parse_args(argv)
   if options.one:
-    print(json.dumps(_one(options.one, options.side, options.train)))
+    measure = _trained if options.train else _one
+    print(json.dumps(measure(options.one, options.side, options.train)))
   elif options.images:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
       _table(options, pathlib.Path(folder))
@@ -61,7 +66,7 @@ def _table(options, folder):
   for n in numbers:
     for way in ways:
       name = _generated(way, n, options.side, folder)
-      got = _measured(name, options.side, options.train)
+      got = _measured(name, options.side, 0)
       mine = {k: got[k] - bare[k] for k in ("cpu", "anon", "peak")}
       held[way, n] = mine["anon"]
       print(
@@ -71,7 +76,12 @@ def _table(options, folder):
         flush=True,
       )
       if options.train:
-        print(f"{'':11}training: at most {got['train_peak'] / 2**30:.2f} GiB in all", flush=True)
+        got = _measured(name, options.side, options.train)
+        print(
+          f"{'':11}training: at most {got['peak'] / 2**30:.2f} GiB of its own, TensorFlow with it, "
+          f"and {got['file'] / 2**30:.2f} of mapped files",
+          flush=True,
+        )
   for way in ways:
     if len(numbers) > 1:
       low, high = numbers[-2:]
@@ -114,7 +124,7 @@ def _generated(way, count, side, folder):
       "import resource; from soft_diffusion_tf import data;"
       "from soft_diffusion_tf.data import pack;"
       f"shape = {shape}; made = pack.preparing(shape, 'auto', data.Policy());"
-      f"load = lambda split, room: data.load('folder:{array}', split, shape, room=room);"
+      f"load = lambda split, storage: data.load('folder:{array}', split, shape, storage=storage);"
       f"pack.write('{out}', load, 'generated', ['all'], made);"
       "u = resource.getrusage(resource.RUSAGE_SELF);"
       "anon = [s for s in open('/proc/self/status') if s.startswith('RssAnon')][0].split()[1];"
@@ -135,10 +145,29 @@ def _measured(name, side, train):
 
 
 def _memory():
-  """Bytes of this process: its own now, of mapped files now, and all of them at the most."""
+  """Bytes of this process: its own, and of mapped files, now."""
   text = pathlib.Path("/proc/self/status").read_text()
   lines = dict(line.split(":", 1) for line in text.splitlines())
-  return [int(lines[k].split()[0]) * 1024 for k in ("RssAnon", "RssFile", "VmHWM")]
+  return [int(lines[k].split()[0]) * 1024 for k in ("RssAnon", "RssFile")]
+
+
+@contextlib.contextmanager
+def _watched():
+  """A list of the process's own memory and that of mapped files, each at its most meanwhile."""
+  most, done = _memory(), threading.Event()
+
+  def look():
+    while not done.wait(0.02):
+      most[:] = map(max, most, _memory())
+
+  thread = threading.Thread(target=look)
+  thread.start()
+  try:
+    yield most
+  finally:
+    done.set()
+    thread.join()
+    most[:] = map(max, most, _memory())
 
 
 def _cpu():
@@ -154,46 +183,53 @@ def _one(name, side, train):
 
   if name == "none":
     next(iter(tf.data.Dataset.range(3).map(lambda x: x + 1)))
-    anon, file, peak = _memory()
-    return {"cpu": _cpu(), "anon": anon, "file": file, "peak": peak}
-  split = "train" if name.startswith("folder:") and not name.endswith(".npy") else "all"
-  source = data.load(name, split, (side, side, 3), progress=False)
-  iterator = iter(data.batches(source, BATCH, flip=True))
-  next(iterator)
-  cpu, (anon, file, peak) = _cpu(), _memory()
+    anon, file = _memory()
+    return {"cpu": _cpu(), "anon": anon, "file": file, "peak": anon}
+  with _watched() as most:
+    source = data.load(name, _split(name), (side, side, 3), progress=False, most=1 << 30)
+    iterator = iter(data.batches(source, BATCH, flip=True))
+    next(iterator)
+    cpu, (anon, _) = _cpu(), _memory()
   begin, used, count = time.monotonic(), _cpu(), 0
   while time.monotonic() - begin < 5:
     next(iterator)
     count += BATCH
   rate = count / (time.monotonic() - begin)
-  found = {"cpu": cpu, "anon": anon, "file": file, "peak": peak, "rate": rate}
-  found["each"] = (_cpu() - used) / count
-  if train:
-    from soft_diffusion_tf import experiment, training
+  found = {"cpu": cpu, "anon": anon, "peak": most[0], "file": _memory()[1], "rate": rate}
+  return found | {"each": (_cpu() - used) / count}
 
-    del iterator
-    e = experiment.from_file("cifar10_small")
-    e = e.replace(
-      data={
-        "name": name,
-        "image_shape": (side, side, 3),
-        "train_split": split,
-        "test_split": split,
-      },
-      network={"nf": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1},
-      training={
-        "batch_size": 8,
-        "steps": train,
-        "checkpoint_every": 0,
-        "sample_every": 0,
-        "keep_every": 0,
-      },
-    )
-    e, _ = _of_train().stand_in(e)
-    with tempfile.TemporaryDirectory() as workdir:
-      training.train(e, workdir, progress=False)
-    found["train_peak"] = _memory()[2]
-  return found
+
+def _split(name):
+  """The larger part of a folder of pictures, and all of what has no splits."""
+  return "train" if name.startswith("folder:") and not name.endswith(".npy") else "all"
+
+
+def _trained(name, side, steps):
+  """Trains a small network for a few steps in this process."""
+  from soft_diffusion_tf import experiment, training
+
+  split = _split(name)
+  e = experiment.from_file("cifar10_small")
+  e = e.replace(
+    data={
+      "name": name,
+      "image_shape": (side, side, 3),
+      "train_split": split,
+      "test_split": split,
+    },
+    network={"nf": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1},
+    training={
+      "batch_size": 8,
+      "steps": steps,
+      "checkpoint_every": 0,
+      "sample_every": 0,
+      "keep_every": 0,
+    },
+  )
+  e, _ = _of_train().stand_in(e)
+  with tempfile.TemporaryDirectory() as workdir, _watched() as most:
+    training.train(e, workdir, progress=False)
+  return {"peak": most[0], "file": most[1]}
 
 
 # --- Beside a training step -----------------------------------------------------------------------
