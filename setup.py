@@ -92,6 +92,7 @@ setuptools.setup(
       "soft-diffusion-reference-stats=soft_diffusion_tf.bin.reference_stats:run",
       "soft-diffusion-lab=soft_diffusion_tf.bin.lab:run",
       "soft-diffusion-data=soft_diffusion_tf.bin.data:run",
+      "soft-diffusion-ema=soft_diffusion_tf.bin.ema:run",
       "soft-diffusion-import=soft_diffusion_tf.bin.import_score_sde:run",
     ],
   },

@@ -54,7 +54,8 @@ def check(experiment, hosts=1, replicas=1, apart=False, limit=None):
   height, width, channels = experiment.data.image_shape
   image = 4 * height * width * channels
   weights, features, drawing = n.footprint(experiment.data.image_shape)
-  states = weights * (_STATES if apart else 2 * _STATES + 1)
+  kept = _STATES + len(o.averages)
+  states = weights * (kept if apart else 2 * kept + 1)
   if states > limit:
     field, value = ("network.nf", n.nf) if hasattr(n, "nf") else ("network", parts.kind_of(n))
     _refuse(field, value, states, limit, "take a smaller network")

@@ -7,13 +7,24 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from soft_diffusion_tf import averages, experiment, images, losses, parts, rng, trust
 from soft_diffusion_tf import diffusion as diffusions
-from soft_diffusion_tf import experiment, images, losses, parts, rng, trust
 from soft_diffusion_tf.networks import Architecture
 from soft_diffusion_tf.optimizer import PreReducedAdam, WarmUp
 
 _TIME, _NOISE, _DROPOUT = 0, 1, 2  # sub-streams of a step's randomness
 _HELD_OUT = -1  # the stream of held-out noise: no step has that number
+
+
+def _average_of(network):
+  """A network for the averages of another's weights, and (average, weight) of those in training."""
+  average = type(network).from_config(network.get_config())
+  average.set_weights(network.get_weights())
+  pairs = [  # frozen ones stay as they are, to the bit
+    (mean, value) for mean, value in zip(average.variables, network.variables) if value.trainable
+  ]
+  average.trainable = False
+  return average, pairs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -62,14 +73,12 @@ class SoftDiffusionModel(keras.Model):
       )
     options.check_sigma(diffusion.sigma)
     self.network = network
-    self.ema_network = type(network).from_config(network.get_config())
-    self.ema_network.set_weights(network.get_weights())
-    self._averaged = [
-      (average, value)
-      for average, value in zip(self.ema_network.variables, network.variables)
-      if value.trainable  # frozen ones stay as they are, to the bit
+    self.ema_network, self._averaged = _average_of(network)
+    kept = [_average_of(network) for _ in training.averages]
+    self.average_networks = [average for average, _ in kept]
+    self.profiles = [
+      (averages.exponent(length), pairs) for length, (_, pairs) in zip(training.averages, kept)
     ]
-    self.ema_network.trainable = False
     self.diffusion = diffusion
     self.training_options = training
     self.network_options = options
@@ -345,16 +354,28 @@ class SoftDiffusionModel(keras.Model):
       "losses" and "t" [B], "gradient_norm" (global, before the clip).
     """
     context = tf.distribute.get_replica_context()
+    step = tf.cast(self.optimizer.iterations, tf.float32) + 1.0
     gradients, each, t = self.gradients(x_0, done)
     gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
     gradients, norm, finite = self._clip(gradients)
     self._apply_if(finite, gradients)
-    share = tf.where(finite, 1.0 - self.training_options.ema_decay, 0.0)
-    for average, value in self._averaged:
-      average.value.assign_sub(share * (average.value - value.value), read_value=False)
+    for share, pairs in self._shares(step):
+      share = tf.where(finite, share, 0.0)
+      for average, value in pairs:
+        average.value.assign_sub(share * (average.value - value.value), read_value=False)
     batch = tf.shape(x_0)[0] * context.num_replicas_in_sync
     loss = tf.reduce_sum(each) / tf.cast(batch, tf.float32)
     return {"loss": loss, "losses": each, "t": t, "gradient_norm": norm}
+
+  def _shares(self, step):
+    """(what step 1, 2, … adds of its weights, pairs of variables) of each average."""
+    options = self.training_options
+    share = 1.0 - options.ema_decay
+    if options.ema_warmup:  # as in tf.train.ExponentialMovingAverage with num_updates
+      share = tf.maximum(share, 9.0 / (9.0 + step))
+    yield share, self._averaged
+    for exponent, pairs in self.profiles:
+      yield averages.share(exponent, step), pairs
 
   def _clip(self, gradients):
     """`tf.clip_by_global_norm` to the bit, but zeros where the norm is not finite; and if it is."""

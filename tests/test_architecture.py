@@ -17,8 +17,8 @@ PACKAGE = "soft_diffusion_tf"
 # From the ground up: a room may import only from itself and from the rooms above it in this table.
 # A name is a module of the package or a folder of them. README's map shows the same rooms.
 ROOMS = {
-  "Ground": "moved packages shipped trust parts arrays files products faults rng gaussians "
-  "neighbours images plots memory",
+  "Ground": "moved averages packages shipped trust parts arrays files products faults rng "
+  "gaussians neighbours images plots memory",
   "Process": "schedules corruptions priors diffusion",
   "Network and loss": "networks losses",
   "Samplers": "samplers oracles",

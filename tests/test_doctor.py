@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 
@@ -130,7 +131,7 @@ def test_any_number_of_channels_from_npy(tmp_path, rng, dtype):
     data.load(f"folder:{tmp_path}", "all", (6, 5, 4))
 
 
-def tiff_of(values, order, apart, packed):
+def tiff_of(values, order, apart, packed, **further_tags):
   """The bytes of a TIFF file of any number of bands [h, w, c], in two strips for each plane."""
   h, w, c = values.shape
   planes = [values[..., k] for k in range(c)] if apart else [values]
@@ -153,7 +154,9 @@ def tiff_of(values, order, apart, packed):
     279: list(map(len, strips)),
     284: [2 if apart else 1],
     339: [kind] * c,
+    **{int(k[1:]): v for k, v in further_tags.items()},
   }
+  tags = dict(sorted(tags.items()))
   place = 8 + sum(map(len, strips))
   entries, further = struct.pack(order + "H", len(tags)), b""
   for tag, numbers in tags.items():
@@ -176,6 +179,82 @@ def test_any_number_of_channels_from_tiff(tmp_path, rng, order, apart, packed):
   (tmp_path / "a.tif").write_bytes(whole[:20])
   with pytest.raises(ValueError, match=r"a.tif: cannot be read"):
     data.read_image(tmp_path / "a.tif", channels=6)
+
+
+@pytest.mark.parametrize("channels", [None, 3, 5])
+def test_a_tiff_file_of_bands_is_upright(tmp_path, rng, channels):
+  """Of floats or five bands, which Pillow does not read."""
+  values = rng.random([5, 4, channels or 3]).astype(np.float32)
+  shown = np.rint(values * 255)
+  for orientation, turned in ((1, shown), (3, shown[::-1, ::-1]), (6, np.rot90(shown, -1))):
+    whole = tiff_of(values, "<", False, True, _274=[orientation])
+    (tmp_path / "a.tif").write_bytes(whole)
+    same(tmp_path / "a.tif", turned, channels=channels)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_planes_of_16_bits_which_pillow_takes_for_others(tmp_path, rng, order):
+  values = rng.integers(0, 65536, [5, 4, 3]).astype(np.uint16)
+  (tmp_path / "a.tif").write_bytes(tiff_of(values, order, True, False, _262=[2]))
+  same(tmp_path / "a.tif", np.rint(values / 257))
+  for c in (2, 4):  # grey or colour, and transparency
+    values = rng.integers(0, 65536, [5, 4, c]).astype(np.uint16)
+    whole = tiff_of(values, order, True, False, _262=[1 if c == 2 else 2], _338=[2])
+    (tmp_path / "b.tif").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"b\.tif: .*samples interleaved"):
+      data.read_image(tmp_path / "b.tif")
+
+
+def test_transparency_and_orientation_of_four_channels_are_those_of_a_picture(tmp_path, rng):
+  pixels = rng.integers(0, 256, [5, 4, 4]).astype(np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={274: 6})
+  same(tmp_path / "a.tif", np.rot90(pixels, -1), channels=4)
+  near_infrared = tiff_of(pixels, "<", False, False, _262=[2])  # a fourth band, and no alpha
+  (tmp_path / "b.tif").write_bytes(near_infrared)
+  same(tmp_path / "b.tif", pixels, channels=4)
+
+
+def test_a_strip_holds_no_more_than_its_rows(tmp_path, monkeypatch):
+  values = np.zeros([5, 4, 5], np.uint8)
+  bomb = tiff_of(values, "<", False, True).replace(
+    zlib.compress(values[:2].tobytes()), zlib.compress(bytes(40)) + b"", 1
+  )
+  (tmp_path / "a.tif").write_bytes(bomb)
+  most = []
+  real = zlib.decompressobj
+
+  class Watched:
+    def __init__(self):
+      self._object = real()
+
+    def decompress(self, strip, limit):
+      most.append(limit)
+      return self._object.decompress(strip, limit)
+
+  monkeypatch.setattr(zlib, "decompressobj", Watched)
+  same(tmp_path / "a.tif", values, channels=5)
+  assert most == [100, 60]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits(tmp_path, bits):
+  most = 2**bits - 1
+  values = np.arange(16).reshape(2, 8) % (most + 1)
+  rows = b"".join(
+    b"\0" + np.packbits(np.unpackbits(row[:, None].astype(np.uint8), axis=1)[:, -bits:]).tobytes()
+    for row in values
+  )
+  chunk = lambda kind, body: (
+    struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+  )
+  (tmp_path / "a.png").write_bytes(
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0))
+    + chunk(b"tRNS", struct.pack(">H", 1))
+    + chunk(b"IDAT", zlib.compress(rows))
+    + chunk(b"IEND", b"")
+  )
+  same(tmp_path / "a.png", np.where(values == 1, 255, values * (255 // most)))
 
 
 def plain_tiff(path, values, **tags):
@@ -456,6 +535,91 @@ def test_a_tar_file_is_read_like_its_folder(tmp_path, photo, mode):
     with pytest.raises(ValueError, match=rf"{k}.tar.*(as an archive|give the folder)") as caught:
       data.load(f"folder:{tmp_path / f'{k}.tar'}", "all", shape)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tar_file_that_is_cut_off_is_no_smaller_data_set(tmp_path, photo):
+  with tarfile.open(tmp_path / "a.tar", "w") as archive:
+    for k in range(12):
+      Image.fromarray(photo).save(tmp_path / f"{k}.png")
+      archive.add(tmp_path / f"{k}.png", f"{k}.png")
+  whole = (tmp_path / "a.tar").read_bytes()
+  assert len(data.load(f"folder:{tmp_path / 'a.tar'}", "all")) == 12
+  damaged = [whole[: len(whole) * k // 9] for k in range(1, 8)]
+  flipped = bytearray(whole)
+  flipped[whole.index(b"5.png") + 120] ^= 1  # in a header
+  for content in (*damaged, bytes(flipped)):
+    (tmp_path / "b.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.tar: .*copy it again") as caught:
+      data.load(f"folder:{tmp_path / 'b.tar'}", "all")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz"])
+def test_a_damaged_archive_is_called_one(tmp_path, suffix):
+  (tmp_path / f"a{suffix}").write_bytes(b"PK")
+  with pytest.raises(ValueError, match="cannot be read as an archive"):
+    data.load(f"folder:{tmp_path}/a{suffix}", "all")
+
+
+def test_an_archive_is_unpacked_where_there_is_room(tmp_path, photo, monkeypatch):
+  Image.fromarray(photo).save(tmp_path / "0.png")
+  with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+    archive.add(tmp_path / "0.png", "0.png")
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+  for name, options in (
+    (f"folder:{tmp_path / 'a.tar.gz'}", {}),
+    (f"folder:{tmp_path}", {"most": 0}),
+  ):
+    with pytest.raises(ValueError, match=r"TMPDIR") as caught:
+      data.load(name, "all", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_to_a_pipe_is_no_picture(tmp_path, photo):
+  Image.fromarray(photo).save(tmp_path / "0.png")
+  os.mkfifo(tmp_path / "pipe.png")
+  (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+  assert len(data.load(f"folder:{tmp_path}", "all")) == 1
+
+
+def test_one_share_of_bad_files_serves_all_splits(tmp_path, photo):
+  for k in range(40):
+    Image.fromarray(photo).save(tmp_path / f"{k:02}.png")
+  (tmp_path / "09.png").write_bytes(b"no picture, in the split test")
+  load = lambda split, share: data.load(
+    f"folder:{tmp_path}", split, policy=data.Policy(skip_bad=share)
+  )
+  with pytest.raises(data.Refused, match=r"data\.skip_bad=0\.03"):
+    load("test", 0.02)
+  assert [len(load(s, 0.03)) for s in ("all", "train", "test")] == [39, 36, 3]
+
+
+def test_pictures_that_are_all_too_small_are_not_told_to_be_left_out(tmp_path, grey):
+  for k in range(3):
+    Image.fromarray(grey[:5, :5]).save(tmp_path / f"{k}.png")
+  with pytest.raises(ValueError, match=r"as are the other 2 files; ask for .*enlarge\)$"):
+    data.load(f"folder:{tmp_path}", "all", (8, 8, 1))
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000), (1, 1)])
+def test_the_thinnest_picture_is_enlarged(tmp_path, size):
+  Image.new("L", size, 77).save(tmp_path / "a.png")
+  enlarging = data.Policy(small="enlarge")
+  for shape in ((8, 128, 1), (128, 8, 1)):
+    got = data.load(f"folder:{tmp_path}", "all", shape, policy=enlarging)
+    np.testing.assert_array_equal(got.images, np.full([1, *shape], 77))
+
+
+@pytest.mark.parametrize("name", ["folder:~nosuchuser/x", "pack:~nosuchuser/x", "pack:", "folder:"])
+def test_a_path_that_leads_nowhere(name):
+  with pytest.raises(ValueError, match=r"no such user|names no folder"):
+    data.load(name, "all")
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (8.5, 8, 3), ("8", 8, 3), (-8, 8, 3), (8, 8)])
+def test_what_is_no_shape(shape):
+  with pytest.raises(ValueError, match=r"an image shape is \(height, width, channels\)"):
+    data.load("digits", "all", shape)
 
 
 def test_names_in_a_zip_file_may_be_odd(tmp_path, photo):

@@ -128,3 +128,19 @@ def test_a_class_like_a_list_is_a_data_set():
 def test_a_name_of_images_that_are_gone_is_one_line(images):
   with pytest.raises(ValueError, match=r"handed to training\.train by a program"):
     data.load(data.load(images).name)
+
+
+@pytest.mark.parametrize("labels", [3, [1, 2], np.full(12, 2**63, np.uint64)])
+def test_labels_in_a_file_that_are_none(tmp_path, rng, labels):
+  np.savez(tmp_path / "a.npz", images=rng.random([12, 8, 8, 1]), labels=labels)
+  with pytest.raises(ValueError, match=r"12 images and labels of the shape|labels must be one"):
+    data.load(f"folder:{tmp_path / 'a.npz'}", "all")
+
+
+def test_channels_that_come_first_are_said(tmp_path, rng):
+  images = rng.random([12, 3, 8, 8])
+  np.save(tmp_path / "a.npy", images)
+  for source in (images, f"folder:{tmp_path / 'a.npy'}"):
+    with pytest.raises(ValueError, match=r"channels first.*\[12, 8, 8, 3\], by np\.moveaxis"):
+      data.load(source, "all", (8, 8, 3))
+  assert data.load(images, "all", (3, 8, 8)).images.shape == (12, 3, 8, 8)  # as asked

@@ -204,6 +204,55 @@ def test_damage_is_found_and_named(tmp_path, folder):
   refused(f"pack:{tmp_path / 'in'}", "no pack.json in it")
 
 
+def test_every_flipped_bit_of_an_index_is_found(tmp_path, folder, rng):
+  out = tmp_path / "pack"
+  name = packed(out, folder, splits=("test",))
+  whole = (out / "pack.json").read_bytes()
+  for place in rng.choice(len(whole), 150, replace=False):
+    flipped = bytearray(whole)
+    flipped[place] ^= 1 << int(rng.integers(7))
+    (out / "pack.json").write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"pack") as caught:
+      data.load(name, "test", SHAPE, progress=False)
+    assert "\n" not in str(caught.value)
+  for change in ({"digests": None}, {"shape": [2, 8.0, 8, 3]}, {"label_names": [1, 2]}):
+    index = json.loads(whole)
+    index["splits"]["test"] |= change
+    index["digest"] = pack._digest_of(index)  # by somebody who means it
+    (out / "pack.json").write_text(json.dumps(index))
+    refused(name, r"is damaged \(.* of test\)", "test")
+
+
+def test_a_place_that_is_taken_is_seen_before_and_after(tmp_path, folder):
+  (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="dangling is there already"):
+    packed(tmp_path / "dangling", folder)
+
+  def load(split, storage):
+    source = data.load(folder, split, SHAPE, storage=storage)
+    (tmp_path / "out").mkdir(exist_ok=True)  # somebody else's
+    (tmp_path / "out" / "theirs").touch()
+    return source
+
+  made = pack.preparing(SHAPE, "auto", data.Policy())
+  with pytest.raises(OSError, match="not empty"):
+    pack.write(tmp_path / "out", load, folder, ["train"], made)
+  assert (tmp_path / ".out.partial" / "0.images").exists()  # what was done is not lost
+
+
+def test_a_refusal_costs_nothing_of_what_was_read(tmp_path, folder, monkeypatch):
+  bad = tmp_path / "in" / "a" / "0.jpg"
+  sound = bad.read_bytes()
+  bad.write_bytes(sound[:50])
+  with pytest.raises(ValueError, match=r"0\.jpg"):
+    packed(tmp_path / "pack", folder)
+  bad.write_bytes(sound)
+  found = reads(monkeypatch)
+  name = packed(tmp_path / "pack", folder)
+  assert len(found) < 23 + 1
+  assert data.load(name, "train", SHAPE).digest() == data.load(folder, "train", SHAPE).digest()
+
+
 def contents(out):
   return {file.name: file.read_bytes() for file in out.iterdir()}
 

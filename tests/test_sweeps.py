@@ -34,8 +34,8 @@ def loaded_once():
     before = training.load
 
     @functools.cache
-    def load(workdir, step):
-      run = before(workdir, step)
+    def load(workdir, step, length=None):
+      run = before(workdir, step, length=length)
       run.sampler = functools.cache(run.sampler)
       return run
 

@@ -171,6 +171,26 @@ def define_trust_code():
   )
 
 
+def define_weights(raw=True):
+  """The flags of programs that draw by a run: by which of its weights; --raw_weights if `raw`."""
+  length = flags.DEFINE_float(
+    "ema_length",
+    None,
+    "Draw by an average of this length, a share of the training, of a run that was trained with "
+    "training.averages; by default by the average of training.ema_decay.",
+  )
+  if not raw:
+    return (length,)
+  return length, flags.DEFINE_bool(
+    "raw_weights", False, "Draw by the weights under training, not by their averages."
+  )
+
+
+def asked_weights(length, raw=None):
+  """What the flags of `define_weights` say, as arguments of `training.load`."""
+  return {"length": length.value, "averaged": raw is None or not raw.value}
+
+
 def refuse(ignored, why):
   """Raises the ValueError of one of the flags that was given; `why` says what would ignore it."""
   for flag in ignored:

@@ -50,13 +50,20 @@ def _check():
     cli.refuse([flags.FLAGS["out"]], "check writes no files")
   elif _OUT.value is None:
     raise ValueError("give --out=FOLDER, a new folder for the pack")
-  elif os.path.exists(_OUT.value):
+  elif os.path.lexists(_OUT.value):
     raise ValueError(f"--out={_OUT.value} exists already; give another --out or remove it")
   else:
     files.check_folder(os.path.dirname(os.path.abspath(_OUT.value)), "out", _OUT.value)
 
 
 def main():
+  from soft_diffusion_tf import trust
+
+  with trust.trust_code(True):  # a class of a source is one that the user names here
+    _run()
+
+
+def _run():
   from soft_diffusion_tf import data, experiment
   from soft_diffusion_tf.data import pack
 
@@ -71,12 +78,18 @@ def main():
     _pack(dataclasses.replace(d, name=name))
     return
   whole = isinstance(name, str) and not name.startswith(pack.PREFIX)
-  split = _SPLIT.value or ("all" if whole else d.train_split)
-  report = data.survey(
-    name, split, shape, d.crop, _DATA_DIR.value or d.data_dir or None, policy=d.policy
-  )
-  print("\n".join(report.lines(everything=True)))
-  report.check()
+  splits = dict.fromkeys([d.train_split, d.test_split])
+  if _SPLIT.value:
+    splits = [_SPLIT.value]
+  elif not any(split.startswith(data.FOLDER) for split in splits):
+    splits = ["all" if whole else d.train_split]
+  reports = []
+  for split in splits:
+    folder = _DATA_DIR.value or d.data_dir or None
+    reports.append(data.survey(name, split, shape, d.crop, folder, policy=d.policy))
+    print("\n".join(reports[-1].lines(everything=True)))
+  for report in reports:  # when all is known
+    report.check()
 
 
 def _pack(d):

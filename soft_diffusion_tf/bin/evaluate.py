@@ -49,9 +49,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _SAMPLER = flags.DEFINE_string("sampler", None, "Sampler instead of the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Number of steps instead of the config's.")
 _GRID = flags.DEFINE_string("grid", None, "Time grid instead of the config's (not of a sweep).")
-_RAW_WEIGHTS = flags.DEFINE_bool(
-  "raw_weights", False, "Draw by the weights under training, not by their averages."
-)
+_WEIGHTS = cli.define_weights()
 _FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Image seed of the first sample.", 0)
 _SWEEP = flags.DEFINE_bool(
   "sweep", False, "Measure all of --nfe, --samplers, --checkpoints; go on where a sweep was ended."
@@ -68,6 +66,9 @@ _SAMPLERS = flags.DEFINE_string(
 _CHECKPOINTS = flags.DEFINE_string(
   "checkpoints", "all", "Checkpoints of a sweep: all, kept, newest, or steps A,B,C."
 )
+_LENGTHS = flags.DEFINE_list(
+  "ema_lengths", [], "Lengths of averaged weights of a sweep, A,B,C (see --ema_length)."
+)
 _MEMORISATION = flags.DEFINE_bool(
   "memorisation", False, "Find the nearest training images of the samples, or of --images."
 )
@@ -79,7 +80,7 @@ _ALONE = (
   (
     _SWEEP,
     "--sweep takes --samplers, --nfe and --checkpoints, and the grid of the config",
-    (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID, _RAW_WEIGHTS),
+    (_IMAGES, _MEMORISATION, _CHECKPOINT, _STEPS, _GRID, *_WEIGHTS),
   ),
   (_SAMPLERS, "--samplers are all that a sweep takes", (_SAMPLER,)),
   (
@@ -90,7 +91,7 @@ _ALONE = (
   (
     _IMAGES,
     "--images are there already, and nothing is sampled",
-    (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED, _RAW_WEIGHTS),
+    (_CHECKPOINT, _SAMPLER, _STEPS, _NFE, _GRID, _FIRST_SEED, *_WEIGHTS),
   ),
 )
 
@@ -226,7 +227,7 @@ def _print(result, where):
 def _evaluate(job):
   import numpy as np
 
-  from soft_diffusion_tf import evaluation
+  from soft_diffusion_tf import evaluation, training
 
   if job.images is not None:
     images = job.check_images()
@@ -265,7 +266,7 @@ def _evaluate(job):
     evaluation.to_tensorboard(job.workdir, result.record())
     last = _FIRST_SEED.value + job.count - 1
     print_as = (
-      f"step {run.step} (EMA {result.conditions['ema_decay']:g}), {options.summary}, "
+      f"step {run.step} ({training.spell_weights(result.conditions)}), {options.summary}, "
       f"{_effort(options)}, N = {job.count}, seeds {_FIRST_SEED.value}-{last}"
     )
   files.append_record(job.workdir / "evaluations.jsonl", result.record())
@@ -284,22 +285,38 @@ def _run(job):
   from soft_diffusion_tf.evaluation import sweeps
 
   sampler, steps, step, nfe = _SAMPLER.value, _STEPS.value, None, None
+  weights = cli.asked_weights(*_WEIGHTS)
   if _NFE.value is not None:
     nfe = int(_NFE.value)
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
     step, sampler = found["step"], sampler or found["sampler"]
+    if weights == {"length": None, "averaged": True}:
+      weights["length"] = found.get("ema_length")
     if steps is None and nfe is None and not samplers.rule_of(sampler).adaptive:
       nfe = found["nfe"]
   elif _CHECKPOINT.value is not None:
     step = int(_CHECKPOINT.value)
   options = job.experiment.sampling.changed(sampler=sampler, steps=steps, nfe=nfe, grid=_GRID.value)
   cli.say(f"loading the run in {job.workdir}")
-  return training.load(job.workdir, step, averaged=not _RAW_WEIGHTS.value), options
+  return training.load(job.workdir, step, **weights), options
+
+
+def _lengths():
+  from soft_diffusion_tf import averages
+
+  found = []
+  for text in _LENGTHS.value:
+    try:
+      found.append(float(text))
+    except ValueError:
+      raise ValueError(f"--ema_lengths: {text!r} is no number; give some, as 0.05,0.1") from None
+    averages.check_length(found[-1], "--ema_lengths")
+  return found or [None]
 
 
 def _sweep(job):
-  from soft_diffusion_tf import evaluation, parts
+  from soft_diffusion_tf import evaluation, parts, training
   from soft_diffusion_tf.evaluation import sweeps
 
   evaluation.check_count(job.count, float("inf"))
@@ -317,6 +334,7 @@ def _sweep(job):
     names=names,
     nfes=nfes,
     steps=steps,
+    lengths=_lengths(),
     first_seed=_FIRST_SEED.value,
   )
   print(sweeps.tables(cells))
@@ -327,9 +345,10 @@ def _sweep(job):
       print(f"failed: step {cell['step']}, {cell['sampler']}, {cell['nfe']} NFE: {cell['error']}")
   for line in found["warnings"]:
     print(f"warning: {line}")
+  weights = training.spell_weights(found)
   print(
-    f"best: step {found['step']}, {found['sampler']}, {found['nfe']} NFE: {found['label']} "
-    f"{found['value']:.4g}, named in {job.workdir / sweeps.BEST_FILE}; curves in "
+    f"best: step {found['step']}, {weights}, {found['sampler']}, {found['nfe']} NFE: "
+    f"{found['label']} {found['value']:.4g}, named in {job.workdir / sweeps.BEST_FILE}; curves in "
     f"{job.workdir / sweeps.FOLDER / sweeps.CURVES}"
   )
 
@@ -364,7 +383,7 @@ def _memorisation(job):
     title = f"step{run.step}_{parts.identifier(options.sampler)}_"
     title += f"{options.evaluations or 'adaptive'}_seeds{seeds[0]}-{seeds[-1]}"
     about = evaluation.run_conditions(
-      run.experiment, run.step, options, job.count, _FIRST_SEED.value, run.averaged
+      run.experiment, run.step, options, job.count, _FIRST_SEED.value, run.weights
     )
   train = job.train().images
   held_out = None if d.test_split == d.train_split else job.train(d.test_split).images

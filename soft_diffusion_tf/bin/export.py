@@ -15,6 +15,7 @@ from soft_diffusion_tf import files
 from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
+_WEIGHTS = cli.define_weights(raw=False)
 _OUT = cli.define_path(
   "out", None, "A new folder for a SavedModel, or a file that ends in .npz.", required=True
 )
@@ -90,7 +91,7 @@ def main():
   else:
     asked = [sampling.changed(sampler=s, steps=n, batch_size=together) for s, n in pairs]
   cli.say(f"loading the run in {_WORKDIR.value}")
-  run = training.load(_WORKDIR.value, _STEP.value)
+  run = training.load(_WORKDIR.value, _STEP.value, **cli.asked_weights(*_WEIGHTS))
   options = {
     "evaluations": files.read_records(pathlib.Path(_WORKDIR.value) / "evaluations.jsonl"),
     "force": _FORCE.value,

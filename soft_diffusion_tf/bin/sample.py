@@ -44,9 +44,7 @@ _STRATEGY = flags.DEFINE_enum(
   "strategy", "auto", ["auto", "one_device", "mirrored"], "The devices of this process."
 )
 cli.define_trust_code()
-_RAW_WEIGHTS = flags.DEFINE_bool(
-  "raw_weights", False, "Draw by the weights under training, not by their averages."
-)
+_WEIGHTS = cli.define_weights()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
 _SEED = r"\d{1,19}"
@@ -145,7 +143,7 @@ def main():
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
-    run = training.load(_WORKDIR.value, _STEP.value, averaged=not _RAW_WEIGHTS.value)
+    run = training.load(_WORKDIR.value, _STEP.value, **cli.asked_weights(*_WEIGHTS))
   batch_sampler = run.batch_sampler(options, strategy)
   if run.remark:
     print(f"warning: {run.remark}", file=sys.stderr)
@@ -158,8 +156,8 @@ def main():
   else:
     nfe = None if batch_sampler.adaptive else int(batch_sampler.plan.shape[0])
     settings = drawing.settings_of(run.experiment, run.step, options, nfe)
-    if _RAW_WEIGHTS.value:
-      settings["ema_decay"] = 0.0
+    if any(flag.value for flag in _WEIGHTS):
+      settings |= run.weights
     total, there = drawing.write(
       batch_sampler, seeds, out, settings, form=_FORMAT.value, shard=shard, force=_FORCE.value
     )

@@ -18,7 +18,7 @@ makes batches.
 """
 
 from soft_diffusion_tf.data.augment import EDM, Augmentation, Flip, Shift, label_size
-from soft_diffusion_tf.data.doctor import Report
+from soft_diffusion_tf.data.doctor import Refused, Report
 from soft_diffusion_tf.data.folders import list_images
 from soft_diffusion_tf.data.pictures import CROPS, prepare, read_image
 from soft_diffusion_tf.data.pipeline import balanced_order, batches, examples, order
@@ -44,6 +44,7 @@ __all__ = [
   "Flip",
   "Policy",
   "Reader",
+  "Refused",
   "Report",
   "Shift",
   "Source",

@@ -13,11 +13,15 @@ import tqdm
 
 from soft_diffusion_tf import files
 from soft_diffusion_tf.data import pictures
-from soft_diffusion_tf.data.policy import REMEDIES, Unusable, shown
+from soft_diffusion_tf.data.policy import REMEDIES, SMALL_REMEDY, Unusable, shown
 
 _LISTED = 20  # files of a kind, where a training begins
 _FIRST = 256  # images that space is made for where their number is not known
 _NAMED = 3  # files of a kind, in the line of an error
+
+
+class Refused(ValueError):
+  """A source that holds more images which cannot be used than the policy leaves out."""
 
 
 class Facts(typing.NamedTuple):
@@ -80,6 +84,8 @@ class Report:
     self.remarks: list[tuple[str, str]] = []  # further rows of the table
     self.what = "files"
     self.whole = 0  # images of a pack, which are not looked at
+    self.total = 0  # images of all splits, where it is known
+    self.whole_split = False  # a folder that is a split as a whole
 
   @property
   def count(self):
@@ -105,6 +111,8 @@ class Report:
     self.whole = count
     made = ", ".join(f"{k} {v}" for k, v in index["prepared"].items())
     self.remarks += [("packed from", f"{index['source']} by {index['version']}"), ("as", made)]
+    others = (f"{k} {v['shape'][0]:,}" for k, v in index["splits"].items())
+    self.remarks.append(("splits", ", ".join(others)))
 
   def duplicates(self):
     """Groups of places whose pixels are equal."""
@@ -115,16 +123,18 @@ class Report:
 
   def check(self):
     """Raises one line for all files that cannot be used, if they are more than the policy takes."""
-    allowed = math.floor(self.policy.skip_bad * self.count + 1e-9)
+    # Of the whole source: one share serves all of its splits.
+    allowed = math.floor(self.policy.skip_bad * max(self.total, self.count) + 1e-9)
     if len(self.bad) > allowed:
-      raise ValueError(self._refusal())
+      raise Refused(self._refusal())
     if self.count and not self.facts and not self.whole:
       first = (self.small or self.bad)[0]
-      others = f"; so are the other {self.count - 1} {self.what}" if self.count > 1 else ""
-      raise ValueError(f"{first}{others}")
+      remedy = SMALL_REMEDY if self.small else REMEDIES[first.kind]
+      others = f", as are the other {self.count - 1} {self.what}" if self.count > 1 else ""
+      raise Refused(f"{shown(first.where)}: {first.text}{others}; {remedy}")
 
   def _refusal(self):
-    share = math.ceil(100 * len(self.bad) / self.count) / 100
+    share = math.ceil(100 * len(self.bad) / max(self.total, self.count)) / 100
     remedy = f"; data.skip_bad={share:g} leaves out what cannot be used" if share < 1 else ""
     if len(self.bad) == 1:
       return f"{self.bad[0]}{remedy}"
@@ -146,7 +156,7 @@ class Report:
 
   def lines(self, everything=False):
     """The table, a line each; all files by name, or the first of each kind."""
-    most = None if everything else _LISTED
+    most = None if everything and self.what == "files" else _LISTED  # an array may have thousands
     shape = "" if self.shape is None else "×".join(map(str, self.shape))
     rows = [("images", f"{self.whole + len(self.facts):,} of {self.count:,} {self.what}")]
     rows += self._counted() + self.remarks
@@ -154,14 +164,19 @@ class Report:
       rows.append(("held", self.storage.remark))
     if self.small:
       rows.append(("left out", f"{len(self.small):,} smaller than {shape} (data.small)"))
+      rows += [("", shown(e.where)) for e in self.small[:most]]
+      if len(self.small) > len(self.small[:most]):
+        rows.append(("", f"and {len(self.small) - _LISTED:,} more"))
     for kind, errors in self._kinds():
       rows.append(("cannot be used", f"{len(errors):,} {kind}: {REMEDIES[kind]}"))
       rows += [("", f"{shown(e.where)}: {e.text}") for e in errors[:most]]
       if len(errors) > len(errors[:most]):
-        rows.append(("", f"and {len(errors) - _LISTED:,} more, which the check lists"))
+        more = ", which the check lists" if self.what == "files" else ""
+        rows.append(("", f"and {len(errors) - _LISTED:,} more{more}"))
     groups = self.duplicates()
     if groups:
-      rows.append(("duplicates", f"{sum(map(len, groups)) - len(groups):,} images are there again"))
+      again = sum(map(len, groups)) - len(groups)
+      rows.append(("duplicates", f"{again:,} {'is' if again == 1 else 'are'} there again"))
       rows += [("", " = ".join(map(shown, group))) for group in groups[: most or len(groups)]]
     if flat := [place for place, facts in zip(self.places, self.facts) if facts.flat]:
       rows.append(
@@ -178,8 +193,10 @@ class Report:
       counted = collections.Counter(values).most_common()
       return (head, ", ".join(f"{value} {n:,}" for value, n in counted))
 
+    classes = ", ".join(f"{shown(k)} {n:,}" for k, n in self.labels.items())
+    labels = [("labels", classes)] if len(self.labels) > 1 else []
     if not self.facts:
-      return []
+      return labels
     rows = [row("formats", (f.format for f in self.facts))]
     rows.append(row("modes", (f.mode for f in self.facts)))
     sizes = np.array([f.size for f in self.facts])
@@ -190,8 +207,7 @@ class Report:
     rows.append(("sizes", text))
     if any(f.orientation != 1 for f in self.facts):
       rows.append(row("orientations", (f.orientation for f in self.facts)))
-    if len(self.labels) > 1:
-      rows.append(("labels", ", ".join(f"{shown(k)} {n:,}" for k, n in self.labels.items())))
+    rows += labels
     if any(f.done for f in self.facts):
       rows.append(row("converted", (text for f in self.facts for text in f.done)))
     return rows
@@ -203,7 +219,7 @@ class Report:
       if n := sum(f.change == change for f in self.facts):
         parts.append(f"{n:,} {change}")
     whole = sum(f.lost == 0 and not f.change for f in self.facts)
-    return ", ".join([*parts, f"{whole:,} as they are"])
+    return ", ".join([*parts, f"{whole:,} as they are"] if whole else parts)
 
 
 def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
@@ -283,20 +299,21 @@ class Storage:
     if self.most is None or size <= self.most:
       return allocate(name, count, shape)
     place = tempfile.gettempdir()
-    with tempfile.TemporaryFile() as file:  # it has no name, and lives while it is mapped
-      try:
+    try:
+      with tempfile.TemporaryFile() as file:  # it has no name, and lives while it is mapped
         files.reserve(file, size)
-      except OSError as error:
-        raise ValueError(
-          f"{name}: {count:,} images take {size / 2**30:.2f} GiB, more than data.in_memory, and "
-          f"{place} has no room for them ({error.strerror}); name another folder by TMPDIR, pack "
-          "them on a larger disk by soft-diffusion-data pack, or set data.in_memory higher"
-        ) from None
-      self.remark = (
-        f"{size / 2**30:.2f} GiB in a temporary file in {place}, more than data.in_memory; "
-        "soft-diffusion-data pack keeps them for the next time"
-      )
-      return np.memmap(file, np.uint8, "r+", shape=(count, *shape))
+        images = np.memmap(file, np.uint8, "r+", shape=(count, *shape))
+    except OSError as error:
+      raise ValueError(
+        f"{name}: {count:,} images take {size / 2**30:.2f} GiB, more than data.in_memory, and "
+        f"{place} has no room for them ({error.strerror}); name another folder by TMPDIR, pack "
+        "them on a larger disk by soft-diffusion-data pack, or set data.in_memory higher"
+      ) from None
+    self.remark = (
+      f"{size / 2**30:.2f} GiB in a temporary file in {place}, more than data.in_memory; "
+      "soft-diffusion-data pack keeps them for the next time"
+    )
+    return images
 
   def known(self, place, mark):
     """What was found of an item before, by its place in the source and its mark; or None."""
@@ -307,14 +324,17 @@ class Storage:
 
 def in_parallel(function, items, ahead=64):
   """The results of a function over an iterable, in order, a few computed ahead by threads."""
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    pending: collections.deque = collections.deque()
+  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+  pending: collections.deque = collections.deque()
+  try:
     for item in items:
       pending.append(pool.submit(function, item))
       if len(pending) > ahead:
         yield pending.popleft().result()
     while pending:
       yield pending.popleft().result()
+  finally:  # without waiting for what is read ahead, where the reader was stopped
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def allocate(name, count, shape):

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 import tarfile
 import tempfile
 import threading
@@ -23,7 +22,8 @@ from soft_diffusion_tf.data.policy import shown
 _LARGEST = 1 << 30  # bytes of a file in an archive
 LABELS = "dataset.json"  # labels of pictures, as the tools of StyleGAN and EDM write them
 PREFIX = "folder:"  # before the path of a folder of images
-SPLIT = 'every tenth file, in the order of the paths, is "test", the others "train"'
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz")
+SPLIT = 'every tenth {} is "test", the others "train"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def scan(folder):
   is followed, but every folder is read once.
   """
   folder = pathlib.Path(folder)
-  if folder.is_file() and _is_archive(folder):
+  if folder.is_file() and (folder.suffix.lower() in _ARCHIVES or _is_archive(folder)):
     return _scan_archive(folder)
   if folder.is_file():
     raise ValueError(f"{folder} is a file; give the folder that holds the images")
@@ -94,9 +94,9 @@ def list_images(folder):
 def _is_candidate(entry):
   """Whether a file is a picture by its name, or else by its content; a broken link by its name."""
   named = entry.suffix.lower() in pictures.suffixes()
-  return (named and entry.is_symlink()) or (
-    entry.is_file() and (named or pictures.is_picture(entry))
-  )
+  if not entry.exists():
+    return named and entry.is_symlink()
+  return entry.is_file() and (named or pictures.is_picture(entry))  # no pipe, no device
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -136,6 +136,11 @@ def _scan_archive(path):
   """What lies in a zip or tar file; of two files of one name the last, as when it is unpacked."""
   try:
     members = _of_zip(path) if zipfile.is_zipfile(path) else _of_tar(path)
+  except _NoTemporary as error:
+    raise ValueError(
+      f"{path}: it is unpacked into a temporary file, and there is no room for it ({error}); name "
+      "another folder by TMPDIR, or unpack it yourself"
+    ) from None
   except Exception as error:  # both modules raise many kinds for what is damaged
     text = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{path}: cannot be read as an archive ({text}); copy it again") from None
@@ -166,23 +171,48 @@ def _of_zip(path):
   ]
 
 
+class _NoTemporary(Exception):
+  """A temporary file cannot be made, or the disk is full."""
+
+
+def _unpacked(stream):
+  """A temporary file of all that a stream gives, at its beginning."""
+  try:
+    plain = tempfile.TemporaryFile()  # noqa: SIM115
+  except OSError as error:
+    raise _NoTemporary(error.strerror) from None
+  while block := stream.read(1 << 20):
+    try:
+      plain.write(block)
+      plain.flush()
+    except OSError as error:
+      raise _NoTemporary(error.strerror) from None
+  plain.seek(0)
+  return plain
+
+
 def _of_tar(path):
   """Of a tar file; one that is compressed is unpacked into a file without a name, to jump in it."""
   with open(path, "rb") as file, contextlib.closing(tarfile.open(fileobj=file)) as packed:
     compressed = not isinstance(packed.fileobj, io.BufferedReader)
-    plain = tempfile.TemporaryFile() if compressed else open(path, "rb")  # noqa: SIM115
     if compressed:
       packed.fileobj.seek(0)
-      shutil.copyfileobj(packed.fileobj, plain, 1 << 20)
-      plain.seek(0)
+      plain = _unpacked(packed.fileobj)
+    else:
+      plain = open(path, "rb")  # noqa: SIM115
   archive, alone = tarfile.open(fileobj=plain), threading.Lock()  # noqa: SIM115
 
   def content(info):
     try:
       with alone, archive.extractfile(info) as file:
         return file.read()
-    except KeyError:
-      raise OSError(f"a link to {info.linkname}, which is not in the archive") from None
+    except (KeyError, TypeError, RecursionError):  # to nothing; to a folder; to itself
+      raise OSError(f"a link to {info.linkname}, which is no file in the archive") from None
+
+  members = archive.getmembers()  # it ends without a word where a header is damaged or missing
+  plain.seek(archive.offset)
+  if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    raise ValueError("it is cut off or damaged: no end is marked")
 
   return [
     Member(
@@ -192,7 +222,7 @@ def _of_tar(path):
       f"{info.mtime:.6f}",
       functools.partial(content, info),
     )
-    for info in archive.getmembers()
+    for info in members
     if info.isfile() or info.islnk() or info.issym()
   ]
 
@@ -278,8 +308,15 @@ def read(folder, split, shape, crop, report):
   images, kept = doctor.collect(
     one, files, len(files), report, shape, "reading images", stamp=stamp
   )
+  report.total = len(found.files)
   _remark(report, folder, found, parts)
   return images, numbers[keep][kept], names
+
+
+def remark_split(report, count, what="file, in the order of the paths,"):
+  """Says how many of so many images are held out."""
+  text = SPLIT.format(what)
+  report.remarks.append(("split", f"{text}: {count - count // 10:,} and {count // 10:,}"))
 
 
 def _size_of(path):
@@ -307,8 +344,9 @@ def _remark(report, folder, found, parts):
     lost = f"; {n:,} images are not in it, and only in all" if (n := parts.count("")) else ""
     report.remarks.append(("split", f"{celeba.SAID}: {counts}{lost}"))
     return
-  count, test = len(found.files), len(found.files) // 10
-  report.remarks.append(("split", f"{SPLIT}: {count - test:,} and {test:,}"))
+  if report.whole_split:
+    return
+  remark_split(report, len(found.files))
   for name in ("train", "test", "val", "valid"):
     if (folder / name).is_dir():
       field = "train" if name == "train" else "test"

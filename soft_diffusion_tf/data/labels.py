@@ -13,6 +13,8 @@ def numbered(labels):
     return None, ()
   if values.ndim != 1 or values.dtype.kind not in "iubSUO":
     return None, ()
+  if values.dtype.kind == "u" and values.size and values.max() >= 2**63:
+    return None, ()
   if values.dtype.kind in "iub":
     return values.astype(np.int64), ()
   if not all(isinstance(label, bytes | str) for label in labels):

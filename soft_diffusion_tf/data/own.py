@@ -16,27 +16,51 @@ def is_own(source):
   return isinstance(source, tf.data.Dataset) or (like_a_list and not isinstance(source, str | dict))
 
 
-def of_file(path, split):
+def of_file(path, split, report):
   """(images, labels or None) of a split of a .npy file, or of images and labels in a .npz file."""
   remedy = "give images [N, H, W, C], in a .npz file by the name images, with or without labels"
   try:
     content = np.load(path, mmap_mode="r", allow_pickle=False)
     labels = None
     if not isinstance(content, np.ndarray):
+      if "images" not in content.files:
+        raise ValueError(f"its arrays are {', '.join(content.files) or 'none'}")
       images = content["images"]
       labels = content["labels"] if "labels" in content.files else None
     else:
       images = content
   except Exception as error:  # NumPy raises many kinds for what is no such file
     text = " ".join(str(error).split()) or type(error).__name__
+    if "allow_pickle" in text:  # with NumPy's advice to load it
+      text = "it holds pickled objects, which are never loaded"
     raise ValueError(f"{path}: cannot be read ({text}); {remedy}") from None
-  if images.ndim != 4 or not len(images) or (labels is not None and len(labels) != len(images)):
+  if images.ndim != 4 or not len(images):
     raise ValueError(f"{path}: an array {list(images.shape)} is no set of images; {remedy}")
+  if labels is not None and labels.shape[:1] != images.shape[:1]:
+    raise ValueError(
+      f"{path}: {len(images)} images and labels of the shape {list(labels.shape)}; give one label "
+      "for each"
+    )
+  if shape := _channels_last(images.shape, report.shape):
+    raise ValueError(
+      f"{path}: images {list(images.shape)} have their channels first; write them as {shape}, by "
+      "np.moveaxis(images, 1, -1)"
+    )
   keep = folders.held_out(len(images), split, str(path))
+  report.total = len(images)
+  if not report.whole_split:
+    folders.remark_split(report, len(images), "image")
   if not keep.any():
     raise ValueError(f"{path}: the split {split!r} is empty; it takes at least 10 images")
   rows = images if keep.all() else _Rows(images, np.flatnonzero(keep))
   return rows, None if labels is None else labels[keep]
+
+
+def _channels_last(shape, asked):
+  """[N, H, W, C] of a shape that looks like [N, C, H, W] and is not what is asked for; or None."""
+  n, c, h, w = shape
+  looks = c in (1, 3, 4) and min(h, w) > 4 and shape[1:] != asked
+  return [n, h, w, c] if looks else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +90,11 @@ def read(source, name, report, crop):
   if isinstance(found, np.ndarray):
     if found.ndim != 4 or not len(found):
       raise ValueError(f"{name}: give images [N, H, W, C], not an array {list(found.shape)}")
+    if shape := _channels_last(found.shape, report.shape):
+      raise ValueError(
+        f"{name}: images {list(found.shape)} have their channels first; give them as {shape}, by "
+        "np.moveaxis(images, 1, -1)"
+      )
     if given is not None and np.shape(given)[:1] != found.shape[:1]:
       raise ValueError(f"{name}: {len(found)} images and labels of shape {list(np.shape(given))}")
   as_it_is = isinstance(found, np.ndarray) and report.shape in (None, found.shape[1:])

@@ -9,6 +9,7 @@ took 2.0 µs of a CPU for an image. ArrayRecord 0.8.6, without compression and i
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,10 @@ def preparing(shape, crop, policy):
   }
 
 
+class _NoSpace(ValueError):
+  """The images do not fit on the disk."""
+
+
 class PackStorage(doctor.Storage):
   """A file for the images of a split while they are read, and a journal of what was found.
 
@@ -73,7 +78,7 @@ class PackStorage(doctor.Storage):
         files.reserve(file, max(1, count * row))
       except OSError as error:
         free = shutil.disk_usage(self.path.parent).free
-        raise ValueError(
+        raise _NoSpace(
           f"{self.path.parent.parent}: {count:,} images take {count * row / 2**30:.2f} GiB, and "
           f"{free / 2**30:.2f} GiB are free ({error.strerror}); make room or give another --out"
         ) from None
@@ -170,8 +175,10 @@ def _alone(out, plan):
             file.unlink()
         _put(partial / _PLAN, text)
       yield partial
-    except Exception:  # it would be refused again, or there is no space for it
-      shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:
+      full = isinstance(error, _NoSpace) or getattr(error, "errno", None) == errno.ENOSPC
+      if full or not any(f.stat().st_size for f in partial.glob("*.journal")):
+        shutil.rmtree(partial, ignore_errors=True)  # nothing in it is worth going on from
       raise
 
 
@@ -190,8 +197,7 @@ def write(out, load, name, splits, prepared, say=None):
     {split: number of images}
   """
   out = pathlib.Path(out)
-  if out.exists():
-    raise ValueError(f"{out} is there already; give another --out or remove it")
+  _refuse_what_is_there(out)
   content = {
     "format": FORMAT,
     "version": soft_diffusion_tf.__version__,
@@ -200,6 +206,7 @@ def write(out, load, name, splits, prepared, say=None):
     "splits": {},
   }
   with _alone(out, {**content, "splits": splits}) as partial:
+    _refuse_what_is_there(out)  # another packer may have ended meanwhile
     for k, split in enumerate(splits):
       storage = PackStorage(partial / f"{k}.images")
       source = load(split, storage)
@@ -218,6 +225,7 @@ def write(out, load, name, splits, prepared, say=None):
       (partial / f"{k}.labels").write_bytes(labels.tobytes())
       content["splits"][split] = {
         "shape": shape,
+        "found": list(source.report),
         "label_names": list(source.label_names),
         "images": f"{k}.images",
         "labels": f"{k}.labels",
@@ -225,16 +233,28 @@ def write(out, load, name, splits, prepared, say=None):
         "labels_digest": _digests(partial / f"{k}.labels")[0],
       }
       del images, source
+    content["digest"] = _digest_of(content)
     (partial / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    extra = [".lock", _PLAN, *(f.name for f in partial.glob("*.journal"))]
     for file in partial.iterdir():
-      if file.suffix == ".journal" or file.name == _PLAN:
-        file.unlink()
-        continue
-      with open(file, "rb") as written:
-        os.fsync(written.fileno())
-    (partial / ".lock").unlink()
+      if file.name not in extra:
+        with open(file, "rb") as written:
+          os.fsync(written.fileno())
     partial.rename(out)
+    for name in extra:  # only now: a packer that could not rename goes on from them
+      (out / name).unlink(missing_ok=True)
   return {split: about["shape"][0] for split, about in content["splits"].items()}
+
+
+def _refuse_what_is_there(out):
+  if os.path.lexists(out):
+    raise ValueError(f"{out} is there already; give another --out or remove it")
+
+
+def _digest_of(content):
+  """A digest of all else that an index says."""
+  rest = {k: v for k, v in content.items() if k != "digest"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(path):
@@ -255,16 +275,43 @@ def about(path):
         f"{path} is a pack of version {content['version']}, and this is "
         f"{soft_diffusion_tf.__version__}: upgrade soft-diffusion-tf, or {_AGAIN}"
       )
-    for split in content["splits"].values():
-      if len(split["shape"]) != 4 or {split["images"], split["labels"]} & {"", ".", ".."}:
-        raise KeyError("shape")
-      if os.sep in split["images"] + split["labels"]:
-        raise KeyError("images")
-  except FileNotFoundError:
-    raise ValueError(f"{path}: no {INDEX} in it; is it a pack of soft-diffusion-data?") from None
-  except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    _check_index(content)
+  except OSError as error:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+      raise ValueError(f"{path}: no {INDEX} in it; is it a pack of soft-diffusion-data?") from None
+    raise ValueError(f"{path / INDEX} cannot be read ({error.strerror}); {_AGAIN}") from None
+  except (
+    *(KeyError, TypeError, AttributeError, RecursionError),
+    *(UnicodeDecodeError, json.JSONDecodeError, _Damaged),
+  ) as error:
     raise ValueError(f"{path / INDEX} is damaged ({error}); {_AGAIN}") from None
   return content
+
+
+class _Damaged(Exception):
+  """An index says what none says that was written here."""
+
+
+def _check_index(content):
+  """Raises an error of an index that is not whole."""
+
+  def demand(sound, what):
+    if not sound:
+      raise _Damaged(what)
+
+  texts = lambda values: isinstance(values, list) and all(isinstance(v, str) for v in values)
+  demand(content["digest"] == _digest_of(content), "its digest is of another content")
+  demand(texts([content["source"], content["version"]]), "source and version")
+  demand(isinstance(content["prepared"], dict), "prepared")
+  shape = content["prepared"]["data.image_shape"]
+  for name, split in content["splits"].items():
+    whole = [isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in split["shape"]]
+    demand(whole == [True] * 4 and shape in (None, split["shape"][1:]), f"the shape of {name}")
+    for file in (split["images"], split["labels"]):
+      named = isinstance(file, str) and file not in ("", ".", "..")
+      demand(named and not {os.sep, "\0"} & set(file), f"the files of {name}")
+    demand(texts([split["labels_digest"]]) and texts(split["digests"]), f"the digests of {name}")
+    demand(texts(split["label_names"]), f"the names of the labels of {name}")
 
 
 def read(path, split, shape, crop, policy, most=None, progress=True):
@@ -280,7 +327,8 @@ def read(path, split, shape, crop, policy, most=None, progress=True):
   content = about(path)
   if split not in content["splits"]:
     raise ValueError(
-      f"{path} has no split {split!r}; it has {', '.join(content['splits'])}: {_AGAIN}"
+      f"{path} has no split {split!r}; it has {', '.join(content['splits'])}: set data.train_split "
+      f"and data.test_split to these, or {_AGAIN}"
     )
   wanted, made = preparing(shape, crop, policy or Policy()), content["prepared"]
   for field, value in wanted.items():
@@ -292,13 +340,18 @@ def read(path, split, shape, crop, policy, most=None, progress=True):
   part = content["splits"][split]
   for file, digests in (("images", part["digests"]), ("labels", [part["labels_digest"]])):
     _check(path / part[file], digests, progress)
+  if (path / part["images"]).stat().st_size != np.prod(part["shape"], dtype=np.int64):
+    raise ValueError(f"{path / part['images']} has not the size of its images; {_AGAIN}")
   images = np.memmap(path / part["images"], np.uint8, "r", shape=tuple(part["shape"]))
   if most is not None and images.nbytes <= most:
     images = np.array(images)
   labels = np.fromfile(path / part["labels"], "<i8").astype(np.int64)
   if len(labels) != len(images):
     raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels; {_AGAIN}")
-  return images, labels, tuple(part["label_names"]), content
+  names = tuple(part["label_names"])
+  if names and not (labels.min() >= 0 and labels.max() < len(names)):
+    raise ValueError(f"{path}: labels that have no name; {_AGAIN}")
+  return images, labels, names, content
 
 
 def _check(path, digests, progress):

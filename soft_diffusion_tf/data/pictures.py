@@ -9,6 +9,7 @@ in [0, 1] become 8 bits. Transparency lies on a colour. Of an animation the firs
 import dataclasses
 import functools
 import io
+import os
 import re
 import struct
 
@@ -28,6 +29,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _BITS, _WHITE, _SAMPLES = 258, 262, 339  # tags of TIFF: bits, whether 0 is white, kind of number
 _ORIENTED = re.compile(rb"(?i)exif|orientation")  # in a file that may have one
 _SIXTEEN = 257.0  # 65535 / 255
+_CLEAR = {"L;2": 3, "L;4": 15}  # white of a PNG whose transparent grey Pillow does not scale
 _LIKE_SRGB = 2  # levels by which a profile may move a colour and count as sRGB: it rounds
 
 
@@ -66,7 +68,9 @@ def read(path, policy=None, channels=None):
       if mark == _ARRAY_MARK:
         return _read_array(file, path)
       if channels not in (None, 1, 3) and (bands := tiff.read_bands(file, channels)) is not None:
-        return _of_array(bands, path, "TIFF")
+        return _of_bands(*bands, path)
+      if tiff.check_planes(file):
+        return _of_bands(*tiff.read_bands(file), path)
       try:
         return _decode(file, path, policy, channels)
       except Unusable:
@@ -75,7 +79,7 @@ def read(path, policy=None, channels=None):
         file.seek(0)
         unknown = type(error).__name__ == "UnidentifiedImageError"  # as are floats of three colours
         if unknown and (bands := tiff.read_bands(file)) is not None:
-          return _of_array(bands, path, "TIFF")
+          return _of_bands(*bands, path)
         if (pixels := _without_notes(file)) is None:
           raise
         return _decode(pixels, path, policy, channels)  # notes must not make pixels unreadable
@@ -85,6 +89,8 @@ def read(path, policy=None, channels=None):
     text = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "UnidentifiedImageError":  # whose text is an object's address
       text = f"it is none of {', '.join(_FORMATS)}, or damaged"
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+      text = "it is a link to a file that is not there"
     large = isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError"
     kind = "too large" if large else "unreadable"
     raise Unusable(kind, path, f"cannot be read as an image ({text})") from None
@@ -131,7 +137,10 @@ def _decode(file, path, policy, channels):
   from PIL import Image
 
   with Image.open(file, formats=_formats()) as image:
+    raw = image.tile[0][3] if image.tile else ""  # before it is loaded
     image.load()
+    if (most := _CLEAR.get(raw if isinstance(raw, str) else "")) and "transparency" in image.info:
+      image.info["transparency"] = image.info["transparency"] * 255 // most
     orientation = _orientation(image)
     done: list[str] = []
     pixels = _colours(image, path, policy, channels, done)
@@ -257,6 +266,16 @@ def scaled(values, where):
 def _read_array(file, path):
   """The picture in a .npy file: [h, w] or [h, w, c]."""
   return _of_array(np.load(file, allow_pickle=False), path, "NPY")
+
+
+def _of_bands(values, orientation, path):
+  """The picture of what `tiff.read_bands` gives."""
+  picture = _of_array(values, path, "TIFF")
+  if orientation not in _TURNS:
+    return picture
+  pixels = np.ascontiguousarray(_TURNS[orientation](picture.pixels))
+  done = (*picture.done, "turned upright")
+  return dataclasses.replace(picture, pixels=pixels, orientation=orientation, done=done)
 
 
 def _of_array(values, path, kind):
@@ -395,7 +414,7 @@ def crop_box(height, width, shape, crop):
   if crop == "none" or shape is None:
     return 0, 0, height, width
   scale = min(height / shape[0], width / shape[1])
-  h, w = round(shape[0] * scale), round(shape[1] * scale)
+  h, w = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
   return (height - h) // 2, (width - w) // 2, h, w
 
 

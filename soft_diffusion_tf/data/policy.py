@@ -69,6 +69,7 @@ class Unusable(ValueError):
     self.kind, self.where, self.text = kind, where, text
 
 
+SMALL_REMEDY = "ask for a smaller data.image_shape or enlarge such images (data.small=enlarge)"
 REMEDIES = {  # kind → what helps
   "unreadable": "remove or replace the file",
   "too large": "make it smaller",
@@ -76,6 +77,5 @@ REMEDIES = {  # kind → what helps
   "values": "scale it to [0, 1] or convert it to 8 or 16 bits",
   "channels": "set the last number of data.image_shape to its channels or convert the file",
   "size": "bring the files to one, or set data.image_shape where images are trained on",
-  "small": "ask for a smaller image_shape, enlarge such images (data.small=enlarge) or leave them "
-  "out (data.small=leave_out)",
+  "small": f"{SMALL_REMEDY}, or leave them out (data.small=leave_out)",
 }

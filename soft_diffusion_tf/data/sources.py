@@ -147,16 +147,20 @@ def _read_all(
 ):
   """(name, images or None, labels, their names, report) of a data set."""
   parts.check_choice("the crop", crop, pictures.CROPS)
-  if image_shape is not None and len(image_shape) != 3:
+  if image_shape is not None and not (
+    len(image_shape) == 3 and all(isinstance(n, int | np.integer) and n > 0 for n in image_shape)
+  ):
     raise ValueError(f"an image shape is (height, width, channels), got {tuple(image_shape)}")
   policy, name = policy or Policy(), reader_of(name)
-  if isinstance(split, str) and split.startswith(FOLDER):
+  own_folder = isinstance(split, str) and split.startswith(FOLDER)
+  if own_folder:
     name, split = split, "all"
   shape = None if image_shape is None else tuple(image_shape)
   known = isinstance(name, str | Reader)
   label = str(name) if known else getattr(name, "name", f"the {type(name).__name__}")
   storage = storage or doctor.Storage(most)
   report = doctor.Report(label, split if known else "all", shape, policy, keep, storage)
+  report.whole_split = own_folder
   if isinstance(name, Source):
     given = (name.images, name.labels)
     name, names = name.name, name.label_names
@@ -178,16 +182,14 @@ def _read_all(
     prepared, labels, _ = own.read(_digits(split), "digit", report, crop)
     names = tuple(map(str, range(10)))
   elif name.startswith(PACK):
-    path = pathlib.Path(name[len(PACK) :]).expanduser()
+    path = _expanded(name[len(PACK) :], name)
     prepared, labels, names, index = pack.read(path, split, shape, crop, policy, most, progress)
     report.packed(index, len(prepared))
   elif name.startswith(FOLDER):
     path = name[len(FOLDER) :]
-    if not path.strip():
-      raise ValueError(f"data set {name!r} names no folder; give {FOLDER}PATH")
-    folder = pathlib.Path(path).expanduser()
+    folder = _expanded(path, name)
     if folder.suffix in (".npy", ".npz") and folder.is_file():
-      prepared, labels, names = own.read(own.of_file(folder, split), folder, report, crop)
+      prepared, labels, names = own.read(own.of_file(folder, split, report), folder, report, crop)
     else:
       prepared, labels, names = folders.read(folder, split, shape, crop, report)
   else:
@@ -196,6 +198,16 @@ def _read_all(
     prepared, labels, names = tfds.read(name, split, shape, crop, data_dir, progress, report)
   report.count_labels(labels, names)
   return name, prepared, labels, names, report
+
+
+def _expanded(path, name):
+  """A path with the home folder in the place of ~."""
+  if not path.strip():
+    raise ValueError(f"data set {name!r} names no folder; give {name.partition(':')[0]}:PATH")
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError:
+    raise ValueError(f"data set {name!r}: there is no such user; give the whole path") from None
 
 
 def check_consent(name, data_dir=None):

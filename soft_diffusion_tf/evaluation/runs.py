@@ -13,13 +13,12 @@ from soft_diffusion_tf.evaluation.references import check_count
 from soft_diffusion_tf.evaluation.statistics import measure, sample_batches
 
 
-def run_conditions(experiment, step, options, count, first_seed=0, averaged=True):
-  """What a run's numbers depend on, besides network and reference."""
-  decay = experiment.training.ema_decay if averaged else 0.0  # without memory it is no average
+def run_conditions(experiment, step, options, count, first_seed=0, weights=None):
+  """What a run's numbers depend on, besides network and reference; `weights`: see `Run.weights`."""
   return {
     "experiment": experiment.name,
     "step": int(step),
-    "ema_decay": decay,
+    **(weights or {"ema_decay": experiment.training.ema_decay}),
     "sampler": str(options.sampler),
     "nfe": options.evaluations,
     "sampling": json.loads(json.dumps(options.to_dict())),
@@ -64,7 +63,7 @@ def evaluate_run(
     partial,
     every,
   )
-  about = run_conditions(run.experiment, run.step, options, count, first_seed, run.averaged)
+  about = run_conditions(run.experiment, run.step, options, count, first_seed, run.weights)
   about |= {"reference": real.conditions}
   result = with_reference(network, statistics, real, e.neighbours, about)
   metrics = {}
@@ -81,7 +80,10 @@ def to_tensorboard(workdir, record):
   """The numbers of a run's record as scalars under the checkpoint's step."""
   writer = tf.summary.create_file_writer(str(pathlib.Path(workdir) / "tensorboard"))
   where = f"evaluation/{record['sampler']}_{record['nfe']}_N{record['samples']}"
-  where += "" if record["ema_decay"] else "_raw"
+  if length := record.get("ema_length"):
+    where += f"_length{length:g}"
+  elif not record["ema_decay"]:
+    where += "_raw"
   with writer.as_default():
     tf.summary.scalar(f"{where}/{record['label']}", record["value"], record["step"])
     for name in ("exact", "kid", "inception_score", "precision", "recall"):

@@ -8,6 +8,7 @@ partial state was written. `best.json` in the workdir names the best cell of the
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -29,6 +30,7 @@ _KEY = (
   "samples",
   "first_seed",
   "ema_decay",
+  "ema_length",
   "reference",
   "subset_asked",
   "neighbours",
@@ -91,15 +93,27 @@ def _key(record):
 
 
 def sweep(
-  workdir, network, real, count, *, names, nfes, steps, first_seed=0, progress=True, every=60.0
+  workdir,
+  network,
+  real,
+  count,
+  *,
+  names,
+  nfes,
+  steps,
+  lengths=(None,),
+  first_seed=0,
+  progress=True,
+  every=60.0,
 ):
-  """Measures every (checkpoint, sampler, NFE) that has not been measured yet.
+  """Measures every (checkpoint, average, sampler, NFE) that has not been measured yet.
 
   Args:
     workdir: of a training run.
     real: an `evaluation.Reference`.
     count: samples for every cell.
     names: samplers; nfes: evaluations of the network; steps: checkpoints.
+    lengths: of averages of the weights (see `training.load`); None is that of `training.ema_decay`.
     every: seconds between writes of a cell's partial state.
 
   Returns:
@@ -114,41 +128,41 @@ def sweep(
   with files.lock(folder, _BUSY):
     done = {_key(r): r for r in files.read_records(folder / RESULTS)}
     run, cells = None, []
-    total = len(steps) * len(names) * len(nfes)
-    for step in steps:
-      for name in names:
-        for nfe in nfes:
-          options = experiment.sampling.changed(sampler=name, nfe=nfe)
-          about = {
-            **evaluation.run_conditions(experiment, step, options, count, first_seed),
-            "reference": real.conditions,
-            "subset_asked": experiment.evaluation.subset,
-            "neighbours": experiment.evaluation.neighbours,
-          }
-          key = _key(about)
-          if key not in done:
-            if run is None or run.step != step:
-              run = training.load(workdir, step)
-            if progress:
-              print(f"cell {len(cells) + 1} of {total}: step {step}, {name}, {nfe} NFE", flush=True)
-            partial = folder / f"partial-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-            record = _cell(
-              run,
-              network,
-              real,
-              count,
-              options,
-              about,
-              first_seed=first_seed,
-              progress=progress,
-              partial=partial,
-              every=every,
-            )
-            done[key] = record
-            if "error" not in record:  # a cell that failed is tried again the next time
-              files.append_record(folder / RESULTS, record)
-              evaluation.to_tensorboard(workdir, record)
-          cells.append(done[key])
+    asked = list(itertools.product(steps, lengths, names, nfes))
+    for step, length, name, nfe in asked:
+      options = experiment.sampling.changed(sampler=name, nfe=nfe)
+      weights = None if length is None else {"ema_decay": None, "ema_length": length}
+      about = {
+        **evaluation.run_conditions(experiment, step, options, count, first_seed, weights),
+        "reference": real.conditions,
+        "subset_asked": experiment.evaluation.subset,
+        "neighbours": experiment.evaluation.neighbours,
+      }
+      key = _key(about)
+      if key not in done:
+        if run is None or (run.step, run.length) != (step, length):
+          run = training.load(workdir, step, length=length)
+        if progress:
+          what = f"step {step}, {training.spell_weights(about)}, {name}, {nfe} NFE"
+          print(f"cell {len(cells) + 1} of {len(asked)}: {what}", flush=True)
+        partial = folder / f"partial-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        record = _cell(
+          run,
+          network,
+          real,
+          count,
+          options,
+          about,
+          first_seed=first_seed,
+          progress=progress,
+          partial=partial,
+          every=every,
+        )
+        done[key] = record
+        if "error" not in record:  # a cell that failed is tried again the next time
+          files.append_record(folder / RESULTS, record)
+          evaluation.to_tensorboard(workdir, record)
+      cells.append(done[key])
     _finish(workdir, cells)
   return cells
 
@@ -177,7 +191,10 @@ def _finish(workdir, cells):
     "first_seed",
     "reference",
   )
-  files.write_json(workdir / BEST_FILE, {n: found[n] for n in names})
+  content = {n: found[n] for n in names}
+  if found.get("ema_length"):
+    content["ema_length"] = found["ema_length"]
+  files.write_json(workdir / BEST_FILE, content)
   plot(workdir / FOLDER / CURVES, cells)
 
 
@@ -231,12 +248,17 @@ def plot(path, *runs, names=()):
         )
     steps.append(str(best["step"]))
     for c in sorted(cells, key=lambda c: c["nfe"]):
-      if c["step"] == best["step"] and "error" not in c:
+      if _model(c) == _model(best) and "error" not in c:
         name = f"{names[k]}, {c['sampler']}" if len(runs) > 1 else c["sampler"]
         lines.setdefault(name, []).append((c["nfe"], c["value"]))
   floor = found["floor"]["value"] if found["floor"] else None
   title = f"step {', '.join(dict.fromkeys(steps))}, N = {found['samples']}"
   plots.curves(path, lines, "function evaluations (NFE)", found["label"], title, floor)
+
+
+def _model(cell):
+  """(step, which weights) of a cell."""
+  return cell["step"], training.spell_weights(cell)
 
 
 def tables(cells):
@@ -250,10 +272,13 @@ def tables(cells):
     c = best_of([c for c in cells if c["sampler"] == name])
     row = f"{c['value']:>{width}.4g} {c['nfe']:>6} {c['step']:>9}" if c else f"{'failed':>{width}}"
     lines.append(f"  {name:<20} {row}")
-  for step in dict.fromkeys(c["step"] for c in cells):
-    lines.append(f"{label} by NFE (as P Tables 3-5), step {step}:")
+  groups = dict.fromkeys(map(_model, cells))
+  for step, weights in groups:
+    by = f", {weights}" if len({w for _, w in groups}) > 1 else ""
+    lines.append(f"{label} by NFE (as P Tables 3-5), step {step}{by}:")
     lines.append(f"  {'NFE':>6} " + " ".join(f"{n:>{max(12, len(n))}}" for n in names))
-    table = {(c["nfe"], c["sampler"]): c.get("value") for c in cells if c["step"] == step}
+    mine = [c for c in cells if _model(c) == (step, weights)]
+    table = {(c["nfe"], c["sampler"]): c.get("value") for c in mine}
     for nfe in sorted({n for n, _ in table}):
       row = [table.get((nfe, n)) for n in names]
       row = [

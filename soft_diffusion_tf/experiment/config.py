@@ -46,6 +46,7 @@ INCIDENTAL = (  # fields, by how their names begin, that do not change the weigh
   "training.checkpoint_every",
   "training.keep_every",
   "training.sample_every",
+  "training.average_every",
   "data.data_dir",
   "training.accumulate",
   "data.test_split",
@@ -60,6 +61,8 @@ LATER = {
   "data.skip_bad": 0.0,
   "data.balanced": False,
   "data.augment": [],
+  "training.ema_warmup": False,
+  "training.averages": [],
   "network.augment_dim": 0,
 }
 

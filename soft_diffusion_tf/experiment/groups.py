@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from soft_diffusion_tf import (
+  averages,
   data,
   metrics,
   parts,
@@ -119,6 +120,9 @@ class Training(Group):
   step is the same. `t_min` is the smallest t drawn; `low_variance_t` draws one
   stratified sample of t per batch instead of independent ones; `steps_per_loop` steps run in one
   call of the compiled loop; the `keep` newest checkpoints stay, and one every `keep_every` steps.
+  `ema_decay` is reached by (1 + step) / (10 + step) with `ema_warmup`, for short runs. `averages`
+  are lengths of further averages that are kept every `average_every` steps, so that one of any
+  length can be made afterwards (see `averages`); two, (0.05, 0.1), are enough.
 
   `weight`, `filtered` and `look_ahead` are deprecated: fields of `losses.SoftScoreMatching` now.
   """
@@ -135,6 +139,9 @@ class Training(Group):
   epsilon: Positive = 1e-8
   clip_norm: Positive = 1.0
   ema_decay: Share = 0.999
+  ema_warmup: bool = False
+  averages: tuple[Annotated[float, Range(averages.SHORTEST, averages.LONGEST)], ...] = ()
+  average_every: Every = 1000
   t_min: Share = 1e-5
   low_variance_t: bool = False
   steps_per_loop: Count = 10

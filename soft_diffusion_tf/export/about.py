@@ -6,21 +6,24 @@ import reprlib
 import numpy as np
 
 import soft_diffusion_tf
-from soft_diffusion_tf import (
-  training,
-)
+from soft_diffusion_tf import averages, training
 
 FORMAT = 1
 
 
-def make_run(experiment, prior, weights, step):
-  """A `training.Run` of given weights, which stand for the averaged ones and for those trained."""
+def make_run(experiment, prior, weights, about):
+  """A `training.Run` of given weights, which stand for the averaged ones and for those trained.
+
+  Args:
+    about: what `about_run` gave. Averages of other lengths stayed in the workdir.
+  """
+  experiment = experiment.replace(training={"averages": ()})
   model = training.build(experiment, experiment.build_diffusion().with_prior(prior))
   for network in (model.network, model.ema_network):
     for variable, value in zip(network.variables, weights, strict=True):
       variable.assign(value)
-  model.optimizer.iterations.assign(step)
-  return training.Run(experiment, model, step)
+  model.optimizer.iterations.assign(about["step"])
+  return training.Run(experiment, model, about["step"], length=about.get("ema_length"))
 
 
 def digest_of(run):
@@ -44,6 +47,7 @@ def about_run(run, dtype, licence):
     "parameters": int(run.model.ema_network.count_params()),
     "dtype": dtype,
     "licence": licence,
+    **({"ema_length": run.length} if run.length is not None else {}),
     "data": {"name": str(e.data.name), "split": e.data.train_split},
   }
 
@@ -78,6 +82,8 @@ def check_about(about):
     if not isinstance(about[name], kind) or isinstance(about[name], bool):
       got = reprlib.repr(about[name])
       raise ValueError(f"its {name} is {got}, which is not of the type {kind.__name__}")
+  if about.get("ema_length") is not None:
+    averages.check_length(about["ema_length"], "its ema_length")
   if not 0 <= about["step"] < 2**63:
     raise ValueError(f"its step is {about['step']}, which no training reaches")
 

@@ -1,8 +1,6 @@
 """The model card of an exported model."""
 
-from soft_diffusion_tf import (
-  trust,
-)
+from soft_diffusion_tf import training, trust
 from soft_diffusion_tf.experiment import Sampling, options_from_config
 
 UNSTATED = "not stated; the terms of the training data apply"
@@ -14,7 +12,7 @@ def card(run, manifest, evaluations=()):
   level, sigma = (
     "{:.4g} to {:.4g}".format(*schedule([0.0, 1.0]).numpy()) for schedule in (d.level, d.sigma)
   )
-  size = " × ".join(map(str, d.image_shape))
+  size, weights = " × ".join(map(str, d.image_shape)), training.spell_weights(run.weights)
   lines = [
     f"# {e.name}",
     "",
@@ -26,8 +24,7 @@ def card(run, manifest, evaluations=()):
     f"| corruption | {type(e.corruption).__name__}, level {level} |",
     f"| noise σ | {sigma} |",
     f"| prior at t = 1 | {d.prior.kind} |",
-    f"| network | NCSN++, {manifest['parameters']:,} parameters, averaged weights (EMA "
-    f"{e.training.ema_decay:g}) |",
+    f"| network | NCSN++, {manifest['parameters']:,} parameters, averaged weights ({weights}) |",
     f"| trained on | {e.data.name}, split {e.data.train_split}, {manifest['step']:,} steps of "
     f"{e.training.batch_size} images, seed {e.seed} |",
     f"| config digest | {manifest['config']} |",
@@ -49,7 +46,7 @@ def card(run, manifest, evaluations=()):
     for r in evaluations
     if r.get("step") == manifest["step"]
     and train.items() <= r.get("reference", {}).items()
-    and r.get("ema_decay", e.training.ema_decay) == e.training.ema_decay  # not by --raw_weights
+    and training.spell_weights({"ema_decay": e.training.ema_decay} | r) == weights
   ]
   if records:
     lines += [

@@ -110,7 +110,8 @@ def usual_options(sampling, **changes):
 def _with_dtype(run, dtype):
   weights = run.model.ema_network.get_weights()
   experiment = run.experiment.replace(network={"dtype": dtype})
-  return make_run(experiment, run.diffusion.prior, weights, run.step)
+  about = {"step": run.step, "ema_length": run.length}
+  return make_run(experiment, run.diffusion.prior, weights, about)
 
 
 def _manifest(run, by_name, exported, dtype, restoring, licence):
@@ -181,7 +182,7 @@ def load(path, trust_code=False):
     check_shapes(experiment, [shapes[name] for name in names])
     weights = [reader.get_tensor(name) for name in names]
     check_finite(weights)
-    run = make_run(experiment, prior, weights, manifest["step"])
+    run = make_run(experiment, prior, weights, manifest)
   except Exception as error:  # damaged files raise many kinds
     text = parts.first_line(error)
     raise ValueError(f"{path}: its weights cannot be read ({text}); export it again") from error

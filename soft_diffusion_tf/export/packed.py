@@ -112,7 +112,7 @@ def unpack(path, trust_code=False):
     stored = [content.array(n, s, ("float16", "float32")) for n, s in zip(names, shapes)]
     if about.get("sha256", digest := _digest_of_file(about, prior, stored)) != digest:
       raise ValueError("its digest is not that of its content")
-    return make_run(experiment, prior, [w.astype(np.float32) for w in stored], about["step"])
+    return make_run(experiment, prior, [w.astype(np.float32) for w in stored], about)
 
 
 def pretrained():

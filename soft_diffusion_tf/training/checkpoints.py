@@ -42,6 +42,7 @@ def named_variables(model):
     "network": model.network.variables,
     "ema": model.ema_network.variables,
     "optimizer": model.optimizer.variables,
+    **{f"average_{k}": n.variables for k, n in enumerate(model.average_networks)},
   }
   own = type(model.network).__module__.partition(".")[0] == __name__.partition(".")[0]
 

@@ -12,7 +12,7 @@ import tqdm
 
 from soft_diffusion_tf import data, files, memory, parts, priors, trust
 from soft_diffusion_tf.model import NonFiniteLoss
-from soft_diffusion_tf.training import strategies
+from soft_diffusion_tf.training import snapshots, strategies
 from soft_diffusion_tf.training.checkpoints import Checkpoints
 from soft_diffusion_tf.training.monitoring import Monitor
 from soft_diffusion_tf.training.run import CHECKPOINTS, PRIOR_FILE, Run, build, ema_remark
@@ -21,6 +21,7 @@ from soft_diffusion_tf.training.watching import (
   GRID_IMAGES,
   Clipped,
   Pictures,
+  load_held_out,
   make_held_out,
   make_norms,
   say_what_evaluation_lacks,
@@ -108,7 +109,9 @@ def make_loop(model, strategy):
   return tf.function(loop, autograph=False)
 
 
-def train(experiment, workdir, strategy=None, progress=True, anew=False, source=None):
+def train(
+  experiment, workdir, strategy=None, progress=True, anew=False, source=None, held_out=None
+):
   """Trains to `experiment.training.steps`, going on from the workdir's newest checkpoint.
 
   Args:
@@ -120,6 +123,7 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False, source=
     source: images of your own in place of the config's data set: an array [N, H, W, C], a
       `tf.data.Dataset`, an object with __len__ and __getitem__, or a `data.Source` (see
       `data.load`). A digest of the images is the data set's name in the workdir.
+    held_out: images of your own that are not trained on, for the held-out loss.
 
   Returns:
     The `Run` at its end.
@@ -151,22 +155,26 @@ def train(experiment, workdir, strategy=None, progress=True, anew=False, source=
   d = experiment.data
   with on_sigterm(end_at_once):  # there is nothing to save yet
     tell = functools.partial(_say, progress and is_chief(strategy))
-    if source is None:
-      _say(progress, f"reading {d.name}")
-      source = d.load(progress=progress, say=tell)
-    else:
+    given = source is not None
+    if given:
       source = data.load(source, "all", d.image_shape, d.crop, policy=d.policy, say=tell)
       experiment = experiment.replace(data={"name": source.name})
+    else:
+      _say(progress, f"reading {d.name}")
+      source = d.load(progress=progress, say=tell)
     if not is_chief(strategy):
+      sources = (source, None)
       with lost_workers(strategy):
-        return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)
+        return _train(experiment, sources, diffusion, workdir, strategy, {}, anew, progress=False)
+    sources = (source, load_held_out(d, given, held_out, tell))
     with files.lock(workdir), lost_workers(strategy):
       changes = changed_fields(workdir, experiment)
-      return _train(experiment, source, diffusion, workdir, strategy, changes, anew, progress)
+      return _train(experiment, sources, diffusion, workdir, strategy, changes, anew, progress)
 
 
-def _train(experiment, source, diffusion, workdir, strategy, changes, anew, progress):
+def _train(experiment, sources, diffusion, workdir, strategy, changes, anew, progress):
   options, chief = experiment.training, is_chief(strategy)
+  source, held_out_source = sources
 
   def say(text):
     _say(progress, text)
@@ -211,6 +219,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
       checkpoints.save(wait=True)
     else:
       say(f"going on from step {step:,} of {options.steps:,}")
+    snapshots.drop_after(workdir, step)
     if remark := ema_remark(experiment, options.steps):
       say(f"warning: {remark}; take at most {0.01 ** (1 / options.steps):.4g}")
     low, high = experiment.weight_range()
@@ -220,7 +229,7 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
         "that the heaviest times are all it learns; take the prediction whose errors are of one "
         "size (score with scale_by_sigma, or noise), loss.weight = 'one', or a larger t_min"
       )
-    held_out = make_held_out(experiment, model, strategy, say)
+    held_out = make_held_out(experiment, held_out_source, model, strategy)
     say_what_evaluation_lacks(experiment, source, say)
   if restored is None:
     say(f"starting at step 0 of {options.steps:,}")
@@ -278,6 +287,8 @@ def _train(experiment, source, diffusion, workdir, strategy, changes, anew, prog
         say(f"drawing {GRID_IMAGES} samples at step {step:,}")
         show.samples()
         show.predictions()
+      if chief and model.profiles and _due(step, options.average_every):
+        snapshots.save(workdir, model, step)
       keep, stop = _due(step, options.keep_every), anywhere(asked)
       if chief and (_due(step, options.checkpoint_every) or keep or last or stop):
         monitor.flush(step)
@@ -293,6 +304,7 @@ def _periods(options):
     options.checkpoint_every,
     options.keep_every,
     options.sample_every,
+    options.average_every if options.averages else 0,
   )
   return [e for e in every if e > 0]
 

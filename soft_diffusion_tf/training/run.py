@@ -5,25 +5,34 @@ import math
 import pathlib
 import warnings
 
-from soft_diffusion_tf import drawing, priors, restoration, trust
+from soft_diffusion_tf import averages, drawing, priors, restoration, trust
 from soft_diffusion_tf.experiment import Experiment
 from soft_diffusion_tf.model import SoftDiffusionModel
+from soft_diffusion_tf.training import snapshots
 from soft_diffusion_tf.training.checkpoints import Checkpoints
 
 PRIOR_FILE = "prior.npz"
 CHECKPOINTS = "checkpoints"
+_FAR = 0.05  # error of an average that is worth a warning
 
 
 def ema_remark(experiment, step):
   """What to say of averages that still hold much of the random start at a step, or ""."""
   decay = experiment.training.ema_decay
   share = decay**step
-  if step < 1 or share < 0.01:
+  if step < 1 or share < 0.01 or experiment.training.ema_warmup:
     return ""
   return (
     f"training.ema_decay = {decay:g} is long for {step:,} steps: {share:.0%} of the averaged "
     "weights are still the random ones of the start"
   )
+
+
+def spell_weights(record):
+  """Which weights a record's numbers are of (`Run.weights`), in words."""
+  if record.get("ema_length"):
+    return f"average of length {record['ema_length']:g}"
+  return f"EMA {record['ema_decay']:g}" if "ema_decay" in record else "EMA"  # of an old record
 
 
 def build(experiment, diffusion):
@@ -43,7 +52,10 @@ def build(experiment, diffusion):
 
 @dataclasses.dataclass
 class Run:
-  """A trained model, as a workdir holds it; `averaged`: it draws by the averaged weights.
+  """A trained model, as a workdir holds it.
+
+  It draws by the averaged weights, or by those under training if `averaged` is False. If `length`
+  is given, the averaged weights are those of that length, met up to `error` (see `averages`).
 
   `images` draws samples, `restore` restores images, `denoiser` is the network as E[x_0|x_t].
   """
@@ -52,6 +64,8 @@ class Run:
   model: SoftDiffusionModel
   step: int
   averaged: bool = True
+  length: float | None = None
+  error: float = 0.0
   _made: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
@@ -61,8 +75,23 @@ class Run:
   @property
   def remark(self):
     """A warning about what it draws by, or ""."""
+    if self.length is not None:
+      return (
+        f"from what was kept an average of length {self.length:g} can be made up to "
+        f"{self.error:.0%} only; take a length nearer to training.averages, or keep them more often"
+        if self.error > _FAR
+        else ""
+      )
     text = ema_remark(self.experiment, self.step) if self.averaged else ""
     return text and f"{text}; --raw_weights draws without them"
+
+  @property
+  def weights(self):
+    """Which weights it draws by, for records: "ema_decay", and "ema_length" if one was chosen."""
+    if self.length is not None:
+      return {"ema_decay": None, "ema_length": self.length}
+    # Without memory it is no average.
+    return {"ema_decay": self.experiment.training.ema_decay if self.averaged else 0.0}
 
   def options(self, **changes):
     """The experiment's `Sampling` with other values for what is not None (`Sampling.changed`)."""
@@ -127,17 +156,23 @@ class Run:
     return self.batch_sampler(options, strategy)
 
 
-def load(workdir, step=None, trust_code=False, averaged=True):
+def load(workdir, step=None, trust_code=False, averaged=True, length=None):
   """A run, ready to sample from: its newest state, or the checkpoint kept at a step.
 
   Args:
     trust_code: import code that its config.json names (see `trust`).
     averaged: draw by the averaged weights, else by those under training.
+    length: of the average to draw by, of a run with `training.averages` (see `averages`).
 
   Raises:
-    ValueError: the workdir holds no such checkpoint, or none that can be read.
+    ValueError: the workdir holds no such checkpoint, or none that can be read, or an average of
+      this length cannot be made.
   """
   workdir = pathlib.Path(workdir)
+  if length is not None:
+    averages.check_length(length)
+    if not averaged:
+      raise ValueError(f"an average of length {length:g} is no raw weights; give one of the two")
   with trust.trust_code(trust_code):
     experiment = Experiment.load(workdir)
     prior = priors.Prior.load(workdir / PRIOR_FILE)
@@ -145,7 +180,9 @@ def load(workdir, step=None, trust_code=False, averaged=True):
   model = build(experiment, experiment.build_diffusion().with_prior(prior))
   if Checkpoints(workdir / CHECKPOINTS, model).restore(step) is None:
     raise ValueError(f"{workdir}: no readable checkpoint in it; train first")
-  return Run(experiment, model, int(model.optimizer.iterations.numpy()), averaged)
+  step = int(model.optimizer.iterations.numpy())
+  error = 0.0 if length is None else snapshots.restore(workdir, model, step, length)
+  return Run(experiment, model, step, averaged, length, error)
 
 
 def _check_size(workdir, experiment):

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from soft_diffusion_tf import plots, rng
+from soft_diffusion_tf import data, plots, rng
 
 BUCKETS = 10  # of t, for the loss by time
 GRID_IMAGES = 64
@@ -87,23 +87,46 @@ def say_what_evaluation_lacks(experiment, source, say):
     say("warning: a distance takes at least 2 images; set evaluation.samples to 2 or more")
 
 
-def make_held_out(experiment, model, strategy, say):
-  """A function that gives the loss of held-out images, for the records; None without such images.
+def load_held_out(d, given, held_out, say):
+  """The `data.Source` of the images that are not trained on, or None, which is said.
 
-  Of both sets of weights: those under training, and the averaged ones, which samples are made by.
+  Args:
+    d: the experiment's `Data`.
+    given: the images that are trained on were given by a program.
+    held_out: images that were given by a program; by default the data set's split "test".
+
+  Raises:
+    ValueError: more of them cannot be used than `data.skip_bad` allows.
   """
-  d = experiment.data
+  if held_out is not None:
+    return data.load(held_out, "all", d.image_shape, d.crop, policy=d.policy)
+  if given:
+    say("no held-out loss: images were given as source=…, and none as held_out=…")
+    return None
   if d.test_split == d.train_split:
     say(f"no held-out loss: data.test_split and data.train_split are both {d.test_split!r}")
     return None
   try:
     source = d.load(d.test_split, progress=False)
+  except data.Refused:
+    raise
   except ValueError as error:
     say(f"warning: no held-out loss: {error}")
     return None
   if not len(source):
     say(f"warning: no held-out loss: {d.test_split} of {d.name} has no images")
     return None
+  return source
+
+
+def make_held_out(experiment, source, model, strategy):
+  """A function that gives the loss of held-out images, for the records; None without such images.
+
+  Of both sets of weights: those under training, and the averaged ones, which samples are made by.
+  """
+  if source is None:
+    return None
+  d = experiment.data
   picked = np.sort(np.random.default_rng(0).permutation(len(source))[:HELD_OUT_IMAGES])
   images = source.floats(picked)
   shared = strategy.num_replicas_in_sync * experiment.training.accumulate

@@ -83,7 +83,8 @@ def check_agreement(strategy, experiment, step, source, prior, model):
   if not _several_workers(strategy):
     return
   sha = lambda arrays: hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays))
-  state = [*model.network.variables, *model.ema_network.variables, *model.optimizer.variables]
+  networks = [model.network, model.ema_network, *model.average_networks]
+  state = [v for part in (*networks, model.optimizer) for v in part.variables]
   mine = {
     "step": (f"at step {step:,}", step),
     "config": (f"of config {experiment.identity()}", int(experiment.identity(), 16)),
