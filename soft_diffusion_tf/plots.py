@@ -227,6 +227,27 @@ def process(path, times, states, predictions=None):
   _save(figure, path)
 
 
+def save_gif(path, states, seconds=4.0):
+  """An animation of grids of images, the last of which stays for a while.
+
+  Args:
+    states: [N, B, H, W, C].
+    seconds: from the first to the last.
+  """
+  zoom = zoom_for(states[0])
+  frames = [Image.fromarray(grid(images, zoom=zoom)) for images in states]
+  each = round(1000 * seconds / max(1, len(frames) - 1))
+  with files.atomic(path) as partial:
+    frames[0].save(
+      partial,
+      format="GIF",
+      save_all=True,
+      append_images=frames[1:],
+      duration=[each] * (len(frames) - 1) + [2000],
+      loop=0,
+    )
+
+
 def compare_levels(path, curves):
   """Corruption levels against t (P Figure 8): curves {name: (times, levels)}.
 

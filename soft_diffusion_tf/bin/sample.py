@@ -2,6 +2,7 @@
 
 soft-diffusion-sample --workdir=runs/digits --seeds=0-63 --out=samples.png
 soft-diffusion-sample --workdir=runs/cifar10 --seeds=0-49999 --out=DIR --shard=1/2
+soft-diffusion-sample --workdir=runs/digits --process=way.gif
 
 The image of a seed depends on the checkpoint, the sampler and the seed alone. A folder that was
 not finished is gone on with by the same command; several processes share it by --shard.
@@ -18,10 +19,15 @@ from soft_diffusion_tf.bin import cli
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of a training run.", required=True)
 _OUT = cli.define_path(
-  "out", None, "A .png file for one grid, or a folder for samples by --format.", required=True
+  "out", None, "A .png file for one grid, or a folder for samples by --format."
+)
+_PROCESS = cli.define_path(
+  "process", None, "In place of --out: a .gif or .png file for the way from noise to the samples."
 )
 _SEEDS = flags.DEFINE_string(
-  "seeds", "0-63", "Image seeds: a range A-B (B included) or a list A,B,C."
+  "seeds",
+  None,
+  "Image seeds: a range A-B (B included) or a list A,B,C. By default 0-63, for --process 0-7.",
 )
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of this step instead of the newest.")
 _SAMPLER = flags.DEFINE_string(
@@ -47,6 +53,7 @@ cli.define_trust_code()
 _WEIGHTS = cli.define_weights()
 _FORCE = flags.DEFINE_bool("force", False, "Replace the picture or the samples at --out.")
 
+_MOMENTS = {".png": 8, ".gif": 32}  # of the way that is shown
 _SEED = r"\d{1,19}"
 _MOST = 10_000_000  # images in one call
 
@@ -101,14 +108,27 @@ def parse_times(text):
 
 
 def _is_picture():
-  return pathlib.Path(_OUT.value).suffix == ".png"
+  return _PROCESS.value is not None or pathlib.Path(_OUT.value).suffix == ".png"
+
+
+def _seeds():
+  return parse_seeds(_SEEDS.value or ("0-63" if _PROCESS.value is None else "0-7"))
 
 
 def _check():
+  if (_OUT.value is None) == (_PROCESS.value is None):
+    raise ValueError(
+      "give --out=FILE.png or --out=FOLDER for samples, or --process=FILE.gif for the way to them"
+    )
   parse_shard(_SHARD.value)
   parse_times(_TIMES.value)
-  seeds = parse_seeds(_SEEDS.value)
-  if _is_picture():
+  seeds = _seeds()
+  if _PROCESS.value is not None:
+    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
+    if pathlib.Path(_PROCESS.value).suffix not in (".gif", ".png"):
+      raise ValueError(f"--process={_PROCESS.value} ends neither in .gif nor in .png; give one")
+    files.check_file(_PROCESS.value, _FORCE.value, "process")
+  elif _is_picture():
     cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
     files.check_file(_OUT.value, _FORCE.value)
   else:
@@ -123,8 +143,8 @@ def main():
 
   shard = parse_shard(_SHARD.value)
   times = parse_times(_TIMES.value)
-  seeds = parse_seeds(_SEEDS.value)
-  out, picture = pathlib.Path(_OUT.value), _is_picture()
+  seeds, picture = _seeds(), _is_picture()
+  out = pathlib.Path(_PROCESS.value or _OUT.value)
   if not picture:
     drawing.check_out(out)
   sampling = Experiment.load(_WORKDIR.value).sampling
@@ -140,6 +160,11 @@ def main():
     threshold=_THRESHOLD.value,
     tolerance=_TOLERANCE.value,
   )
+  if _PROCESS.value is not None and options.sampler.adaptive:
+    raise ValueError(
+      f"{options.sampler} chooses its own steps, and the way is shown by those of a plan; give "
+      "another --sampler"
+    )
   cli.say(f"loading the run in {_WORKDIR.value}")
   strategy = strategies.make_strategy(_STRATEGY.value, alone=True)
   with strategy.scope():
@@ -147,7 +172,15 @@ def main():
   batch_sampler = run.batch_sampler(options, strategy)
   if run.remark:
     print(f"warning: {run.remark}", file=sys.stderr)
-  if picture:
+  if _PROCESS.value is not None:
+    moments = _MOMENTS[out.suffix]
+    times, states, predictions = run.sampler(options).trajectory(run.plan(options), seeds, moments)
+    if out.suffix == ".png":
+      plots.process(out, times, states, predictions)
+    else:
+      plots.save_gif(out, states)
+    print(f"the way of {len(seeds)} samples ({options.sampler}) in {out}")
+  elif picture:
     images = batch_sampler.images(seeds, "sampling")
     plots.save_png(out, plots.grid(images, zoom=plots.zoom_for(images)))
     print(

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from soft_diffusion_tf import data, priors, training
+from soft_diffusion_tf import data, plots, priors, training
 from soft_diffusion_tf.bin.sample import parse_seeds, parse_shard, parse_times
 from tests import forks
 
@@ -54,6 +55,45 @@ def test_flags_reach_the_sampler(workdir, tmp_path):
   result = sample(workdir, out, *flags)
   assert result.returncode == 0, result.stderr
   assert "4 samples (ddim+momentum, 3 evaluations)" in result.stdout
+
+
+def test_the_way_to_the_samples(workdir, tmp_path):
+  for name in ("way.gif", "way.png"):
+    flags = (f"--workdir={workdir}", f"--process={tmp_path / name}", "--seeds=3-6", "--steps=5")
+    result = forks.shared().run("soft_diffusion_tf.bin.sample", *flags, limit=600)
+    assert result.returncode == 0, result.stderr
+    assert f"the way of 4 samples (momentum) in {tmp_path / name}" in result.stdout
+  run = training.load(workdir)
+  with Image.open(tmp_path / "way.gif") as gif:
+    shown = 0
+    for k in range(gif.n_frames):  # noise, and five steps; equal ones are one frame
+      gif.seek(k)
+      shown += gif.info["duration"]
+    last = np.asarray(gif.convert("RGB"), int)
+  assert shown == 4000 + 2000  # milliseconds
+  want = plots.grid(run.images(range(3, 7), steps=5), zoom=8).astype(int)
+  assert np.abs(last - want).max() <= 8  # a palette of 256 greys, and a batch of another size
+  with Image.open(tmp_path / "way.png") as png:
+    assert png.width > 100
+
+
+@pytest.mark.parametrize(
+  ("flags", "text"),
+  [
+    (["--process=a.jpg"], "ends neither in .gif nor in .png"),
+    (["--process=a.gif", "--out=b"], "give --out=FILE.png or --out=FOLDER for samples, or"),
+    ([], "give --out=FILE.png or --out=FOLDER for samples, or"),
+    (["--process=a.gif", "--sampler=dormand_prince"], "chooses its own steps"),
+    (["--process=a.gif", "--shard=1/2"], "one picture is drawn whole"),
+  ],
+)
+def test_what_is_no_way(workdir, tmp_path, flags, text):
+  flags = [f.replace("--process=", f"--process={tmp_path}/") for f in flags]
+  flags = (f"--workdir={workdir}", *flags)
+  result = forks.shared().run("soft_diffusion_tf.bin.sample", *flags, limit=600)
+  assert result.returncode == 2
+  [line] = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+  assert text in line
 
 
 @pytest.mark.parametrize(
