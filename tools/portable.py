@@ -39,7 +39,11 @@ def check_new(path, flag):
 
 
 def check_exportable(experiment):
-  """Raises the ValueError of a config whose step XLA cannot take."""
+  """Raises the ValueError of a config whose step XLA cannot take, or whose files stay elsewhere."""
+  if experiment.training.averages:
+    raise ValueError(
+      "training.averages are kept in a workdir, and an exported program has none; set it to ()"
+    )
   parts = experiment.training.accumulate
   if parts > 1:
     raise ValueError(

@@ -162,6 +162,9 @@ def test_a_step_in_parts_is_refused(small, images, fresh, tmp_path):
   parts = dataclasses.replace(fresh, experiment=small.replace(training={"accumulate": 2}))
   with pytest.raises(ValueError, match=r"training\.accumulate = 2"):
     portable.export(parts, tmp_path / "x", images, steps=1, plans="", sample_batch=1, held_out=0)
+  kept = dataclasses.replace(fresh, experiment=small.replace(training={"averages": (0.05,)}))
+  with pytest.raises(ValueError, match=r"training\.averages are kept"):
+    portable.export(kept, tmp_path / "x", images, steps=1, plans="", sample_batch=1, held_out=0)
 
 
 def test_an_export_leaves_other_files_alone(fresh, images, tmp_path):
