@@ -48,6 +48,25 @@ def test_digits():
   assert set(source.labels) == set(range(10))
 
 
+def test_glyphs():
+  everything = data.load("glyphs", "all")
+  train, test = (data.load("glyphs", split) for split in ("train", "test"))
+  assert everything.images.shape[1:] == (32, 32, 1)
+  assert len(everything) > 15_000
+  assert len(train) + len(test) == len(everything)
+  assert len(test) == len(everything) // 10
+  assert len({image.tobytes() for image in everything.images}) == len(everything)
+  ink = everything.images < 128
+  assert not ink[:, [0, -1]].any()  # nothing is cut off
+  assert not ink[:, :, [0, -1]].any()
+  assert ink.any((1, 2, 3)).all()
+  names = everything.label_names
+  assert names == ("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew")
+  assert np.bincount(everything.labels).min() > 200
+  again = data.load("glyphs", "all")
+  assert again.digest() == everything.digest()
+
+
 def test_a_folder_with_labels_and_a_held_out_part(folder):
   source = data.load(f"folder:{folder}", "all", (10, 10, 3))
   assert source.images.shape == (12, 10, 10, 3)

@@ -1,4 +1,4 @@
-"""Where images come from: the built-in digits, a reader of one's own, folders, TFDS; and `load`."""
+"""Where images come from: what is built in, a reader of one's own, folders, TFDS; and `load`."""
 
 import dataclasses
 import hashlib
@@ -8,11 +8,12 @@ import pathlib
 import numpy as np
 
 from soft_diffusion_tf import packages, parts
-from soft_diffusion_tf.data import doctor, folders, own, pack, pictures, tfds
+from soft_diffusion_tf.data import doctor, folders, glyphs, own, pack, pictures, tfds
 from soft_diffusion_tf.data.policy import Policy
 
 DIGITS_TRAIN = 1500
 FOLDER, PACK = folders.PREFIX, pack.PREFIX
+BUILT_IN = ("digits", glyphs.NAME)
 GIVEN = "given"  # how the names of images begin that a program hands over
 
 
@@ -109,9 +110,9 @@ def load(
   """Decodes a data set.
 
   Args:
-    name: "digits", "folder:PATH" of a folder or of a zip, .npy or .npz file, "pack:PATH" of a pack,
-      a TFDS name, a `Reader` or "module:Class" of one; or images themselves, all of them whatever
-      the split: a `Source`, or what `own.read` takes.
+    name: "digits", "glyphs", "folder:PATH" of a folder or of a zip, .npy or .npz file, "pack:PATH"
+      of a pack, a TFDS name, a `Reader` or "module:Class" of one; or images themselves, all of them
+      whatever the split: a `Source`, or what `own.read` takes.
     split: "all", "train", "test" (see the package's text), what TFDS has, or "folder:PATH" of
       another folder, which is the split.
     image_shape: (H, W, C) to give; None keeps what is there. Images are cropped (see `crop`), then
@@ -181,6 +182,12 @@ def _read_all(
   elif name == "digits":
     prepared, labels, _ = own.read(_digits(split), "digit", report, crop)
     names = tuple(map(str, range(10)))
+  elif name == glyphs.NAME:
+    images, labels = glyphs.images()
+    keep = folders.held_out(len(images), split, name)
+    folders.remark_split(report, len(images), "image")
+    prepared, labels, _ = own.read((images[keep], labels[keep]), "glyph", report, crop)
+    names = tuple(map(str.lower, glyphs.ALPHABETS))
   elif name.startswith(PACK):
     path = _expanded(name[len(PACK) :], name)
     prepared, labels, names, index = pack.read(path, split, shape, crop, policy, most, progress)
@@ -216,7 +223,7 @@ def check_consent(name, data_dir=None):
   A TFDS name may have TFDS fetch or import a builder of somebody's, and the description of a
   prepared set beside the images, features.json, names classes that TFDS imports.
   """
-  if not (isinstance(name, Reader) or name == "digits" or name.startswith((FOLDER, PACK))):
+  if not (isinstance(name, Reader) or name in BUILT_IN or name.startswith((FOLDER, PACK))):
     tfds.check_consent(name, data_dir)
 
 
@@ -239,7 +246,8 @@ def _refuse_path(name):
   if not name.strip() or looks or not name.isprintable():
     hint = f" of a folder of images write {FOLDER}{name}," if looks else ""
     raise ValueError(
-      f"data set {name!r} is no name;{hint} else digits or a name that TFDS has, such as cifar10"
+      f"data set {name!r} is no name;{hint} else digits, glyphs or a name that TFDS has, such as "
+      "cifar10"
     )
 
 
