@@ -42,6 +42,8 @@ MISTAKES = [
   ("evaluate", ("--workdir=w", "--checkpoint=last"), "give a step or 'best'"),
   ("export", ("--workdir=w", "--out=x.npz", "--samplers=ddim"), "not SAMPLER:STEPS"),
   ("export", ("--workdir=w", "--out=x.npz", "--dtype=bfloat16"), "does not go with"),
+  ("ema", ("--workdir=w", "--length=0.1"), "give both"),
+  ("ema", ("--workdir=w", "--length=0.1", "--out=x"), "let it end in .npz"),
   ("restore", ("--workdir=w", "--images=i", "--out=o", "--t=0.5", "--level=1"), "give one"),
   ("serve", ("--model=none",), "no such folder"),
   ("serve", ("--model=.", "--timeout=1e5"), "a number up to 86400"),
