@@ -1,11 +1,7 @@
 """Averages of weights by power functions: the profile, and those of a length chosen afterwards."""
 
 import math
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,20 +12,7 @@ from soft_diffusion_tf.evaluation import features, references, sweeps
 from soft_diffusion_tf.training import snapshots
 from soft_diffusion_tf.training.checkpoints import Checkpoints
 from tests import conftest
-from tests.bin.test_export import error_of
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def program(*flags):
-  return subprocess.run(
-    [sys.executable, "-m", "soft_diffusion_tf.bin.ema", *map(str, flags)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-    env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-  )
+from tests.bin.test_programs import error_of, program
 
 
 def profile(exponent, steps):
@@ -224,10 +207,10 @@ def test_the_length_travels_through_a_sweep_and_a_packed_model(kept, tmp_path):
 
 def test_the_program(kept, tmp_path):
   _, workdir = kept
-  table = program(f"--workdir={workdir}")
+  table = program("ema", f"--workdir={workdir}")
   assert table.returncode == 0, table.stderr
   assert "averages of length 0.05, 0.1, kept at 4 steps" in table.stdout
-  made = program(f"--workdir={workdir}", "--length=0.07", f"--out={tmp_path / 'm.npz'}")
+  made = program("ema", f"--workdir={workdir}", "--length=0.07", f"--out={tmp_path / 'm.npz'}")
   assert made.returncode == 0, made.stderr
   want = training.load(workdir, length=0.07).images([1], steps=2)
   # float16 in the file: three digits of a weight
@@ -240,4 +223,4 @@ def test_the_program(kept, tmp_path):
     (["--length=0.07", f"--out={tmp_path / 'm.npz'}"], "force"),
   )
   for flags, text in bad:
-    assert text in error_of(program(f"--workdir={workdir}", *flags))
+    assert text in error_of(program("ema", f"--workdir={workdir}", *flags))

@@ -291,7 +291,7 @@ def _run(job):
   if _CHECKPOINT.value == "best":
     found = sweeps.best(job.workdir)
     step, sampler = found["step"], sampler or found["sampler"]
-    if weights == {"length": None, "averaged": True}:
+    if not any(flag.value for flag in _WEIGHTS):
       weights["length"] = found.get("ema_length")
     if steps is None and nfe is None and not samplers.rule_of(sampler).adaptive:
       nfe = found["nfe"]
@@ -417,7 +417,8 @@ def _check():
     if flag.value:
       cli.refuse(ignored, why)
   if not _SWEEP.value:
-    cli.refuse((_SAMPLERS, _CHECKPOINTS), "without --sweep one sampler and checkpoint are measured")
+    one = "without --sweep one sampler and checkpoint are measured"
+    cli.refuse((_SAMPLERS, _CHECKPOINTS, _LENGTHS), one)
     if _NFE.value is not None and not _NFE.value.isdecimal():
       raise ValueError(f"--nfe={_NFE.value}: give one number, or --sweep for several")
     if _CHECKPOINT.value not in (None, "best") and not _CHECKPOINT.value.isdecimal():

@@ -123,14 +123,12 @@ def _check():
   parse_shard(_SHARD.value)
   parse_times(_TIMES.value)
   seeds = _seeds()
-  if _PROCESS.value is not None:
+  flag = _OUT if _PROCESS.value is None else _PROCESS
+  if flag is _PROCESS and pathlib.Path(flag.value).suffix not in _MOMENTS:
+    raise ValueError(f"--process={flag.value} ends neither in .gif nor in .png; give one")
+  if _is_picture():
     cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
-    if pathlib.Path(_PROCESS.value).suffix not in (".gif", ".png"):
-      raise ValueError(f"--process={_PROCESS.value} ends neither in .gif nor in .png; give one")
-    files.check_file(_PROCESS.value, _FORCE.value, "process")
-  elif _is_picture():
-    cli.refuse((_SHARD, _FORMAT), "one picture is drawn whole")
-    files.check_file(_OUT.value, _FORCE.value)
+    files.check_file(flag.value, _FORCE.value, flag.name)
   else:
     files.check_folder(_OUT.value)
   _check_count(seeds, _is_picture())

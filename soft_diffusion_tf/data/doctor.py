@@ -92,6 +92,11 @@ class Report:
     """Images that were looked at."""
     return self.whole + len(self.facts) + len(self.bad) + len(self.small)
 
+  @property
+  def _of_source(self):
+    """Images of all splits, as far as they are known."""
+    return max(self.total, self.count)
+
   def add(self, where, facts):
     self.places.append(str(where))
     self.facts.append(facts)
@@ -124,7 +129,7 @@ class Report:
   def check(self):
     """Raises one line for all files that cannot be used, if they are more than the policy takes."""
     # Of the whole source: one share serves all of its splits.
-    allowed = math.floor(self.policy.skip_bad * max(self.total, self.count) + 1e-9)
+    allowed = math.floor(self.policy.skip_bad * self._of_source + 1e-9)
     if len(self.bad) > allowed:
       raise Refused(self._refusal())
     if self.count and not self.facts and not self.whole:
@@ -134,7 +139,7 @@ class Report:
       raise Refused(f"{shown(first.where)}: {first.text}{others}; {remedy}")
 
   def _refusal(self):
-    share = math.ceil(100 * len(self.bad) / max(self.total, self.count)) / 100
+    share = math.ceil(100 * len(self.bad) / self._of_source) / 100
     remedy = f"; data.skip_bad={share:g} leaves out what cannot be used" if share < 1 else ""
     if len(self.bad) == 1:
       return f"{self.bad[0]}{remedy}"
@@ -164,15 +169,11 @@ class Report:
       rows.append(("held", self.storage.remark))
     if self.small:
       rows.append(("left out", f"{len(self.small):,} smaller than {shape} (data.small)"))
-      rows += [("", shown(e.where)) for e in self.small[:most]]
-      if len(self.small) > len(self.small[:most]):
-        rows.append(("", f"and {len(self.small) - _LISTED:,} more"))
+      rows += _listed([shown(e.where) for e in self.small], most)
     for kind, errors in self._kinds():
       rows.append(("cannot be used", f"{len(errors):,} {kind}: {REMEDIES[kind]}"))
-      rows += [("", f"{shown(e.where)}: {e.text}") for e in errors[:most]]
-      if len(errors) > len(errors[:most]):
-        more = ", which the check lists" if self.what == "files" else ""
-        rows.append(("", f"and {len(errors) - _LISTED:,} more{more}"))
+      where = ", which the check lists" if self.what == "files" else ""
+      rows += _listed([f"{shown(e.where)}: {e.text}" for e in errors], most, where)
     groups = self.duplicates()
     if groups:
       again = sum(map(len, groups)) - len(groups)
@@ -220,6 +221,12 @@ class Report:
         parts.append(f"{n:,} {change}")
     whole = sum(f.lost == 0 and not f.change for f in self.facts)
     return ", ".join([*parts, f"{whole:,} as they are"] if whole else parts)
+
+
+def _listed(texts, most, where=""):
+  """Rows of the first texts of a list, and of how many more there are."""
+  more = len(texts) - len(texts[:most])
+  return [("", t) for t in texts[:most]] + ([("", f"and {more:,} more{where}")] if more else [])
 
 
 def collect(one, items, total, report, shape, bar, disable=None, stamp=None):
@@ -338,7 +345,7 @@ def in_parallel(function, items, ahead=64):
 
 
 def allocate(name, count, shape):
-  """PackStorage for the decoded images, which stay in memory."""
+  """Memory for the decoded images, which stay in it."""
   try:
     return np.empty([count, *shape], np.uint8)
   except MemoryError:

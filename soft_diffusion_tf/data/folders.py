@@ -314,7 +314,9 @@ def read(folder, split, shape, crop, report):
 
 
 def remark_split(report, count, what="file, in the order of the paths,"):
-  """Says how many of so many images are held out."""
+  """Says how many of so many images are held out, where that is the split's rule."""
+  if report.whole_split:
+    return
   text = SPLIT.format(what)
   report.remarks.append(("split", f"{text}: {count - count // 10:,} and {count // 10:,}"))
 

@@ -62,14 +62,3 @@ def images():
       found.setdefault(image.tobytes(), alphabet)  # once, where letters look alike
   values = np.frombuffer(b"".join(found), np.uint8).reshape(-1, *SHAPE)
   return values.copy(), np.fromiter(found.values(), np.int64, len(found))
-
-
-def write(folder):
-  """Writes them as PNG files, in a folder for each alphabet."""
-  from PIL import Image
-
-  folder = pathlib.Path(folder)
-  for name in ALPHABETS:
-    (folder / name.lower()).mkdir(parents=True)
-  for k, (image, label) in enumerate(zip(*images())):
-    Image.fromarray(image[..., 0]).save(folder / ALPHABETS[label].lower() / f"{k:05}.png")

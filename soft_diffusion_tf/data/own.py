@@ -41,26 +41,24 @@ def of_file(path, split, report):
       f"{path}: {len(images)} images and labels of the shape {list(labels.shape)}; give one label "
       "for each"
     )
-  if shape := _channels_last(images.shape, report.shape):
-    raise ValueError(
-      f"{path}: images {list(images.shape)} have their channels first; write them as {shape}, by "
-      "np.moveaxis(images, 1, -1)"
-    )
+  _check_channels(images.shape, report.shape, path)
   keep = folders.held_out(len(images), split, str(path))
   report.total = len(images)
-  if not report.whole_split:
-    folders.remark_split(report, len(images), "image")
+  folders.remark_split(report, len(images), "image")
   if not keep.any():
     raise ValueError(f"{path}: the split {split!r} is empty; it takes at least 10 images")
   rows = images if keep.all() else _Rows(images, np.flatnonzero(keep))
   return rows, None if labels is None else labels[keep]
 
 
-def _channels_last(shape, asked):
-  """[N, H, W, C] of a shape that looks like [N, C, H, W] and is not what is asked for; or None."""
+def _check_channels(shape, asked, name):
+  """Raises the ValueError of a shape that looks like [N, C, H, W] and is not what is asked for."""
   n, c, h, w = shape
-  looks = c in (1, 3, 4) and min(h, w) > 4 and shape[1:] != asked
-  return [n, h, w, c] if looks else None
+  if c in (1, 3, 4) and min(h, w) > 4 and shape[1:] != asked:
+    raise ValueError(
+      f"{name}: images {list(shape)} have their channels first; give them as {[n, h, w, c]}, by "
+      "np.moveaxis(images, 1, -1)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +88,7 @@ def read(source, name, report, crop):
   if isinstance(found, np.ndarray):
     if found.ndim != 4 or not len(found):
       raise ValueError(f"{name}: give images [N, H, W, C], not an array {list(found.shape)}")
-    if shape := _channels_last(found.shape, report.shape):
-      raise ValueError(
-        f"{name}: images {list(found.shape)} have their channels first; give them as {shape}, by "
-        "np.moveaxis(images, 1, -1)"
-      )
+    _check_channels(found.shape, report.shape, name)
     if given is not None and np.shape(given)[:1] != found.shape[:1]:
       raise ValueError(f"{name}: {len(found)} images and labels of shape {list(np.shape(given))}")
   as_it_is = isinstance(found, np.ndarray) and report.shape in (None, found.shape[1:])

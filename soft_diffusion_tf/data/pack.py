@@ -213,9 +213,8 @@ def write(out, load, name, splits, prepared, say=None):
       if storage.before and say:
         say(f"{split}: {storage.before:,} were read by a packing before that was stopped")
       images = source.images
-      if storage.made is None or not np.may_share_memory(
-        images, storage.made
-      ):  # it was there already
+      written = storage.made is not None and np.may_share_memory(images, storage.made)
+      if not written:  # a program had them already
         held, images = images, storage(name, len(images), images.shape[1:])
         images[:] = held
       storage.commit()
@@ -238,8 +237,8 @@ def write(out, load, name, splits, prepared, say=None):
     extra = [".lock", _PLAN, *(f.name for f in partial.glob("*.journal"))]
     for file in partial.iterdir():
       if file.name not in extra:
-        with open(file, "rb") as written:
-          os.fsync(written.fileno())
+        with open(file, "rb") as whole:
+          os.fsync(whole.fileno())
     partial.rename(out)
     for name in extra:  # only now: a packer that could not rename goes on from them
       (out / name).unlink(missing_ok=True)
@@ -276,20 +275,29 @@ def about(path):
         f"{soft_diffusion_tf.__version__}: upgrade soft-diffusion-tf, or {_AGAIN}"
       )
     _check_index(content)
+  except (FileNotFoundError, NotADirectoryError):
+    raise ValueError(f"{path}: no {INDEX} in it; is it a pack of soft-diffusion-data?") from None
   except OSError as error:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-      raise ValueError(f"{path}: no {INDEX} in it; is it a pack of soft-diffusion-data?") from None
     raise ValueError(f"{path / INDEX} cannot be read ({error.strerror}); {_AGAIN}") from None
-  except (
-    *(KeyError, TypeError, AttributeError, RecursionError),
-    *(UnicodeDecodeError, json.JSONDecodeError, _Damaged),
-  ) as error:
+  except _UNSOUND as error:
     raise ValueError(f"{path / INDEX} is damaged ({error}); {_AGAIN}") from None
   return content
 
 
 class _Damaged(Exception):
   """An index says what none says that was written here."""
+
+
+# What a damaged index raises where it is read and checked.
+_UNSOUND = (
+  _Damaged,
+  KeyError,
+  TypeError,
+  AttributeError,
+  RecursionError,
+  UnicodeDecodeError,
+  json.JSONDecodeError,
+)
 
 
 def _check_index(content):

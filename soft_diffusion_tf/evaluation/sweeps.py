@@ -131,7 +131,7 @@ def sweep(
     asked = list(itertools.product(steps, lengths, names, nfes))
     for step, length, name, nfe in asked:
       options = experiment.sampling.changed(sampler=name, nfe=nfe)
-      weights = None if length is None else {"ema_decay": None, "ema_length": length}
+      weights = training.weights_of(experiment, length=length)
       about = {
         **evaluation.run_conditions(experiment, step, options, count, first_seed, weights),
         "reference": real.conditions,

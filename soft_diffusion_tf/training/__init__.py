@@ -3,8 +3,8 @@
 A workdir holds everything: config.json, prior.npz, checkpoints/, metrics.jsonl (a line per
 `log_every` steps), history.jsonl (fields that changed on the way, and from which step on),
 tensorboard/, schedule.png, labels.json (the names of the labels), averages/ (of weights, of a run
-with `training.averages`). Starting again with the same
-workdir goes on where it stopped, equal to the bit to a run that never did.
+with `training.averages`). Starting again with the same workdir goes on where it stopped, equal to
+the bit to a run that never did.
 """
 
 from soft_diffusion_tf import moved
@@ -16,6 +16,7 @@ from soft_diffusion_tf.training.run import (
   build,
   load,
   spell_weights,
+  weights_of,
   write,
 )
 from soft_diffusion_tf.training.watching import BUCKETS
@@ -36,6 +37,7 @@ __all__ = [
   "load",
   "spell_weights",
   "train",
+  "weights_of",
   "write",
 ]
 

@@ -163,18 +163,20 @@ def train(
       _say(progress, f"reading {d.name}")
       source = d.load(progress=progress, say=tell)
     if not is_chief(strategy):
-      sources = (source, None)
       with lost_workers(strategy):
-        return _train(experiment, sources, diffusion, workdir, strategy, {}, anew, progress=False)
-    sources = (source, load_held_out(d, given, held_out, tell))
+        return _train(experiment, source, diffusion, workdir, strategy, {}, anew, progress=False)
+    held_out = load_held_out(d, given, held_out, tell)
     with files.lock(workdir), lost_workers(strategy):
       changes = changed_fields(workdir, experiment)
-      return _train(experiment, sources, diffusion, workdir, strategy, changes, anew, progress)
+      return _train(
+        experiment, source, diffusion, workdir, strategy, changes, anew, progress, held_out
+      )
 
 
-def _train(experiment, sources, diffusion, workdir, strategy, changes, anew, progress):
+def _train(
+  experiment, source, diffusion, workdir, strategy, changes, anew, progress, held_out_source=None
+):
   options, chief = experiment.training, is_chief(strategy)
-  source, held_out_source = sources
 
   def say(text):
     _say(progress, text)

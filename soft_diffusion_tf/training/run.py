@@ -28,6 +28,13 @@ def ema_remark(experiment, step):
   )
 
 
+def weights_of(experiment, averaged=True, length=None):
+  """What records say of weights: `Run.weights` of a run that was loaded with these arguments."""
+  if length is not None:
+    return {"ema_decay": None, "ema_length": length}
+  return {"ema_decay": experiment.training.ema_decay if averaged else 0.0}  # 0: without memory
+
+
 def spell_weights(record):
   """Which weights a record's numbers are of (`Run.weights`), in words."""
   if record.get("ema_length"):
@@ -88,10 +95,7 @@ class Run:
   @property
   def weights(self):
     """Which weights it draws by, for records: "ema_decay", and "ema_length" if one was chosen."""
-    if self.length is not None:
-      return {"ema_decay": None, "ema_length": self.length}
-    # Without memory it is no average.
-    return {"ema_decay": self.experiment.training.ema_decay if self.averaged else 0.0}
+    return weights_of(self.experiment, self.averaged, self.length)
 
   def options(self, **changes):
     """The experiment's `Sampling` with other values for what is not None (`Sampling.changed`)."""
